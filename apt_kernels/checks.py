@@ -1,0 +1,120 @@
+"""The only place that rejects arguments.
+
+Every error names the argument, what was expected and what came. Checks read shapes, dtypes and
+devices, never values, so they cost no synchronisation and torch.compile traces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
+    return value
+
+
+def dims(name: str, value: Tensor, least: int, most: int | None = None) -> None:
+    most = least if most is None else most
+    if not least <= value.dim() <= most:
+        expected = str(least) if least == most else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {expected} dimensions, got shape {_shape(value)}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{name}: expected shape {tuple(expected)} ({meaning}), got {_shape(value)}"
+        )
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}"
+        )
+
+
+def constant(name: str, value: Any) -> None:
+    """Arguments without a gradient here: silence would be a wrong gradient."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor that does not require grad, as no gradient is computed "
+            "for it; compute it under torch.no_grad() or detach it"
+        )
+
+
+def row_mask(name: str, value: Tensor | None, like: Tensor, expected: Sequence[int]) -> None:
+    if value is None:
+        return
+    tensor(name, value, (torch.bool, *INTEGERS, *FLOATS))
+    shape(name, value, expected, "one entry a row, True counts")
+    same_device(name, value, "the first argument", like)
+
+
+def number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def positive(name: str, value: Any) -> None:
+    number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def at_least_zero(name: str, value: Any) -> None:
+    number(name, value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+
+
+def between(name: str, value: Any, low: float, high: float, *, open_end: bool = False) -> None:
+    number(name, value)
+    if not (low <= value < high if open_end else low <= value <= high):
+        end = ")" if open_end else "]"
+        raise ValueError(f"{name}: expected a number in [{low}, {high}{end}, got {value}")
+
+
+def choice(name: str, value: Any, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {list(options)}, got {value!r}")
+
+
+def unused(name: str, value: Any, why: str) -> None:
+    """An option that would be ignored is an error."""
+    if value is not None:
+        raise ValueError(f"{name}: expected None ({why}), got {value!r}")
+
+
+def temperature(name: str, value: Any, like: Tensor, expected: Sequence[int]) -> None:
+    """A positive number, or one per row."""
+    if not isinstance(value, Tensor):
+        positive(name, value)
+        return
+    tensor(name, value)
+    shape(name, value, expected, "one temperature a row")
+    same_device(name, value, "the first argument", like)
+    constant(name, value)

@@ -1,0 +1,142 @@
+"""Which backends were built and installed, and which one an operation uses on a device.
+
+A backend is a namespace of functions `X_fwd` and `X_bwd` with one signature per name: `native`
+(`torch.ops.apt`: C++ on the CPU, CUDA C++ on NVIDIA GPUs) and `triton` (`apt_kernels.triton`).
+`reference` is plain PyTorch and always there. Everything is decided when an operation's module is
+imported; a call is two dictionary look-ups, which torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Which backend comes first on a device; the measurements of `make gpu-report` may change the
+# second table, operation by operation.
+PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+PREFERENCE_OF_OPERATION: dict[tuple[str, str], tuple[str, ...]] = {}
+
+INTERPRETING_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load(module: str) -> tuple[Any, str]:
+    try:
+        return importlib.import_module(f"apt_kernels.{module}"), ""
+    except ImportError as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+_extension, _extension_error = _load("_C")
+_cuda_extension, _cuda_extension_error = (
+    _load("_C_cuda") if _extension else (None, _extension_error)
+)
+_triton, _triton_error = _load("triton")
+
+# (kernel, backend) -> function; (operation, device) -> backends in order of preference
+_KERNELS: dict[tuple[str, str], Callable] = {}
+_BACKENDS: dict[tuple[str, str], tuple[str, ...]] = {}
+_KERNELS_OF: dict[str, tuple[str, ...]] = {}
+
+
+def _has_native(kernel: str, device: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    return _extension is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"apt::{kernel}", key
+    )
+
+
+def register(operation: str, *kernels: str) -> None:
+    """Called once by the module of an operation, with the names of its kernels."""
+    _KERNELS_OF[operation] = kernels
+    if _extension is not None:
+        _KERNELS.update(
+            {(k, "native"): getattr(torch.ops.apt, k) for k in kernels if _has_native(k, "cpu")}
+        )
+    if _triton is not None:
+        _KERNELS.update(
+            {(k, "triton"): getattr(_triton, k) for k in kernels if hasattr(_triton, k)}
+        )
+    for device, order in PREFERENCE.items():
+        order = PREFERENCE_OF_OPERATION.get((operation, device), order)
+        _BACKENDS[operation, device] = tuple(b for b in order if _available(operation, device, b))
+    if INTERPRETING_TRITON and all((k, "triton") in _KERNELS for k in kernels):
+        _BACKENDS[operation, "cpu"] += ("triton",)
+
+
+def _available(operation: str, device: str, backend: str) -> bool:
+    if backend == "reference":
+        return True
+    kernels = _KERNELS_OF[operation]
+    if not kernels or not all((k, backend) in _KERNELS for k in kernels):
+        return False
+    return backend != "native" or all(_has_native(k, device) for k in kernels)
+
+
+def choose(operation: str, device: torch.device, requested: str | None) -> str:
+    """The backend of a call: the one that was asked for by name, or the first in preference."""
+    available = _BACKENDS.get((operation, device.type), ("reference",))
+    if requested is None:
+        return available[0]
+    if requested not in available:
+        raise ValueError(
+            f"backend: expected one of {list(available)} for {operation} on {device.type}, "
+            f"got {requested!r} (apt_kernels.backends() tells what was built)"
+        )
+    return requested
+
+
+def kernel(name: str, backend: str) -> Callable:
+    return _KERNELS[name, backend]
+
+
+def add_backend(backend: str, namespace: Any, device: str = "cpu") -> None:
+    """Make one more namespace of kernels callable by name (tests run emulated GPU code so)."""
+    for operation, kernels in _KERNELS_OF.items():
+        if kernels and all(hasattr(namespace, k) for k in kernels):
+            _KERNELS.update({(k, backend): getattr(namespace, k) for k in kernels})
+            if backend not in _BACKENDS[operation, device]:
+                _BACKENDS[operation, device] += (backend,)
+
+
+def fake(name: str) -> Callable[[Callable], Callable]:
+    """Decorates the function that gives shapes and dtypes of a native kernel's results."""
+
+    def decorate(function: Callable) -> Callable:
+        if _extension is not None and _has_native(name, "cpu"):
+            torch.library.register_fake(f"apt::{name}", function)
+        return function
+
+    return decorate
+
+
+def backends() -> dict[str, Any]:
+    """What was built and installed, and what every operation uses on each device.
+
+    Returns a dict: `native`, `cuda`, `triton` say in words whether the backend is there and, if
+    not, why; `operations` maps an operation to `{device: [backends, the default first]}`.
+    """
+    if _extension is None:
+        reason = "not built (APT_KERNELS_NATIVE=0, or no C++ compiler)"
+        native = f"absent: {reason}; {_extension_error}"
+    else:
+        native = f"C++ for the CPU, instruction set {_extension.instruction_set()}"
+    if _cuda_extension is None:
+        cuda = f"absent: {_cuda_extension_error}"
+    else:
+        cuda = "built" + ("" if torch.cuda.is_available() else "; no GPU here")
+    if _triton is None:
+        triton = f"absent: {_triton_error}"
+    elif INTERPRETING_TRITON:
+        triton = "interpreted on the CPU (TRITON_INTERPRET=1)"
+    else:
+        triton = "installed" + ("" if torch.cuda.is_available() else "; no GPU here")
+    operations: dict[str, dict[str, list[str]]] = {}
+    for (operation, device), available in sorted(_BACKENDS.items()):
+        operations.setdefault(operation, {})[device] = list(available)
+    return {"native": native, "cuda": cuda, "triton": triton, "operations": operations}
+
+

@@ -1,0 +1,1 @@
+"""One file an operation: contract, checks, choice of backend, autograd, fake kernels."""

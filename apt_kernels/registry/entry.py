@@ -1,0 +1,62 @@
+"""What one operation tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call. Floating tensors that require grad are differentiated in the tests."""
+
+    name: str
+    args: tuple
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A wrong call and the words its error must contain."""
+
+    name: str
+    args: tuple
+    kwargs: dict[str, Any]
+    error: type[Exception]
+    message: str  # a regular expression
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One row of `benchmarks/run.py`.
+
+    make(dtype) gives the arguments on the CPU; eager is the plain PyTorch a user would write.
+    """
+
+    name: str
+    make: Callable[[torch.dtype], Sample]
+    eager: Callable
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    backward: bool = True
+    bytes_moved: Callable[[Sample], int] | None = None
+    backward_bytes_moved: Callable[[Sample], int] | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    function: Callable
+    reference: Callable
+    kernels: tuple[str, ...]  # names in torch.ops.apt, for opcheck
+    samples: Callable[[torch.dtype], Iterator[Sample]]
+    of_length: Callable[[int], Sample]  # a call of another length, for recompilation tests
+    rejected: Callable[[], Iterator[Rejected]]
+    source: str
+    benchmarks: tuple[Benchmark, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    summary: str = ""

@@ -1,0 +1,9 @@
+// The module apt_kernels._C. Importing it registers the operators of csrc/bindings/ with PyTorch.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of apt_kernels; the operators are in torch.ops.apt";
+  m.def("instruction_set", &apt::isa_name, "The instruction set the CPU kernels run with.");
+}

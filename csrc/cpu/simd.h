@@ -1,0 +1,207 @@
+// Vectors of floats for one instruction set, written with GCC/Clang vector extensions.
+// Every file under csrc/cpu is compiled once per instruction set (APT_ISA names it), and its
+// functions live in the namespace of that set; isa.h chooses one when the library is loaded.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "types.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace apt::APT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using VecF = float __attribute__((vector_size(kLanes * 4)));
+using VecI = int32_t __attribute__((vector_size(kLanes * 4)));
+using VecU = uint32_t __attribute__((vector_size(kLanes * 4)));
+using VecU16 = uint16_t __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+inline VecF splat(float x) { return x - VecF{}; }
+inline VecF select(VecI condition, VecF a, VecF b) { return condition ? a : b; }
+
+template <class To, class From>
+inline To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// The larger or smaller; b where either is NaN, as the x86 instructions do.
+#if defined(__AVX512F__)
+inline VecF vmax(VecF a, VecF b) {
+  return bit_cast<VecF>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+inline VecF vmin(VecF a, VecF b) {
+  return bit_cast<VecF>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+#elif defined(__AVX2__)
+inline VecF vmax(VecF a, VecF b) {
+  return bit_cast<VecF>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+}
+inline VecF vmin(VecF a, VecF b) {
+  return bit_cast<VecF>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+}
+#else
+inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
+inline VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+#endif
+
+inline float sum(VecF v) {
+  float total = 0;
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  total = v[0];
+  return total;
+}
+
+inline float max(VecF v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// Scalars <-> float. Rounding to nearest even; NaN stays NaN.
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+inline float to_float(Half x) {
+  // The exponent is rebased by a multiplication, which also normalises subnormals.
+  const uint32_t magnitude = uint32_t{x.bits} & 0x7fffu, sign = (uint32_t{x.bits} & 0x8000u) << 16;
+  const float rebased = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<uint32_t>(rebased) | special | sign);
+}
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, BFloat16* out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void from_float(float x, Half* out) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u;
+  const float magnitude = bit_cast<float>(bits & 0x7fffffffu);
+  uint32_t half;
+  if (x != x) {
+    half = 0x7e00u;
+  } else if (magnitude >= 65520.f) {
+    half = 0x7c00u;
+  } else if (magnitude < 0x1p-14f) {
+    half = bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);  // subnormal: 2^-24 units
+  } else {
+    const uint32_t m = bits & 0x7fffffffu;
+    half = (m - (112u << 23) + 0xfffu + ((m >> 13) & 1u)) >> 13;
+  }
+  out->bits = uint16_t(half | sign);
+}
+
+// Vectors <-> memory.
+inline VecF load(const float* p) {
+  VecF v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline VecF load(const BFloat16* p) {
+  VecU16 raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return bit_cast<VecF>(__builtin_convertvector(raw, VecU) << 16);
+}
+inline VecF load(const Half* p) {
+#if defined(__AVX512F__)
+  return bit_cast<VecF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return bit_cast<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  return bit_cast<VecF>(vcvt_f32_f16(vld1_f16(reinterpret_cast<const __fp16*>(p))));
+#else
+  VecF v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
+inline void store(BFloat16* p, VecF v) {
+  const VecU bits = bit_cast<VecU>(v);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU16 packed = __builtin_convertvector(v != v ? VecU{} + 0x7fc0u : rounded, VecU16);
+  std::memcpy(p, &packed, sizeof packed);
+}
+inline void store(Half* p, VecF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_f16(reinterpret_cast<__fp16*>(p), vcvt_f16_f32(bit_cast<float32x4_t>(v)));
+#else
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+#endif
+}
+// The first `count` lanes from memory, the others `fill`.
+template <class T>
+inline VecF load_partial(const T* p, int64_t count, float fill) {
+  VecF v = splat(fill);
+  for (int64_t i = 0; i < count; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+template <class T>
+inline void store_partial(T* p, int64_t count, VecF v) {
+  for (int64_t i = 0; i < count; ++i) from_float(v[i], p + i);
+}
+
+// e^x within 2 ulp; 0 for results under 2^-126, NaN for NaN. x log2(e) = n + r, |r| <= 1/2, and n
+// falls out of the bits of a float near 1.5 * 2^23. The polynomial is 2^r, minimax to 2e-09, and
+// exactly 1 at 0: a vocabulary of one has log-probability 0.
+inline VecF exp(VecF x) {
+  constexpr float kLog2e = 1.44269504f, kLog2eLow = 1.925963033e-8f, kMagic = 12582912.f;
+  x = vmax(splat(-105.f), x);  // -inf would leave r undefined
+  const VecF shifted = x * kLog2e + kMagic;
+  const VecF n = shifted - kMagic;
+  const VecF r = x * kLog2eLow + (x * kLog2e - n);
+  VecF poly = splat(0.00015353362f);
+  poly = poly * r + 0.00133988739f;
+  poly = poly * r + 0.00961843692f;
+  poly = poly * r + 0.0555033237f;
+  poly = poly * r + 0.240226477f;
+  poly = poly * r + 0.693147182f;
+  poly = poly * r + 1.f;
+#if defined(__AVX512F__)
+  return bit_cast<VecF>(_mm512_scalef_ps(bit_cast<__m512>(poly), bit_cast<__m512>(n)));
+#else
+  const VecF scale = bit_cast<VecF>((bit_cast<VecI>(shifted) << 23) + 0x3f800000);
+  return select(x < -87.33f, VecF{}, poly * scale);
+#endif
+}
+
+// tanh within 2 ulp: an odd polynomial near 0 (Cephes tanhf), 1 - 2/(e^2x + 1) elsewhere.
+inline VecF tanh(VecF x) {
+  const VecF a = vmax(x, -x), s = x * x;
+  VecF poly = splat(-5.70498872745e-3f);
+  poly = poly * s + 2.06390887954e-2f;
+  poly = poly * s - 5.37397155531e-2f;
+  poly = poly * s + 1.33314422036e-1f;
+  poly = poly * s - 3.33332819422e-1f;
+  const VecF small = poly * s * x + x;
+  const VecF large = 1.f - 2.f / (exp(2.f * vmin(a, splat(40.f))) + 1.f);
+  const VecF signed_large = x < 0.f ? -large : large;
+  return select(x != x, x, select(a < 0.625f, small, signed_large));
+}
+
+}  // namespace apt::APT_ISA

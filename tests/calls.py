@@ -1,0 +1,61 @@
+"""Calling operations on the registry's samples: values, gradients, the same call in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from apt_kernels.registry import Sample
+
+
+def map_tensors(value, change: Callable[[Tensor], Tensor]):
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+def map_sample(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
+    return Sample(sample.name, map_tensors(sample.args, change), map_tensors(sample.kwargs, change))
+
+
+def tensors(sample: Sample) -> Iterator[Tensor]:
+    for value in (*sample.args, *sample.kwargs.values()):
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+def fresh(sample: Sample, device: str = "cpu") -> Sample:
+    """The same call with leaves of its own; strides stay as they are."""
+    return map_sample(sample, lambda t: t.detach().to(device).requires_grad_(t.requires_grad))
+
+
+def in_float64(sample: Sample) -> Sample:
+    def change(t: Tensor) -> Tensor:
+        return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+    return map_sample(sample, change)
+
+
+def call(function: Callable, sample: Sample, upstream_scale: float = 1.0, **kwargs):
+    """(outputs, gradients): gradients of all differentiable inputs for a random upstream."""
+    outputs = function(*sample.args, **sample.kwargs, **kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    inputs = [t for t in tensors(sample) if t.requires_grad]
+    ends = [o for o in outputs if o.requires_grad]
+    if not inputs:
+        assert not ends
+        return outputs, ()
+    assert ends, "an input requires grad, but no output has a graph"
+    generator = torch.Generator().manual_seed(7)
+    upstream = [
+        (torch.randn(o.shape, generator=generator) * upstream_scale).to(o.dtype).to(o.device)
+        for o in ends
+    ]
+    return outputs, torch.autograd.grad(ends, inputs, upstream)

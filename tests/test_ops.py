@@ -1,0 +1,176 @@
+"""Every operation of the registry, on every backend that is here, in every dtype."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from calls import call, fresh, in_float64, map_sample, tensors
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import apt_kernels
+from apt_kernels import dispatch
+from apt_kernels.registry import OPS
+from apt_kernels.testing import assert_as_accurate
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+if os.environ.get("APT_TEST_CUDA_EMULATION") == "1":
+    from gpu import cuda_emulation
+
+    dispatch.add_backend("cuda_emulation", cuda_emulation.kernels())
+ONLY_BACKEND = os.environ.get("APT_TEST_BACKEND")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cases():
+    for op in OPS.values():
+        for device in DEVICES:
+            for backend in apt_kernels.backends()["operations"][op.name][device]:
+                if ONLY_BACKEND not in (None, backend):
+                    continue
+                for dtype in op.dtypes:
+                    if dtype == torch.float64 and (
+                        backend not in ("native", "reference") or device != "cpu"
+                    ):
+                        continue  # GPU kernels have no float64
+                    for sample in op.samples(dtype):
+                        name = f"{op.name}-{device}-{backend}-{_name(dtype)}-{sample.name}"
+                        yield pytest.param(op, device, backend, sample, id=name)
+
+
+def _each(kind: str):
+    for op in OPS.values():
+        for item in getattr(op, kind)():
+            yield pytest.param(op, item, id=f"{op.name}-{item.name}")
+
+
+def _each_sample(count: int | None = None):
+    for op in OPS.values():
+        for sample in list(op.samples(torch.float32))[:count]:
+            yield pytest.param(op, sample, id=f"{op.name}-{sample.name}")
+
+
+def _has_kernels(op) -> bool:
+    return "native" in apt_kernels.backends()["operations"][op.name]["cpu"]
+
+
+@pytest.mark.parametrize("op, device, backend, sample", list(_cases()))
+def test_values_and_gradients(op, device, backend, sample):
+    sample = fresh(sample, device)
+    before = map_sample(sample, lambda t: t.detach().clone())
+    outputs, grads = call(op.function, sample, backend=backend)
+    plain_outputs, plain_grads = call(op.reference, sample)
+    exact_outputs, exact_grads = call(op.reference, in_float64(sample))
+    assert len(outputs) == len(plain_outputs) and len(grads) == len(plain_grads)
+    for i, triple in enumerate(zip(outputs, plain_outputs, exact_outputs, strict=True)):
+        assert_as_accurate(*triple, name=f"output {i}")
+    for i, triple in enumerate(zip(grads, plain_grads, exact_grads, strict=True)):
+        assert_as_accurate(*triple, name=f"gradient {i}")
+
+    again, grads_again = call(op.function, fresh(sample, device), backend=backend)
+    for first, second in zip((*outputs, *grads), (*again, *grads_again), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    if not op.function.__name__.endswith("_"):
+        for now, then in zip(tensors(sample), tensors(before), strict=True):
+            torch.testing.assert_close(now.detach(), then, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op, sample", list(_each_sample()))
+def test_upstream_gradient_scales(op, sample):
+    _, grads = call(op.function, fresh(sample))
+    _, scaled = call(op.function, fresh(sample), upstream_scale=0.25)  # a power of two: exact
+    _, zero = call(op.function, fresh(sample), upstream_scale=0.0)
+    for grad, quarter, none in zip(grads, scaled, zero, strict=True):
+        finite = torch.isfinite(grad)
+        torch.testing.assert_close(quarter[finite], grad[finite] * 0.25, rtol=1e-6, atol=1e-30)
+        assert (none[finite] == 0).all()
+
+
+@pytest.mark.parametrize("op, case", list(_each("rejected")))
+def test_wrong_arguments_are_rejected(op, case):
+    with pytest.raises(case.error, match=case.message):
+        op.function(*case.args, **case.kwargs)
+
+
+class _Calls(TorchDispatchMode):
+    """Notes every call of an operator of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "apt":
+            self.seen.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op, sample", list(_each_sample()))
+def test_opcheck(op, sample):
+    if not _has_kernels(op):
+        assert not op.kernels or dispatch._extension is None
+        return
+    with _Calls() as calls:
+        call(op.function, fresh(sample), backend="native")
+    assert calls.seen
+    for function, args, kwargs in calls.seen:
+        torch.library.opcheck(
+            function, args, kwargs, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.parametrize("op, sample", list(_each_sample(4)))
+def test_one_graph(op, sample):
+    torch._dynamo.reset()
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    outputs, grads = call(compiled, fresh(sample))
+    eager_outputs, eager_grads = call(op.function, fresh(sample))
+    for got, wanted in zip((*outputs, *grads), (*eager_outputs, *eager_grads), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op, sample", list(_each_sample(1)))
+def test_inductor(op, sample):
+    torch._dynamo.reset()
+    outputs, grads = call(torch.compile(op.function, fullgraph=True), fresh(sample))
+    eager_outputs, eager_grads = call(op.function, fresh(sample))
+    for got, wanted in zip((*outputs, *grads), (*eager_outputs, *eager_grads), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=name) for name, op in OPS.items()])
+def test_no_recompilation_for_new_lengths(op):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op.function, fullgraph=True, backend=counter)
+    for length in (5, 6, 9, 14, 23):
+        call(compiled, fresh(op.of_length(length)))
+    assert counter.frame_count <= 2, "one static graph, one for all other lengths"
+
+
+@pytest.mark.parametrize("op, sample", list(_each_sample(1)))
+def test_autocast(op, sample):
+    outputs, grads = call(op.function, fresh(sample))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast_outputs, cast_grads = call(op.function, fresh(sample))
+    for got, wanted in zip((*cast_outputs, *cast_grads), (*outputs, *grads), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op, sample", list(_each_sample(1)))
+def test_functorch_is_refused(op, sample):
+    leaves = [t for t in tensors(sample) if t.requires_grad]
+    if not leaves or not _has_kernels(op):
+        return
+
+    def loss(x):
+        outputs = op.function(*(x if a is leaves[0] else a for a in sample.args), **sample.kwargs)
+        return (outputs[0] if isinstance(outputs, tuple) else outputs).sum()
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(leaves[0].detach())
