@@ -204,4 +204,32 @@ inline VecF tanh(VecF x) {
   return select(x != x, x, select(a < 0.625f, small, signed_large));
 }
 
+// log(1 + x) within 2 ulp for x in [-1/2, 1]: 2 atanh(t), t = x / (2 + x). The first term of the
+// series left out is under 4e-9.
+inline VecF log1p(VecF x) {
+  const VecF t = x / (2.f + x), q = t * t;
+  VecF poly = splat(1.f / 15);
+  poly = poly * q + 1.f / 13;
+  poly = poly * q + 1.f / 11;
+  poly = poly * q + 1.f / 9;
+  poly = poly * q + 1.f / 7;
+  poly = poly * q + 1.f / 5;
+  poly = poly * q + 1.f / 3;
+  return 2.f * (t + t * (q * poly));
+}
+
+// log(x) within 2 ulp: x = 2^n m, m in [sqrt(1/2), sqrt(2)). NaN under 0, -inf at 0.
+inline VecF log(VecF x) {
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high: 9 bits, n * high exact
+  const VecI subnormal = x < 0x1p-126f;
+  const VecI bits = bit_cast<VecI>(select(subnormal, x * 0x1p23f, x));
+  const VecI n = (bits - 0x3f3504f3) >> 23;
+  const VecF m = bit_cast<VecF>(bits - (n << 23));
+  const VecF exponent = __builtin_convertvector(n, VecF) - select(subnormal, splat(23.f), VecF{});
+  const VecF log_m = log1p(m - 1.f);
+  VecF y = exponent * kLn2High + (exponent * kLn2Low + log_m);
+  y = select(x == 0.f, splat(-kInf), select(x == kInf, x, y));
+  return select(x >= 0.f, y, splat(std::numeric_limits<float>::quiet_NaN()));
+}
+
 }  // namespace apt::APT_ISA
