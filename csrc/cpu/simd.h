@@ -102,7 +102,8 @@ inline void from_float(float x, Half* out) {
   } else if (magnitude >= 65520.f) {
     half = 0x7c00u;
   } else if (magnitude < 0x1p-14f) {
-    half = bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);  // subnormal: 2^-24 units
+    half =
+        bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);  // subnormal: 2^-24 units
   } else {
     const uint32_t m = bits & 0x7fffffffu;
     half = (m - (112u << 23) + 0xfffu + ((m >> 13) & 1u)) >> 13;
@@ -166,21 +167,22 @@ inline void store_partial(T* p, int64_t count, VecF v) {
   for (int64_t i = 0; i < count; ++i) from_float(v[i], p + i);
 }
 
-// e^x within 2 ulp; 0 for results under 2^-126, NaN for NaN. x log2(e) = n + r, |r| <= 1/2, and n
-// falls out of the bits of a float near 1.5 * 2^23. The polynomial is 2^r, minimax to 2e-09, and
-// exactly 1 at 0: a vocabulary of one has log-probability 0.
+// e^x within 2 ulp; 0 for results under 2^-126, NaN for NaN. x = n ln2 + r with ln2 in two parts,
+// |r| <= ln2 / 2, and n falls out of the bits of a float near 1.5 * 2^23. The polynomial is e^r,
+// minimax to 2e-09, and exactly 1 at 0: a vocabulary of one has log-probability 0.
 inline VecF exp(VecF x) {
-  constexpr float kLog2e = 1.44269504f, kLog2eLow = 1.925963033e-8f, kMagic = 12582912.f;
+  constexpr float kLog2e = 1.44269504f, kMagic = 12582912.f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   x = vmax(splat(-105.f), x);  // -inf would leave r undefined
   const VecF shifted = x * kLog2e + kMagic;
   const VecF n = shifted - kMagic;
-  const VecF r = x * kLog2eLow + (x * kLog2e - n);
-  VecF poly = splat(0.00015353362f);
-  poly = poly * r + 0.00133988739f;
-  poly = poly * r + 0.00961843692f;
-  poly = poly * r + 0.0555033237f;
-  poly = poly * r + 0.240226477f;
-  poly = poly * r + 0.693147182f;
+  const VecF r = (x - n * kLn2High) - n * kLn2Low;
+  VecF poly = splat(0.00138436444f);
+  poly = poly * r + 0.00837416295f;
+  poly = poly * r + 0.0416680016f;
+  poly = poly * r + 0.166664317f;
+  poly = poly * r + 0.49999994f;
+  poly = poly * r + 1.f;
   poly = poly * r + 1.f;
 #if defined(__AVX512F__)
   return bit_cast<VecF>(_mm512_scalef_ps(bit_cast<__m512>(poly), bit_cast<__m512>(n)));
