@@ -50,6 +50,13 @@ def _timed(run: Callable[[], object]) -> float:
     return seconds
 
 
+def _repeat(run: Callable[[], object], count: int) -> object:
+    result = None
+    for _ in range(count):
+        result = run()
+    return result
+
+
 def alternate(
     runs: dict[str, Callable[[], object]], seconds: float, most: int = 200
 ) -> dict[str, list[float]]:
@@ -69,13 +76,8 @@ def alternate(
     while rounds < 5 or (rounds < most and time.perf_counter() - begin < seconds):
         rounds += 1
         for name, run in runs.items():
-            count = repeat[name]
-            if count == 1:
-                times[name].append(_timed(run) * 1e3)
-            else:
-                times[name].append(
-                    _timed(lambda r=run, c=count: [r() for _ in range(c)][0]) * 1e3 / count
-                )
+            times[name].append(_timed(lambda r=run, c=repeat[name]: _repeat(r, c)) * 1e3)
+            times[name][-1] /= repeat[name]
     return times
 
 

@@ -136,10 +136,13 @@ inline VecF load(const Half* p) {
 #endif
 }
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
-inline void store(BFloat16* p, VecF v) {
+// The bits of a bfloat16 in the upper half; the lower half is left over.
+inline VecU rounded_to_bf16(VecF v) {
   const VecU bits = bit_cast<VecU>(v);
-  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const VecU16 packed = __builtin_convertvector(v != v ? VecU{} + 0x7fc0u : rounded, VecU16);
+  return v != v ? VecU{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+inline void store(BFloat16* p, VecF v) {
+  const VecU16 packed = __builtin_convertvector(rounded_to_bf16(v) >> 16, VecU16);
   std::memcpy(p, &packed, sizeof packed);
 }
 inline void store(Half* p, VecF v) {
@@ -155,6 +158,30 @@ inline void store(Half* p, VecF v) {
   for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
 #endif
 }
+// Two vectors at once, in whatever order is cheapest: bfloat16 gives the even and the odd elements.
+// Sums and maxima do not mind, and store_pair puts everything back where load_pair took it.
+struct VecPair {
+  VecF first, second;
+};
+template <class T>
+inline VecPair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+inline VecPair load_pair(const BFloat16* p) {
+  VecU both;
+  std::memcpy(&both, p, sizeof both);
+  return {bit_cast<VecF>(both << 16), bit_cast<VecF>(both & 0xffff0000u)};
+}
+template <class T>
+inline void store_pair(T* p, VecPair v) {
+  store(p, v.first);
+  store(p + kLanes, v.second);
+}
+inline void store_pair(BFloat16* p, VecPair v) {
+  const VecU both = (rounded_to_bf16(v.first) >> 16) | (rounded_to_bf16(v.second) & 0xffff0000u);
+  std::memcpy(p, &both, sizeof both);
+}
+
 // The first `count` lanes from memory, the others `fill`.
 template <class T>
 inline VecF load_partial(const T* p, int64_t count, float fill) {
