@@ -86,7 +86,7 @@ def compare(op: Op, bench: Benchmark, dtype: torch.dtype, seconds: float) -> Ite
         torch._dynamo.reset()
         variants["compiled"] = torch.compile(bench.eager)
     variants |= bench.peers() if bench.peers else {}
-    if not getattr(bench, "random", False):
+    if bench.comparable:
         check(op, bench.eager, sample, dtype, bench.backward)
     for name in passes(op.function, sample, bench.backward):
         runs = {v: passes(f, sample, bench.backward)[name] for v, f in variants.items()}

@@ -50,6 +50,7 @@ class Benchmark:
     # Other libraries' functions of the same arguments, by name; imported when called, and left out
     # where they are not installed.
     peers: Callable[[], dict[str, Callable]] | None = None
+    comparable: bool = True  # the same values: checked before time is taken
     compiled: bool = True  # compare with torch.compile(eager) as well
 
 
