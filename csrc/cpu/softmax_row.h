@@ -14,13 +14,19 @@ struct RowStats {
   double entropy() const { return std::log(sum_exp) - sum_zexp / sum_exp; }
 };
 
+// Not inlined, so that equal x give equal bits wherever they are computed: the compiler contracts
+// products and sums of inlined copies differently, and a vocabulary of one would not give logp 0.
+__attribute__((noinline)) inline VecF capped(VecF x, float softcap) {
+  return select(x == -kInf, x, softcap * tanh(x / softcap));
+}
+
 // z = softcap * tanh(x / softcap) / temperature; an excluded column, x = -inf, stays -inf.
 template <bool kTransform>
 struct Logit {
   float temperature, softcap;
   VecF operator()(VecF x) const {
     if constexpr (kTransform) {
-      if (softcap > 0.f) x = select(x == -kInf, x, softcap * tanh(x / softcap));
+      if (softcap > 0.f) x = capped(x, softcap);
       if (temperature != 1.f) x = x / temperature;
     }
     return x;
