@@ -132,14 +132,17 @@ struct RowGradient {
   Logit<kTransform> logit;
   float lse_high, lse_low;  // a double in two parts: a float's rounding would be an error of p
   float grad_sum, grad_entropy, entropy;
-  VecF operator()(VecF x) const {
+  // -d loss / dz without the gathered columns
+  VecF softmax_term(VecF x) const {
     const VecF log_p = (logit(x) - lse_high) - lse_low, p = exp(log_p);
     VecF g = splat(grad_sum);
     if constexpr (kEntropy) g = g + grad_entropy * select(p == 0.f, VecF{}, log_p + entropy);
-    return -p * g * logit.slope(x);
+    return p * g;
   }
+  VecF operator()(VecF x) const { return -softmax_term(x) * logit.slope(x); }
+  // The slope comes last: a vocabulary of one must give exactly 0.
   float gathered(float x, float grad) const {
-    return (*this)(splat(x))[0] + grad * logit.slope(splat(x))[0];
+    return ((grad - softmax_term(splat(x))) * logit.slope(splat(x)))[0];
   }
 };
 
