@@ -16,8 +16,8 @@ struct RowStats {
 
 // Not inlined, so that equal x give equal bits wherever they are computed: the compiler contracts
 // products and sums of inlined copies differently, and a vocabulary of one would not give logp 0.
-__attribute__((noinline)) inline VecF capped(VecF x, float softcap) {
-  return select(x == -kInf, x, softcap * tanh(x / softcap));
+__attribute__((noinline, const)) inline VecF cap_tanh(VecF x, float softcap) {
+  return tanh(x / softcap);
 }
 
 // z = softcap * tanh(x / softcap) / temperature; an excluded column, x = -inf, stays -inf.
@@ -26,7 +26,7 @@ struct Logit {
   float temperature, softcap;
   VecF operator()(VecF x) const {
     if constexpr (kTransform) {
-      if (softcap > 0.f) x = capped(x, softcap);
+      if (softcap > 0.f) x = select(x == -kInf, x, softcap * cap_tanh(x, softcap));
       if (temperature != 1.f) x = x / temperature;
     }
     return x;
@@ -37,7 +37,7 @@ struct Logit {
     VecF s = splat(1.f);
     if constexpr (kTransform) {
       if (softcap > 0.f) {
-        const VecF t = tanh(x / softcap);
+        const VecF t = cap_tanh(x, softcap);
         s = select(x == -kInf, s, 1.f - t * t);
       }
       s = s / temperature;
