@@ -138,5 +138,3 @@ def backends() -> dict[str, Any]:
     for (operation, device), available in sorted(_BACKENDS.items()):
         operations.setdefault(operation, {})[device] = list(available)
     return {"native": native, "cuda": cuda, "triton": triton, "operations": operations}
-
-
