@@ -79,6 +79,14 @@ def number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def integer(name: str, value: Any, least: int | None = None, end: int | None = None) -> None:
+    """An integer in [least, end)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if least is not None and not least <= value < end:
+        raise ValueError(f"{name}: expected an integer in [{least}, {end}), got {value}")
+
+
 def positive(name: str, value: Any) -> None:
     number(name, value)
     if not 0 < value < float("inf"):
