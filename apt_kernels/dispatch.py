@@ -93,6 +93,11 @@ def kernel(name: str, backend: str) -> Callable:
     return _KERNELS[name, backend]
 
 
+def array_kernel(name: str) -> Callable:
+    """The native kernel as a function of NumPy arrays, for operations that have one."""
+    return getattr(_extension, f"{name}_arrays")
+
+
 def add_backend(backend: str, namespace: Any, device: str = "cpu") -> None:
     """Make one more namespace of kernels callable by name (tests run emulated GPU code so)."""
     for operation, kernels in _KERNELS_OF.items():
