@@ -7,13 +7,22 @@ tests, an `opcheck` of every operator call, a benchmark row and a README row.
 
 from __future__ import annotations
 
-from . import bradley_terry_loss, dpo_loss, sequence_logps, token_logprobs
+from . import (
+    bradley_terry_loss,
+    dpo_loss,
+    linear_cross_entropy,
+    linear_token_logprobs,
+    sequence_logps,
+    token_logprobs,
+)
 from .entry import Benchmark, Op, Rejected, Sample
 
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
         token_logprobs.OP,
+        linear_token_logprobs.OP,
+        linear_cross_entropy.OP,
         sequence_logps.OP,
         dpo_loss.OP,
         bradley_terry_loss.OP,
