@@ -58,7 +58,7 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 
 def pair(name: str, value: Any, other_name: str, other: Tensor, constant_: bool = False) -> None:
-    """A tensor of floats like another; small losses are called often, so one test where all is well."""
+    """A tensor of floats like another. Small losses are called often: one test if all is well."""
     if (
         isinstance(value, Tensor)
         and value.dtype in FLOATS
@@ -100,6 +100,14 @@ def finite(name: str, value: Any) -> None:
     number(name, value)
     if not -float("inf") < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def integer(name: str, value: Any, least: int | None = None, end: int | None = None) -> None:
+    """An integer in [least, end)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if least is not None and not least <= value < end:
+        raise ValueError(f"{name}: expected an integer in [{least}, {end}), got {value}")
 
 
 def positive(name: str, value: Any) -> None:

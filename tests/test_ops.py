@@ -51,7 +51,7 @@ def _each(kind: str):
 
 def _each_sample(count: int | None = None):
     for op in OPS.values():
-        for sample in list(op.samples(torch.float32))[:count]:
+        for sample in list(op.samples(op.dtypes[0]))[:count]:
             yield pytest.param(op, sample, id=f"{op.name}-{sample.name}")
 
 

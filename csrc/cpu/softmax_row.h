@@ -14,13 +14,19 @@ struct RowStats {
   double entropy() const { return std::log(sum_exp) - sum_zexp / sum_exp; }
 };
 
+// Not inlined, so that equal x give equal bits wherever they are computed: the compiler contracts
+// products and sums of inlined copies differently, and a vocabulary of one would not give logp 0.
+__attribute__((noinline, const)) inline VecF cap_tanh(VecF x, float softcap) {
+  return tanh(x / softcap);
+}
+
 // z = softcap * tanh(x / softcap) / temperature; an excluded column, x = -inf, stays -inf.
 template <bool kTransform>
 struct Logit {
   float temperature, softcap;
   VecF operator()(VecF x) const {
     if constexpr (kTransform) {
-      if (softcap > 0.f) x = select(x == -kInf, x, softcap * tanh(x / softcap));
+      if (softcap > 0.f) x = select(x == -kInf, x, softcap * cap_tanh(x, softcap));
       if (temperature != 1.f) x = x / temperature;
     }
     return x;
@@ -31,7 +37,7 @@ struct Logit {
     VecF s = splat(1.f);
     if constexpr (kTransform) {
       if (softcap > 0.f) {
-        const VecF t = tanh(x / softcap);
+        const VecF t = cap_tanh(x, softcap);
         s = select(x == -kInf, s, 1.f - t * t);
       }
       s = s / temperature;
@@ -133,14 +139,17 @@ struct RowGradient {
   Logit<kTransform> logit;
   float lse_high, lse_low;  // a double in two parts: a float's rounding would be an error of p
   float grad_sum, grad_entropy, entropy;
-  VecF operator()(VecF x) const {
+  // -d loss / dz without the gathered columns
+  VecF softmax_term(VecF x) const {
     const VecF log_p = (logit(x) - lse_high) - lse_low, p = exp(log_p);
     VecF g = splat(grad_sum);
     if constexpr (kEntropy) g = g + grad_entropy * select(p == 0.f, VecF{}, log_p + entropy);
-    return -p * g * logit.slope(x);
+    return p * g;
   }
+  VecF operator()(VecF x) const { return -softmax_term(x) * logit.slope(x); }
+  // The slope comes last: a vocabulary of one must give exactly 0.
   float gathered(float x, float grad) const {
-    return (*this)(splat(x))[0] + grad * logit.slope(splat(x))[0];
+    return ((grad - softmax_term(splat(x))) * logit.slope(splat(x)))[0];
   }
 };
 
