@@ -7,9 +7,9 @@ tests, an `opcheck` of every operator call, a benchmark row and a README row.
 
 from __future__ import annotations
 
-from . import mlm_mask, token_logprobs
+from . import ema_update_, mlm_mask, queue_push_, token_logprobs
 from .entry import Benchmark, Op, Rejected, Sample
 
-OPS: dict[str, Op] = {op.name: op for op in (token_logprobs.OP, mlm_mask.OP)}
+OPS: dict[str, Op] = {op.name: op for op in (token_logprobs.OP, mlm_mask.OP, ema_update_.OP, queue_push_.OP)}
 
 __all__ = ["OPS", "Benchmark", "Op", "Rejected", "Sample"]
