@@ -89,11 +89,12 @@ def test_backward_through_an_old_queue_is_refused(backend):
 def test_pushes_fill_a_ring(backend):
     """Batches that do not divide the queue: it always holds the last K keys, in order."""
     D, K = 3, 10
+    offsets = torch.tensor([0.0, 0.25, 0.5])
     queue, pointer = torch.full((D, K), torch.nan), torch.tensor([0])
     stream = torch.arange(200.0)
     sent = 0
     for count in (4, 4, 4, 1, 0, 10, 7, 23, 9):
-        keys = stream[sent : sent + count, None] + torch.tensor([0.0, 0.25, 0.5])
+        keys = stream[sent : sent + count, None] + offsets
         queue_push_(queue, pointer, keys, backend=backend)
         sent += count
         assert int(pointer) == sent % K
