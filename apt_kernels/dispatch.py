@@ -43,10 +43,10 @@ _KERNELS_OF: dict[str, tuple[str, ...]] = {}
 
 
 def _has_native(kernel: str, device: str) -> bool:
+    if _extension is None or not hasattr(torch.ops.apt, kernel):
+        return False
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    return _extension is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"apt::{kernel}", key
-    )
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"apt::{kernel}", key)
 
 
 def register(operation: str, *kernels: str) -> None:
@@ -143,5 +143,3 @@ def backends() -> dict[str, Any]:
     for (operation, device), available in sorted(_BACKENDS.items()):
         operations.setdefault(operation, {})[device] = list(available)
     return {"native": native, "cuda": cuda, "triton": triton, "operations": operations}
-
-

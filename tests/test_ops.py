@@ -119,9 +119,7 @@ def test_opcheck(op, sample):
         call(op.function, fresh(sample), backend="native")
     assert calls.seen
     for function, args, kwargs in calls.seen:
-        torch.library.opcheck(
-            function, args, kwargs, test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(function, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("op, sample", list(_each_sample(4)))
