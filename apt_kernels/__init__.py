@@ -3,9 +3,11 @@
 from .dispatch import backends
 from .ops.bradley_terry_loss import BradleyTerryLoss, bradley_terry_loss
 from .ops.dpo_loss import DPOLoss, dpo_loss
+from .ops.ema_update_ import ema_update_
 from .ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.mlm_mask import mlm_mask
+from .ops.queue_push_ import queue_push_
 from .ops.sequence_logps import sequence_logps
 from .ops.token_logprobs import token_logprobs
 
@@ -16,9 +18,11 @@ __all__ = [
     "backends",
     "bradley_terry_loss",
     "dpo_loss",
+    "ema_update_",
     "linear_cross_entropy",
     "linear_token_logprobs",
     "mlm_mask",
+    "queue_push_",
     "sequence_logps",
     "token_logprobs",
 ]
