@@ -57,6 +57,23 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
+def pair(name: str, value: Any, other_name: str, other: Tensor, constant_: bool = False) -> None:
+    """A tensor of floats like another. Small losses are called often: one test if all is well."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in FLOATS
+        and value.shape == other.shape
+        and value.device == other.device
+        and not (constant_ and value.requires_grad)
+    ):
+        return
+    tensor(name, value)
+    shape(name, value, other.shape, f"that of {other_name}")
+    same_device(name, value, other_name, other)
+    if constant_:
+        constant(name, value)
+
+
 def constant(name: str, value: Any) -> None:
     """Arguments without a gradient here: silence would be a wrong gradient."""
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
@@ -77,6 +94,20 @@ def row_mask(name: str, value: Tensor | None, like: Tensor, expected: Sequence[i
 def number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def finite(name: str, value: Any) -> None:
+    number(name, value)
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def integer(name: str, value: Any, least: int | None = None, end: int | None = None) -> None:
+    """An integer in [least, end)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if least is not None and not least <= value < end:
+        raise ValueError(f"{name}: expected an integer in [{least}, {end}), got {value}")
 
 
 def positive(name: str, value: Any) -> None:

@@ -43,10 +43,10 @@ _KERNELS_OF: dict[str, tuple[str, ...]] = {}
 
 
 def _has_native(kernel: str, device: str) -> bool:
+    if _extension is None or not hasattr(torch.ops.apt, kernel):
+        return False
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    return _extension is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"apt::{kernel}", key
-    )
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"apt::{kernel}", key)
 
 
 def register(operation: str, *kernels: str) -> None:
@@ -91,6 +91,11 @@ def choose(operation: str, device: torch.device, requested: str | None) -> str:
 
 def kernel(name: str, backend: str) -> Callable:
     return _KERNELS[name, backend]
+
+
+def array_kernel(name: str) -> Callable:
+    """The native kernel as a function of NumPy arrays, for operations that have one."""
+    return getattr(_extension, f"{name}_arrays")
 
 
 def add_backend(backend: str, namespace: Any, device: str = "cpu") -> None:
@@ -138,5 +143,3 @@ def backends() -> dict[str, Any]:
     for (operation, device), available in sorted(_BACKENDS.items()):
         operations.setdefault(operation, {})[device] = list(available)
     return {"native": native, "cuda": cuda, "triton": triton, "operations": operations}
-
-

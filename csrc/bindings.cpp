@@ -3,7 +3,12 @@
 
 #include "cpu/isa.h"
 
+namespace apt {
+void define_mlm_mask_arrays(pybind11::module_& m);
+}  // namespace apt
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of apt_kernels; the operators are in torch.ops.apt";
   m.def("instruction_set", &apt::isa_name, "The instruction set the CPU kernels run with.");
+  apt::define_mlm_mask_arrays(m);
 }

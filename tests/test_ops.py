@@ -51,7 +51,7 @@ def _each(kind: str):
 
 def _each_sample(count: int | None = None):
     for op in OPS.values():
-        for sample in list(op.samples(torch.float32))[:count]:
+        for sample in list(op.samples(op.dtypes[0]))[:count]:
             yield pytest.param(op, sample, id=f"{op.name}-{sample.name}")
 
 
@@ -119,9 +119,7 @@ def test_opcheck(op, sample):
         call(op.function, fresh(sample), backend="native")
     assert calls.seen
     for function, args, kwargs in calls.seen:
-        torch.library.opcheck(
-            function, args, kwargs, test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(function, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("op, sample", list(_each_sample(4)))

@@ -47,7 +47,7 @@ def queue_push_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
         keys: `(N, D)`.
     """
     count, size = keys.shape[0], queue.shape[1]
-    kept = range(max(count - size, 0), count)
-    columns = (pointer.reshape(()) + torch.arange(kept.start, count, device=queue.device)) % size
-    queue.index_copy_(1, columns, keys[kept.start :].to(queue.dtype).mT)
+    first = max(count - size, 0)
+    columns = (pointer.reshape(()) + torch.arange(first, count, device=queue.device)) % size
+    queue.index_copy_(1, columns, keys[first:].to(queue.dtype).mT)
     pointer.add_(count).remainder_(size)

@@ -117,7 +117,7 @@ def mlm_mask(
         never = torch.iinfo(torch.int64).max
         order = torch.where(eligible, (w0 << 31) + starts, never)
         first = order.min(-1, keepdim=True).values
-        chosen = chosen | (eligible & (order == first) & ~chosen.any(-1, keepdim=True))
+        chosen = chosen | (eligible & (order == first))  # where any is chosen, the smallest is
 
     words = _random_words(w2, vocab_size, special_ids)
     mask_below = probability_threshold(mask_token_prob)

@@ -1,15 +1,21 @@
 """OPS: what tests, benchmarks and the README need to know of every operation.
 
-No operation imports this. One module an operation, each with an `OP`; adding it to `OPS` gives the
-operation accuracy tests of output and every gradient on every backend, rejection tests, one-graph
-tests, an `opcheck` of every operator call, a benchmark row and a README row.
+No operation imports this. Every module here with an `OP` is an entry; it alone gives the operation
+accuracy tests of output and every gradient on every backend, rejection tests, one-graph tests, an
+`opcheck` of every operator call, a benchmark row and a README row.
 """
 
 from __future__ import annotations
 
-from . import token_logprobs
+import importlib
+import pkgutil
+
 from .entry import Benchmark, Op, Rejected, Sample
 
-OPS: dict[str, Op] = {op.name: op for op in (token_logprobs.OP,)}
+_MODULES = (
+    importlib.import_module(f"{__name__}.{module.name}")
+    for module in pkgutil.iter_modules(__path__)
+)
+OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES if hasattr(module, "OP")}
 
 __all__ = ["OPS", "Benchmark", "Op", "Rejected", "Sample"]

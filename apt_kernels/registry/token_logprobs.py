@@ -75,9 +75,7 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     for name, m in (("mask", mask.bool()), ("mask_int", mask), ("mask_float", mask.float())):
         yield Sample(name, (dirty, dirty_ids), {"mask": m, "return_entropy": True})
     yield Sample("all_masked", (dirty, dirty_ids), {"mask": torch.zeros(3, 5)})
-    yield Sample(
-        "expanded_mask", (logits(3, 5, 37), ids), {"mask": mask[:1].expand(3, 5)}
-    )
+    yield Sample("expanded_mask", (logits(3, 5, 37), ids), {"mask": mask[:1].expand(3, 5)})
 
     wide = logits(4, 7, 60).requires_grad_()
     ids = _ids(4, 7, vocab=30)
@@ -89,7 +87,9 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("transposed_vocabulary", (wide.transpose(1, 2), _ids(4, 60, vocab=7)))
     yield Sample("expanded", (wide[:1].expand(4, 7, 60), ids), options)
     yield Sample("expanded_vocabulary", (wide[..., :1].expand(4, 7, 60), ids), options)
-    yield Sample("four_dimensions_strided", (wide.view(2, 2, 7, 60)[:, :, 1:], ids.view(2, 2, 7)[..., 1:]))
+    yield Sample(
+        "four_dimensions_strided", (wide.view(2, 2, 7, 60)[:, :, 1:], ids.view(2, 2, 7)[..., 1:])
+    )
     yield Sample("no_rows", (wide[:0], ids[:0]), {"return_entropy": True})
     yield Sample("no_time", (wide[:, :0], ids[:, :0]), {"return_entropy": True})
     yield Sample("no_ids", (wide, torch.zeros(4, 7, 0, dtype=torch.long)), {"return_entropy": True})
@@ -113,11 +113,19 @@ def rejected() -> Iterator[Rejected]:
     yield Rejected("id_negative", (x, ids - 100), {}, ValueError, "token_ids: .*-100 in row")
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         yield Rejected(
-            f"temperature_{bad}", (x, ids), {"temperature": bad}, ValueError, "temperature: .*above 0"
+            f"temperature_{bad}",
+            (x, ids),
+            {"temperature": bad},
+            ValueError,
+            "temperature: .*above 0",
         )
     yield Rejected("temperature_type", (x, ids), {"temperature": "1"}, TypeError, "temperature: ")
     yield Rejected(
-        "temperature_shape", (x, ids), {"temperature": torch.ones(3)}, ValueError, r"temperature: .*\(2, 3\)"
+        "temperature_shape",
+        (x, ids),
+        {"temperature": torch.ones(3)},
+        ValueError,
+        r"temperature: .*\(2, 3\)",
     )
     yield Rejected(
         "temperature_grad",
@@ -126,7 +134,9 @@ def rejected() -> Iterator[Rejected]:
         ValueError,
         "temperature: .*does not require grad",
     )
-    yield Rejected("mask_shape", (x, ids), {"mask": torch.ones(3, 2)}, ValueError, "mask: expected shape")
+    yield Rejected(
+        "mask_shape", (x, ids), {"mask": torch.ones(3, 2)}, ValueError, "mask: expected shape"
+    )
     yield Rejected("mask_type", (x, ids), {"mask": [1]}, TypeError, "mask: expected a tensor")
     yield Rejected("softcap", (x, ids), {"softcap": 0.0}, ValueError, "softcap: .*above 0, got 0.0")
     yield Rejected("backend", (x, ids), {"backend": "fastest"}, ValueError, "backend: .*'fastest'")

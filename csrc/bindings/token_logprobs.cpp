@@ -30,8 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd_cpu(
   const auto options = accumulate_options(logits);
   const Tensor logps = at::empty(token_ids.sizes(), options);
   const Tensor lse = at::empty({logits.size(0), logits.size(1)}, options.dtype(at::kDouble));
-  const Tensor entropy =
-      return_entropy ? at::empty(lse.sizes(), options) : at::empty({0}, options);
+  const Tensor entropy = return_entropy ? at::empty(lse.sizes(), options) : at::empty({0}, options);
   TokenLogprobs a = arguments(logits, token_ids, mask, temperatures, temperature, softcap);
   a.return_entropy = return_entropy;
   a.logps = logps.mutable_data_ptr();

@@ -1,11 +1,11 @@
 #include "blas.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/InferenceMode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 
 namespace apt {
 namespace {

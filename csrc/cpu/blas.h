@@ -15,6 +15,7 @@ struct Matrix {
 Matrix transposed(const Matrix& m);
 
 // out = beta * out + alpha * a b. All three of one dtype.
-void multiply(const Matrix& out, const Matrix& a, const Matrix& b, double beta = 0, double alpha = 1);
+void multiply(const Matrix& out, const Matrix& a, const Matrix& b, double beta = 0,
+              double alpha = 1);
 
 }  // namespace apt

@@ -21,9 +21,9 @@ const char* isa_name();
   namespace apt::avx512 {                     \
   result name(__VA_ARGS__);                   \
   }
-#define APT_CALL_KERNEL(name, ...)                                   \
-  (apt::isa() == apt::Isa::avx512 ? apt::avx512::name(__VA_ARGS__)   \
-   : apt::isa() == apt::Isa::avx2 ? apt::avx2::name(__VA_ARGS__)     \
+#define APT_CALL_KERNEL(name, ...)                                 \
+  (apt::isa() == apt::Isa::avx512 ? apt::avx512::name(__VA_ARGS__) \
+   : apt::isa() == apt::Isa::avx2 ? apt::avx2::name(__VA_ARGS__)   \
                                   : apt::baseline::name(__VA_ARGS__))
 #else
 #define APT_DECLARE_KERNEL(result, name, ...) \

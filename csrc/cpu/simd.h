@@ -102,7 +102,8 @@ inline void from_float(float x, Half* out) {
   } else if (magnitude >= 65520.f) {
     half = 0x7c00u;
   } else if (magnitude < 0x1p-14f) {
-    half = bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);  // subnormal: 2^-24 units
+    half =
+        bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);  // subnormal: 2^-24 units
   } else {
     const uint32_t m = bits & 0x7fffffffu;
     half = (m - (112u << 23) + 0xfffu + ((m >> 13) & 1u)) >> 13;
@@ -135,10 +136,13 @@ inline VecF load(const Half* p) {
 #endif
 }
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
-inline void store(BFloat16* p, VecF v) {
+// The bits of a bfloat16 in the upper half; the lower half is left over.
+inline VecU rounded_to_bf16(VecF v) {
   const VecU bits = bit_cast<VecU>(v);
-  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const VecU16 packed = __builtin_convertvector(v != v ? VecU{} + 0x7fc0u : rounded, VecU16);
+  return v != v ? VecU{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+inline void store(BFloat16* p, VecF v) {
+  const VecU16 packed = __builtin_convertvector(rounded_to_bf16(v) >> 16, VecU16);
   std::memcpy(p, &packed, sizeof packed);
 }
 inline void store(Half* p, VecF v) {
@@ -154,6 +158,30 @@ inline void store(Half* p, VecF v) {
   for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
 #endif
 }
+// Two vectors at once, in whatever order is cheapest: bfloat16 gives the even and the odd elements.
+// Sums and maxima do not mind, and store_pair puts everything back where load_pair took it.
+struct VecPair {
+  VecF first, second;
+};
+template <class T>
+inline VecPair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+inline VecPair load_pair(const BFloat16* p) {
+  VecU both;
+  std::memcpy(&both, p, sizeof both);
+  return {bit_cast<VecF>(both << 16), bit_cast<VecF>(both & 0xffff0000u)};
+}
+template <class T>
+inline void store_pair(T* p, VecPair v) {
+  store(p, v.first);
+  store(p + kLanes, v.second);
+}
+inline void store_pair(BFloat16* p, VecPair v) {
+  const VecU both = (rounded_to_bf16(v.first) >> 16) | (rounded_to_bf16(v.second) & 0xffff0000u);
+  std::memcpy(p, &both, sizeof both);
+}
+
 // The first `count` lanes from memory, the others `fill`.
 template <class T>
 inline VecF load_partial(const T* p, int64_t count, float fill) {
@@ -166,21 +194,22 @@ inline void store_partial(T* p, int64_t count, VecF v) {
   for (int64_t i = 0; i < count; ++i) from_float(v[i], p + i);
 }
 
-// e^x within 2 ulp; 0 for results under 2^-126, NaN for NaN. x log2(e) = n + r, |r| <= 1/2, and n
-// falls out of the bits of a float near 1.5 * 2^23. The polynomial is 2^r, minimax to 2e-09, and
-// exactly 1 at 0: a vocabulary of one has log-probability 0.
+// e^x within 2 ulp; 0 for results under 2^-126, NaN for NaN. x = n ln2 + r with ln2 in two parts,
+// |r| <= ln2 / 2, and n falls out of the bits of a float near 1.5 * 2^23. The polynomial is e^r,
+// minimax to 2e-09, and exactly 1 at 0: a vocabulary of one has log-probability 0.
 inline VecF exp(VecF x) {
-  constexpr float kLog2e = 1.44269504f, kLog2eLow = 1.925963033e-8f, kMagic = 12582912.f;
+  constexpr float kLog2e = 1.44269504f, kMagic = 12582912.f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   x = vmax(splat(-105.f), x);  // -inf would leave r undefined
   const VecF shifted = x * kLog2e + kMagic;
   const VecF n = shifted - kMagic;
-  const VecF r = x * kLog2eLow + (x * kLog2e - n);
-  VecF poly = splat(0.00015353362f);
-  poly = poly * r + 0.00133988739f;
-  poly = poly * r + 0.00961843692f;
-  poly = poly * r + 0.0555033237f;
-  poly = poly * r + 0.240226477f;
-  poly = poly * r + 0.693147182f;
+  const VecF r = (x - n * kLn2High) - n * kLn2Low;
+  VecF poly = splat(0.00138436444f);
+  poly = poly * r + 0.00837416295f;
+  poly = poly * r + 0.0416680016f;
+  poly = poly * r + 0.166664317f;
+  poly = poly * r + 0.49999994f;
+  poly = poly * r + 1.f;
   poly = poly * r + 1.f;
 #if defined(__AVX512F__)
   return bit_cast<VecF>(_mm512_scalef_ps(bit_cast<__m512>(poly), bit_cast<__m512>(n)));
@@ -202,6 +231,34 @@ inline VecF tanh(VecF x) {
   const VecF large = 1.f - 2.f / (exp(2.f * vmin(a, splat(40.f))) + 1.f);
   const VecF signed_large = x < 0.f ? -large : large;
   return select(x != x, x, select(a < 0.625f, small, signed_large));
+}
+
+// log(1 + x) within 2 ulp for x in [-1/2, 1]: 2 atanh(t), t = x / (2 + x). The first term of the
+// series left out is under 4e-9.
+inline VecF log1p(VecF x) {
+  const VecF t = x / (2.f + x), q = t * t;
+  VecF poly = splat(1.f / 15);
+  poly = poly * q + 1.f / 13;
+  poly = poly * q + 1.f / 11;
+  poly = poly * q + 1.f / 9;
+  poly = poly * q + 1.f / 7;
+  poly = poly * q + 1.f / 5;
+  poly = poly * q + 1.f / 3;
+  return 2.f * (t + t * (q * poly));
+}
+
+// log(x) within 2 ulp: x = 2^n m, m in [sqrt(1/2), sqrt(2)). NaN under 0, -inf at 0.
+inline VecF log(VecF x) {
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high: 9 bits, n * high exact
+  const VecI subnormal = x < 0x1p-126f;
+  const VecI bits = bit_cast<VecI>(select(subnormal, x * 0x1p23f, x));
+  const VecI n = (bits - 0x3f3504f3) >> 23;
+  const VecF m = bit_cast<VecF>(bits - (n << 23));
+  const VecF exponent = __builtin_convertvector(n, VecF) - select(subnormal, splat(23.f), VecF{});
+  const VecF log_m = log1p(m - 1.f);
+  VecF y = exponent * kLn2High + (exponent * kLn2Low + log_m);
+  y = select(x == 0.f, splat(-kInf), select(x == kInf, x, y));
+  return select(x >= 0.f, y, splat(std::numeric_limits<float>::quiet_NaN()));
 }
 
 }  // namespace apt::APT_ISA

@@ -14,13 +14,19 @@ struct RowStats {
   double entropy() const { return std::log(sum_exp) - sum_zexp / sum_exp; }
 };
 
+// Not inlined, so that equal x give equal bits wherever they are computed: the compiler contracts
+// products and sums of inlined copies differently, and a vocabulary of one would not give logp 0.
+__attribute__((noinline, const)) inline VecF cap_tanh(VecF x, float softcap) {
+  return tanh(x / softcap);
+}
+
 // z = softcap * tanh(x / softcap) / temperature; an excluded column, x = -inf, stays -inf.
 template <bool kTransform>
 struct Logit {
   float temperature, softcap;
   VecF operator()(VecF x) const {
     if constexpr (kTransform) {
-      if (softcap > 0.f) x = select(x == -kInf, x, softcap * tanh(x / softcap));
+      if (softcap > 0.f) x = select(x == -kInf, x, softcap * cap_tanh(x, softcap));
       if (temperature != 1.f) x = x / temperature;
     }
     return x;
@@ -31,7 +37,7 @@ struct Logit {
     VecF s = splat(1.f);
     if constexpr (kTransform) {
       if (softcap > 0.f) {
-        const VecF t = tanh(x / softcap);
+        const VecF t = cap_tanh(x, softcap);
         s = select(x == -kInf, s, 1.f - t * t);
       }
       s = s / temperature;
@@ -68,17 +74,22 @@ inline void accumulate(VecF z, float max, VecF& sum_exp, VecF& sum_zexp) {
 
 template <bool kEntropy, bool kTransform, class T>
 void add_columns(RowStats& row, const T* x, int64_t size, Logit<kTransform> logit) {
-  constexpr int kUnroll = 4, kStep = kUnroll * kLanes;
+  constexpr int kPairs = 2, kStep = kPairs * 2 * kLanes;
   for (int64_t start = 0; start < size; start += kSoftmaxBlock) {
     const T* p = x + start;
     const int64_t n = std::min(kSoftmaxBlock, size - start), whole = n / kStep * kStep;
-    VecF m[kUnroll] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
+    VecF m[2 * kPairs] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
     float cached[kTransform ? kSoftmaxBlock : 1];  // z of this block: tanh and / only once
     for (int64_t i = 0; i < whole; i += kStep)
-      for (int u = 0; u < kUnroll; ++u) {
-        const VecF z = logit(load(p + i + u * kLanes));
-        if constexpr (kTransform) store(cached + i + u * kLanes, z);
-        m[u] = vmax(z, m[u]);
+      for (int u = 0; u < kPairs; ++u) {
+        const int64_t at = i + u * 2 * kLanes;
+        VecPair z = load_pair(p + at);
+        if constexpr (kTransform) {
+          z = {logit(z.first), logit(z.second)};
+          store_pair(cached + at, z);
+        }
+        m[2 * u] = vmax(z.first, m[2 * u]);
+        m[2 * u + 1] = vmax(z.second, m[2 * u + 1]);
       }
     for (int64_t i = whole; i < n; i += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, n - i);
@@ -89,19 +100,21 @@ void add_columns(RowStats& row, const T* x, int64_t size, Logit<kTransform> logi
     const float block_max = max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
     const float top = std::max<float>(block_max, float(row.max));
     if (top == -kInf) continue;  // only excluded columns so far
-    VecF s[kUnroll] = {}, t[kUnroll] = {};
+    VecF s[2 * kPairs] = {}, t[2 * kPairs] = {};
     for (int64_t i = 0; i < whole; i += kStep)
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t at = i + u * kLanes;
-        VecF z;
+      for (int u = 0; u < kPairs; ++u) {
+        const int64_t at = i + u * 2 * kLanes;
+        VecPair z;
         if constexpr (kTransform) {
-          z = load(cached + at);
+          z = load_pair(cached + at);
         } else {
-          z = load(p + at);
+          z = load_pair(p + at);
         }
         // The next block travels while this one is computed. (A hint: past the end is harmless.)
-        __builtin_prefetch(reinterpret_cast<const char*>(p + at) + kSoftmaxBlock * sizeof(T));
-        accumulate<kEntropy>(z, top, s[u], t[u]);
+        for (size_t line = 0; line < 2 * kLanes * sizeof(T); line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(p + at + kSoftmaxBlock) + line);
+        accumulate<kEntropy>(z.first, top, s[2 * u], t[2 * u]);
+        accumulate<kEntropy>(z.second, top, s[2 * u + 1], t[2 * u + 1]);
       }
     for (int64_t i = whole; i < n; i += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, n - i);
@@ -126,25 +139,29 @@ struct RowGradient {
   Logit<kTransform> logit;
   float lse_high, lse_low;  // a double in two parts: a float's rounding would be an error of p
   float grad_sum, grad_entropy, entropy;
-  VecF operator()(VecF x) const {
+  // -d loss / dz without the gathered columns
+  VecF softmax_term(VecF x) const {
     const VecF log_p = (logit(x) - lse_high) - lse_low, p = exp(log_p);
     VecF g = splat(grad_sum);
     if constexpr (kEntropy) g = g + grad_entropy * select(p == 0.f, VecF{}, log_p + entropy);
-    return -p * g * logit.slope(x);
+    return p * g;
   }
+  VecF operator()(VecF x) const { return -softmax_term(x) * logit.slope(x); }
+  // The slope comes last: a vocabulary of one must give exactly 0.
   float gathered(float x, float grad) const {
-    return (*this)(splat(x))[0] + grad * logit.slope(splat(x))[0];
+    return ((grad - softmax_term(splat(x))) * logit.slope(splat(x)))[0];
   }
 };
 
 template <bool kEntropy, bool kTransform, class T>
 void write_gradient(const T* x, T* out, int64_t size, RowGradient<kEntropy, kTransform> gradient) {
-  constexpr int kUnroll = 4, kStep = kUnroll * kLanes;
+  constexpr int kPairs = 2, kStep = kPairs * 2 * kLanes;
   const int64_t whole = size / kStep * kStep;
   for (int64_t i = 0; i < whole; i += kStep)
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = i + u * kLanes;
-      store(out + at, gradient(load(x + at)));
+    for (int u = 0; u < kPairs; ++u) {
+      const int64_t at = i + u * 2 * kLanes;
+      const VecPair v = load_pair(x + at);
+      store_pair(out + at, {gradient(v.first), gradient(v.second)});
     }
   for (int64_t i = whole; i < size; i += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, size - i);

@@ -156,10 +156,11 @@ RowFunction backward_of(bool entropy, bool transform) {
 
 int64_t token_logprobs_fwd(const TokenLogprobs& a) {
   const bool transform = a.temperatures || a.temperature != 1 || a.softcap > 0;
-  const RowFunction forward = a.dtype == DType::f64    ? forward_row_double
-                              : a.dtype == DType::f32  ? forward_of<float>(a.return_entropy, transform)
-                              : a.dtype == DType::bf16 ? forward_of<BFloat16>(a.return_entropy, transform)
-                                                       : forward_of<Half>(a.return_entropy, transform);
+  const RowFunction forward =
+      a.dtype == DType::f64    ? forward_row_double
+      : a.dtype == DType::f32  ? forward_of<float>(a.return_entropy, transform)
+      : a.dtype == DType::bf16 ? forward_of<BFloat16>(a.return_entropy, transform)
+                               : forward_of<Half>(a.return_entropy, transform);
   std::atomic<int64_t> bad{-1};
   parallel_for(a.outer * a.inner, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

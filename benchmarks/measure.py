@@ -1,0 +1,93 @@
+"""Time and memory of a call, measured where a user would notice them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_LIBC = ctypes.CDLL(None)
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes that the process (or the GPU) needed at its peak beyond what it held before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _repeat(run: Callable[[], object], count: int) -> object:
+    result = None
+    for _ in range(count):
+        result = run()
+    return result
+
+
+def alternate(
+    runs: dict[str, Callable[[], object]], seconds: float, most: int = 200
+) -> dict[str, list[float]]:
+    """Times every function in turn, round after round, so that drift hits all of them alike.
+
+    Returns:
+        Milliseconds of every round, by name; at least 5 rounds, then as many as fit in `seconds`.
+    """
+    repeat = {}
+    for name, run in runs.items():  # short calls are repeated inside one measurement
+        run()
+        run()
+        repeat[name] = max(1, min(1000, int(0.002 / max(_timed(run), 1e-7))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    rounds = 0
+    while rounds < 5 or (rounds < most and time.perf_counter() - begin < seconds):
+        rounds += 1
+        for name, run in runs.items():
+            times[name].append(_timed(lambda r=run, c=repeat[name]: _repeat(r, c)) * 1e3)
+            times[name][-1] /= repeat[name]
+    return times
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """20th percentile, median, 80th percentile."""
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    return ordered[round(0.2 * last)], statistics.median(ordered), ordered[round(0.8 * last)]
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
+    """The median over rounds of one side's time divided by the other's in the same round."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))

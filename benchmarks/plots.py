@@ -1,0 +1,65 @@
+"""Two pictures of a benchmark run: how many times faster, and how much less memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {"eager": "#c44e52", "compiled": "#dd8452"}
+
+
+def _bars(rows: list[dict], value, title: str, label: str, path: Path) -> None:
+    cases = dict.fromkeys((r["operation"], r["shape"], r["dtype"], r["pass"]) for r in rows)
+    others = list(dict.fromkeys(r["variant"] for r in rows if r["variant"] != "fused"))
+    by_case = {(r["operation"], r["shape"], r["dtype"], r["pass"], r["variant"]): r for r in rows}
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.24 * len(cases) * max(1, len(others))))
+    names, position = [], 0.0
+    for case in cases:
+        fused = by_case.get((*case, "fused"))
+        middle = position + (len(others) - 1) / 2
+        for other in others:
+            row = by_case.get((*case, other))
+            number = value(row, fused) if row and fused else None
+            if number:
+                axis.barh(position, number, color=COLOURS.get(other, "#4c72b0"), height=0.9)
+                axis.text(number, position, f" {number:.1f}", va="center", fontsize=7)
+            position += 1
+        names.append((middle, f"{case[0]}\n{case[1]}, {case[2]}, {case[3]}"))
+        position += 0.8
+    axis.set_yticks([n[0] for n in names], [n[1] for n in names], fontsize=7)
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel(label)
+    axis.set_title(title, fontsize=10)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS.get(o, "#4c72b0")) for o in others]
+    axis.legend(handles, others, loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw(rows: list[dict], stem: Path) -> None:
+    """Writes STEM-speed.png (PyTorch on huge pages, its best) and STEM-memory.png."""
+    best = [r for r in rows if r["pages"] == "huge pages"] or rows
+    where = f"{rows[0]['machine']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}"
+
+    def speed(row: dict, fused: dict) -> float:
+        return float(row["fused_speedup"])
+
+    def memory(row: dict, fused: dict) -> float:
+        return max(float(row["extra_mib"]), 0.1) / max(float(fused["extra_mib"]), 0.1)
+
+    _bars(
+        best, speed, f"Time divided by the fused kernel's (PyTorch on huge pages)\n{where}",
+        "times as long as the fused kernel", stem.with_name(stem.name + "-speed.png"),
+    )  # fmt: skip
+    installed = [r for r in rows if r["pages"] == "installed"] or rows
+    _bars(
+        installed, memory, f"Peak extra memory divided by the fused kernel's\n{where}",
+        "times as much memory beyond inputs and results", stem.with_name(stem.name + "-memory.png"),
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The two tables of the README: operations x backends from the registry, speed from a CSV.
+
+python benchmarks/readme.py        rewrites them in README.md
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+from apt_kernels.registry import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "kernels-cpu.csv"
+
+
+def operations_table() -> str:
+    """One row an operation. Read from the sources, so it does not depend on what is built here."""
+    lines = [
+        "| operation | what it computes | C++ (CPU) | CUDA C++ | Triton | source |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def there(pattern: str) -> str:
+        return "yes" if (ROOT / pattern).exists() else "–"
+
+    for name, op in sorted(OPS.items()):
+        layers = (f"csrc/cpu/{name}.cpp", f"csrc/cuda/{name}.cu", f"apt_kernels/triton/{name}.py")
+        cells = " | ".join(there(layer) for layer in layers)
+        lines.append(f"| `{name}` | {op.summary} | {cells} | {op.source} |")
+    return "\n".join(lines)
+
+
+def measured_table(path: Path = RESULTS) -> str:
+    """Median milliseconds, and how many times as long the others take: installed / huge pages."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = dict.fromkeys((r["operation"], r["shape"], r["dtype"], r["pass"]) for r in rows)
+    cell = {
+        (r["operation"], r["shape"], r["dtype"], r["pass"], r["variant"], r["pages"]): r
+        for r in rows
+    }
+
+    def pair(key: tuple, variant: str, field: str) -> str:
+        values = [cell.get((*key, variant, pages)) for pages in ("installed", "huge pages")]
+        return " / ".join(v[field] if v else "–" for v in values)
+
+    lines = [
+        "| operation | shape, dtype, pass | fused ms | eager × | compiled × | extra MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in keys:
+        eager, compiled = (pair(key, v, "fused_speedup") for v in ("eager", "compiled"))
+        memory = [
+            cell.get((*key, v, "installed"), {}).get("extra_mib", "–") for v in ("fused", "eager")
+        ]
+        lines.append(
+            f"| `{key[0]}` | {key[1]}, {key[2]}, {key[3]} | {pair(key, 'fused', 'ms')} | {eager} | "
+            f"{compiled} | {', '.join(memory)} |"
+        )
+    first = rows[0]
+    lines += [
+        "",
+        f"{first['machine']}, {first['threads']} threads, torch {first['torch']}, commit "
+        f"{first['commit']}, {first['date']}; `{path.relative_to(ROOT)}`. Each pair is PyTorch as "
+        "installed / on huge pages (`THP_MEM_ALLOC_ENABLE=1`); × is the time divided by ours.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"operations": operations_table, "measured": measured_table}
+
+
+def marked(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: written by benchmarks/readme.py -->", f"<!-- end of {name} -->"
+
+
+def section(text: str, name: str) -> str:
+    """What stands between the marks of a table."""
+    begin, end = marked(name)
+    return text.split(begin, 1)[1].split(end, 1)[0].strip()
+
+
+def main() -> None:
+    text = README.read_text()
+    for name, table in TABLES.items():
+        begin, end = marked(name)
+        if begin not in text or end not in text:
+            sys.exit(f"{README}: expected the marks {begin} and {end}")
+        before, rest = text.split(begin, 1)
+        after = rest.split(end, 1)[1]
+        text = f"{before}{begin}\n{table()}\n{end}{after}"
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+// Cross-entropy of an output head with its gradients, formed in the forward pass.
+// Flops (M rows that count): 2 M D V for the loss, 2 M D V more for each gradient. The logits of a
+// chunk of rows stay until lse is known: at most a quarter of those of all rows, and 64 MiB.
+// Bytes: weight read twice and its gradient updated once a chunk. 16-bit weights: their gradient
+// needs all rows for a tile at a time, so the logits are computed again (8 M D V in all).
+// Parallel over the vocabulary. Accuracy: as token_logprobs; row losses are summed in double.
+#include "linear_cross_entropy.h"
+
+#include <atomic>
+#include <vector>
+
+#include "linear_gradients.h"
+#include "linear_statistics.h"
+
+namespace apt::APT_ISA {
+namespace {
+
+constexpr int64_t kLeastStored = int64_t{2} << 20, kMostStored = int64_t{64} << 20;
+
+// Rows of a chunk: the largest that the limits above allow, all chunks of nearly one size.
+template <class T, class A>
+int64_t chunk_rows(const Tiles<T, A>& tiles, int64_t count) {
+  const LinearHead& head = tiles.head;
+  const int64_t logits = head.vocab * int64_t(sizeof(A));
+  const int64_t row = logits + (tiles.workers + 1) * tiles.features * int64_t(sizeof(A));
+  const int64_t quarter = std::min(logits * count / 4, kMostStored);
+  const int64_t most = std::max<int64_t>(std::max(quarter, kLeastStored) / row, 1);
+  const int64_t chunks = (count + most - 1) / most;
+  return std::min((count + chunks - 1) / chunks, tiles.group_rows());
+}
+
+// Whether the label is the first of the largest logits, given that its z is the largest z. (The
+// soft cap may make equal z of different x: x decides.)
+template <class T, class A>
+bool first_largest(const Tiles<T, A>& tiles, const A* stored, int64_t size, int64_t row,
+                   int64_t label, A x) {
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    const int64_t width = tiles.width(tile), begin = tiles.begin(tile);
+    const A* other = stored + begin * size + row * width;
+    const int64_t before = std::clamp<int64_t>(label - begin, 0, width);
+    bool beaten = false;
+    for (int64_t v = 0; v < before; ++v) beaten |= other[v] >= x;
+    for (int64_t v = before; v < width; ++v) beaten |= other[v] > x;
+    if (beaten) return false;
+  }
+  return true;
+}
+
+template <class T, class A>
+class CrossEntropy {
+ public:
+  CrossEntropy(LinearCrossEntropy& a, const std::vector<int64_t>& rows)
+      : a_(a),
+        rows_(rows),
+        count_(int64_t(rows.size())),
+        tiles_(a.head),
+        functions_(row_functions<A>(false, a.head.softcap > 0)),
+        chunk_(chunk_rows(tiles_, count_)),
+        wanted_(a.head.grad_hidden || a.head.grad_weight || a.head.grad_bias),
+        again_(!Tiles<T, A>::kSame && (a.head.grad_weight || a.head.grad_bias)),
+        lse_(count_),
+        losses_(count_) {
+    const double total = a.normalizer ? *a.normalizer : double(count_);
+    coefficient_ = a.mean ? 1 / total : 1;
+  }
+
+  void run() {
+    const int64_t d = a_.head.features;
+    if (a_.head.grad_hidden)
+      for (int64_t row = 0, next = 0; row < a_.head.rows; ++row) {
+        if (next < count_ && rows_[next] == row)
+          ++next;
+        else
+          std::fill_n(static_cast<T*>(a_.head.grad_hidden) + row * d, d, T{});
+      }
+    Workspace<A> stored(chunk_ * a_.head.vocab), gathered;
+    HeadStatistics<T, A> statistics(tiles_, functions_, chunk_, false, a_.label_smoothing > 0);
+    HeadGradients<T, A> gradients(tiles_, functions_, again_ || !wanted_ ? 0 : chunk_);
+    for (int64_t start = 0; start < count_; start += chunk_) {
+      const int64_t size = std::min(chunk_, count_ - start);
+      const A* hidden = tiles_.gather(rows_.data() + start, size, gathered);
+      const auto terms = [&](int64_t i) { return row_terms(start + i); };
+      statistics.run(hidden, size, terms, stored.data());
+      finish_rows(statistics, stored.data(), start, size);
+      if (wanted_ && !again_)
+        gradients.run(rows_.data() + start, size, terms, stored.data(), start > 0);
+    }
+    if (again_) {
+      HeadGradients<T, A> all(tiles_, functions_, count_);
+      all.run(rows_.data(), count_, [&](int64_t i) { return row_terms(i); }, nullptr, false);
+    }
+    double loss = 0;
+    for (int64_t i = 0; i < count_; ++i) loss += losses_[i];
+    a_.loss = loss * coefficient_;
+    a_.correct = correct_;
+  }
+
+ private:
+  RowTerms row_terms(int64_t i) const {
+    RowTerms t{};
+    t.token = a_.labels[rows_[i]];
+    t.temperature = 1;
+    t.lse = lse_[i];
+    t.grad = -coefficient_;
+    t.pick = -coefficient_ * (1 - a_.label_smoothing);
+    t.uniform = -coefficient_ * a_.label_smoothing / double(a_.head.vocab);
+    return t;
+  }
+
+  void finish_rows(const HeadStatistics<T, A>& statistics, const A* stored, int64_t start,
+                   int64_t size) {
+    parallel_for(size, 4, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const RowStats stats = statistics.stats(i);
+        const A x = statistics.token_logit(i);
+        const double lse = stats.lse(), z = functions_.logit(x, 1, a_.head.softcap);
+        lse_[start + i] = lse;
+        double loss = lse - z;
+        if (const double s = a_.label_smoothing; s > 0)
+          loss = (1 - s) * loss + s * (lse - statistics.sum_logits(i) / double(a_.head.vocab));
+        losses_[start + i] = loss;
+        const int64_t label = a_.labels[rows_[start + i]];
+        if (z == stats.max && first_largest(tiles_, stored, size, i, label, x)) ++correct_;
+      }
+    });
+  }
+
+  LinearCrossEntropy& a_;
+  const std::vector<int64_t>& rows_;
+  int64_t count_;
+  Tiles<T, A> tiles_;
+  RowFunctions<A> functions_;
+  int64_t chunk_;
+  bool wanted_, again_;  // gradients; from logits that are computed again
+  double coefficient_;
+  std::vector<double> lse_, losses_;  // of rows_
+  std::atomic<int64_t> correct_{0};
+};
+
+template <class T, class A>
+void forward(LinearCrossEntropy& a, const std::vector<int64_t>& rows) {
+  a.loss = 0;
+  a.correct = 0;
+  if (rows.empty()) return zero_head_gradients(a.head);
+  CrossEntropy<T, A>(a, rows).run();
+}
+
+}  // namespace
+
+int64_t linear_cross_entropy_fwd(LinearCrossEntropy& a) {
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < a.head.rows; ++row) {
+    if (a.labels[row] == a.ignore_index) continue;
+    if (a.labels[row] < 0 || a.labels[row] >= a.head.vocab) return row;
+    rows.push_back(row);
+  }
+  const auto run = a.head.dtype == DType::f64    ? forward<double, double>
+                   : a.head.dtype == DType::f32  ? forward<float, float>
+                   : a.head.dtype == DType::bf16 ? forward<BFloat16, float>
+                                                 : forward<Half, float>;
+  run(a, rows);
+  return -1;
+}
+
+}  // namespace apt::APT_ISA

@@ -1,0 +1,127 @@
+// Softmax statistics of the rows of an output head, from tiles of logits that are kept or dropped.
+#pragma once
+#include "linear_tiles.h"
+
+namespace apt::APT_ISA {
+
+// One group of rows at a time. form_gradient: also the gradient of log p[token] by the hidden
+// state, z'[token] W[token] - sum_v p_v z'_v W_v, whose sum is carried relative to the row's
+// largest z so far, as attention carries its values: no second pass over the vocabulary.
+template <class T, class A>
+class HeadStatistics {
+ public:
+  HeadStatistics(const Tiles<T, A>& tiles, const RowFunctions<A>& functions, int64_t group,
+                 bool form_gradient, bool sum_logits)
+      : tiles_(tiles),
+        softcap_(tiles.head.softcap),
+        functions_(functions),
+        group_(group),
+        form_(form_gradient),
+        sum_(sum_logits),
+        tile_(tiles.workers * std::min(kRowBlock, group) * tiles.columns),
+        weight_(tiles.workers * tiles.weight_scratch()),
+        weighted_(form_gradient ? tiles.workers * group * tiles.features : 0),
+        stats_(tiles.workers * group),
+        sums_(tiles.workers * group),
+        tokens_(group) {}
+
+  // terms(i) gives token and temperature of row i of `hidden`; stored: where to keep the logits,
+  // [tile][row][column], or null.
+  template <class Terms>
+  void run(const A* hidden, int64_t size, const Terms& terms, A* stored) {
+    tiles_.each_worker([&](int64_t worker, int64_t begin, int64_t end) {
+      std::fill_n(stats_.data() + worker * group_, size, empty_row());
+      std::fill_n(sums_.data() + worker * group_, size, 0.0);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t width = tiles_.width(tile), d = tiles_.features;
+        const A* weight = tiles_.weight(tile, weight_.data() + worker * tiles_.weight_scratch());
+        for (int64_t row = 0; row < size; row += kRowBlock) {
+          const int64_t rows = std::min(kRowBlock, size - row);
+          A* x = stored ? stored + tiles_.begin(tile) * size + row * width
+                        : tile_.data() + worker * std::min(kRowBlock, group_) * tiles_.columns;
+          tiles_.logits(hidden + row * d, rows, weight, tile, x);
+          for (int64_t r = 0; r < rows; ++r)
+            use_row(worker, tile, row + r, terms(row + r), x + r * width, width);
+          if (form_)
+            multiply(matrix(weighted(worker, row), rows, d, d), matrix(x, rows, width, width),
+                     matrix(weight, width, d, d), tile == begin ? 0 : 1);
+        }
+      }
+    });
+  }
+
+  RowStats stats(int64_t row) const {
+    RowStats total = empty_row();
+    for (int64_t w = 0; w < tiles_.workers; ++w) merge(total, stats_.data()[w * group_ + row]);
+    return total;
+  }
+  double sum_logits(int64_t row) const {
+    double total = 0;
+    for (int64_t w = 0; w < tiles_.workers; ++w) total += sums_.data()[w * group_ + row];
+    return total;
+  }
+  A token_logit(int64_t row) const { return tokens_.data()[row]; }  // x, not z
+
+  // d log p[token] / d hidden of a row; `scratch` has room for it.
+  void write_gradient(int64_t row, const RowTerms& terms, A* scratch, T* out) const {
+    const int64_t d = tiles_.features;
+    const A scale = A(tiles_.head.logit_scale);
+    const RowStats total = stats(row);
+    const T* token = static_cast<const T*>(tiles_.head.weight) + terms.token * d;
+    // NaN, as log p is, where every column is excluded
+    const double one = total.max == -kInf ? total.max - total.max : 1.0;
+    const A at_token = A(one * functions_.slope(token_logit(row), terms.temperature, softcap_));
+    for (int64_t j = 0; j < d; ++j) scratch[j] = at_token * arithmetic_value(token[j]);
+    for (int64_t w = 0; w < tiles_.workers; ++w) {
+      const RowStats& part = stats_.data()[w * group_ + row];
+      if (part.max == -kInf) continue;
+      const A factor = A(std::exp(part.max - total.max) / total.sum_exp);
+      const A* sum = weighted(w, row);
+      for (int64_t j = 0; j < d; ++j) scratch[j] += factor * sum[j];
+    }
+    for (int64_t j = 0; j < d; ++j) scratch[j] *= scale;
+    from_arithmetic(scratch, out, d);
+  }
+
+ private:
+  void use_row(int64_t worker, int64_t tile, int64_t row, const RowTerms& terms, A* x,
+               int64_t width) {
+    RowStats& stats = stats_.data()[worker * group_ + row];
+    const double before = stats.max;
+    const int64_t picked = tiles_.picked(tile, terms.token);
+    if (picked >= 0) tokens_.data()[row] = x[picked];
+    functions_.add(stats, x, width, terms.temperature, softcap_);
+    if (sum_) sums_.data()[worker * group_ + row] += functions_.sum(x, width, softcap_);
+    if (!form_) return;
+    if (stats.max == -kInf) {
+      std::fill_n(x, width, A(0));
+      return;
+    }
+    if (before != stats.max && before != -kInf) {
+      const A scale = A(std::exp(before - stats.max));
+      A* sum = weighted(worker, row);
+      for (int64_t j = 0; j < tiles_.features; ++j) sum[j] *= scale;
+    }
+    RowTerms relative = terms;  // -e^(z - max) z'
+    relative.lse = stats.max;
+    relative.grad = 1;
+    relative.uniform = relative.pick = 0;
+    functions_.write_gradient(x, width, relative, softcap_, -1);
+  }
+
+  A* weighted(int64_t worker, int64_t row) const {
+    return weighted_.data() + (worker * group_ + row) * tiles_.features;
+  }
+
+  const Tiles<T, A>& tiles_;
+  double softcap_;
+  RowFunctions<A> functions_;
+  int64_t group_;
+  bool form_, sum_;
+  Workspace<A> tile_, weight_, weighted_;
+  Workspace<RowStats> stats_;  // [workers, group]
+  Workspace<double> sums_;     // [workers, group]
+  Workspace<A> tokens_;        // [group]
+};
+
+}  // namespace apt::APT_ISA

@@ -1,0 +1,92 @@
+// Losses of preference pairs: a function of two numbers a pair, its gradients and its sum.
+#pragma once
+#include <algorithm>
+#include <memory>
+
+#include "logistic.h"
+#include "pair_outputs.h"
+#include "parallel.h"
+
+namespace apt::APT_ISA {
+
+// What is computed with: vectors of float for every input type but float64.
+template <class T>
+using ScalarOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class S>
+using VectorOf = std::conditional_t<std::is_same_v<S, double>, double, VecF>;
+template <class S>
+constexpr int kWidth = std::is_same_v<S, double> ? 1 : kLanes;
+
+// The next vector of `count` numbers that are left; lanes beyond them hold -1.
+template <class T>
+VecF take(const T* p, int64_t count) {
+  return count >= kLanes ? load(p) : load_partial(p, count, -1.f);
+}
+inline double take(const double* p, int64_t) { return *p; }
+inline void put(float* p, int64_t count, VecF v) {
+  if (count >= kLanes) {
+    store(p, v);
+  } else {
+    store_partial(p, count, v);
+  }
+}
+inline void put(double* p, int64_t, double v) { *p = v; }
+
+// Adds the lanes that count, in double: the error does not grow with the number of pairs.
+inline void add(double* sums, int64_t count, VecF v) {
+  for (int i = 0; i < kLanes; ++i) sums[i] += i < count ? v[i] : 0.f;
+}
+inline void add(double* sums, int64_t, double v) { *sums += v; }
+
+template <class V>
+struct PairResult {
+  V loss, grad_chosen, grad_rejected;
+};
+
+constexpr int64_t kPairBlock = 1024;  // what a block reads and computes stays in the L1 cache
+constexpr int64_t kGrain = 16;        // blocks worth waking a thread for: 20 us
+
+// read(begin, count, a, b) gives the two numbers of each pair of a block, formula(a, b) the loss.
+// One pass; threads over blocks. The order of the sum depends on the number of pairs alone (and on
+// the width of a vector), not on the threads.
+template <class S, class Read, class Formula>
+void pair_losses(const PairOutputs& out, const Read& read, const Formula& formula) {
+  constexpr int kStep = kWidth<S>;
+  const int64_t blocks = (out.pairs + kPairBlock - 1) / kPairBlock;
+  const bool reduced = out.reduction != Reduction::none;
+  const double scale = out.reduction == Reduction::mean ? 1.0 / std::max<int64_t>(out.pairs, 1) : 1;
+  S* const losses = static_cast<S*>(out.loss);
+  S* const grads = static_cast<S*>(out.grads);
+  const std::unique_ptr<double[]> totals(new double[blocks]());
+  const auto run = [&](int64_t first, int64_t last) {
+    S a[kPairBlock], b[kPairBlock];
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * kPairBlock, count = std::min(kPairBlock, out.pairs - begin);
+      read(begin, count, a, b);
+      double sums[kStep] = {};
+      for (int64_t i = 0; i < count; i += kStep) {
+        const int64_t at = begin + i, left = count - i;
+        const auto result = formula(take(a + i, kStep), take(b + i, kStep));
+        if (reduced) {
+          add(sums, left, result.loss);
+        } else {
+          put(losses + at, left, result.loss);
+        }
+        put(grads + at, left, result.grad_chosen * S(scale));
+        put(grads + out.pairs + at, left, result.grad_rejected * S(scale));
+      }
+      for (const double sum : sums) totals[block] += sum;
+    }
+  };
+  if (blocks <= kGrain) {
+    run(0, blocks);
+  } else {
+    parallel_for(blocks, kGrain, run);
+  }
+  if (!reduced) return;
+  double total = 0;
+  for (int64_t block = 0; block < blocks; ++block) total += totals[block];
+  *losses = S(total * scale);
+}
+
+}  // namespace apt::APT_ISA

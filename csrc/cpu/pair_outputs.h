@@ -1,0 +1,17 @@
+// What the bindings and the kernels of losses of preference pairs share.
+#pragma once
+#include <cstdint>
+
+namespace apt {
+
+enum class Reduction { none, mean, sum };
+
+// Where the results go: float, or double for float64 inputs.
+struct PairOutputs {
+  int64_t pairs;
+  Reduction reduction;
+  void* loss;   // [pairs] for none, else one number
+  void* grads;  // [2, pairs]: d loss / d chosen, d loss / d rejected
+};
+
+}  // namespace apt

@@ -1,0 +1,37 @@
+"""The registry's samples once more on the backends that need a process of their own.
+
+The instruction sets below the processor's best, Triton's kernels under its interpreter, and the
+CUDA sources under the emulation of tests/gpu: each is chosen by environment variables that are
+read when modules are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import apt_kernels
+
+RUNS = {
+    "avx2": {"APT_KERNELS_ISA": "avx2", "APT_TEST_BACKEND": "native"},
+    "baseline": {"APT_KERNELS_ISA": "baseline", "APT_TEST_BACKEND": "native"},
+    "triton": {"TRITON_INTERPRET": "1", "APT_TEST_BACKEND": "triton"},
+    "cuda_emulation": {"APT_TEST_CUDA_EMULATION": "1", "APT_TEST_BACKEND": "cuda_emulation"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_registry_samples(name):
+    if name in ("avx2", "baseline") and "avx" not in apt_kernels.backends()["native"]:
+        pytest.skip("this processor has one instruction set only")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [str(Path(__file__).with_name("test_ops.py")), "-k", "values_and_gradients"]
+    run = subprocess.run(command, env={**os.environ, **RUNS[name]}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed.group(1)) >= 50, run.stdout[-500:]

@@ -1,0 +1,69 @@
+"""The choice of a backend, and installations that lack some of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import apt_kernels
+
+X, IDS = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)
+
+
+def test_backends_tells_what_is_there():
+    facts = apt_kernels.backends()
+    assert set(facts) == {"native", "cuda", "triton", "operations"}
+    for devices in facts["operations"].values():
+        assert devices["cpu"][-1] in ("reference", "triton", "cuda_emulation")
+        assert "reference" in devices["cuda"]
+
+
+def test_asking_for_a_backend_that_is_not_there_lists_those_that_are():
+    with pytest.raises(ValueError, match=r"backend: expected one of \[.*'reference'.*got 'magic'"):
+        apt_kernels.token_logprobs(X, IDS, backend="magic")
+
+
+def test_a_device_without_kernels_uses_the_reference():
+    x = X.to("meta")
+    assert apt_kernels.token_logprobs(x, IDS.to("meta")).shape == (2, 3)
+
+
+def _python(code: str, **environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_without_extension_and_triton_everything_runs_in_pure_pytorch():
+    out = _python(
+        "import sys\n"
+        "sys.modules['apt_kernels._C'] = None\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, apt_kernels\n"
+        "x = torch.randn(2, 3, 8, requires_grad=True)\n"
+        "apt_kernels.token_logprobs(x, torch.zeros(2, 3, dtype=torch.long)).sum().backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+        "facts = apt_kernels.backends()\n"
+        "print(facts['native'], facts['operations']['token_logprobs']['cpu'])\n"
+    )
+    assert out.startswith("absent: not built")
+    assert out.rstrip().endswith("['reference']")
+
+
+@pytest.mark.parametrize("asked, got", [("baseline", "baseline"), ("avx2", "avx2")])
+def test_the_instruction_set_can_be_lowered(asked, got):
+    if "avx" not in apt_kernels.backends()["native"]:
+        pytest.skip("this processor has one instruction set only")
+    out = _python(
+        "import apt_kernels; print(apt_kernels.backends()['native'])", APT_KERNELS_ISA=asked
+    )
+    assert out.rstrip().endswith(got)
