@@ -44,13 +44,14 @@ void for_positives(const Similarity& s, const Tile<A>& tile, const Body& body) {
 template <class A, class Body>
 void for_own_positives(const InfoNCE& a, const A* row_inverse, const Body& body) {
   const int64_t width = a.own.width;
-  const Buffer<A> own_inverse = inverse_norms<A>(a.own, a.similarity.normalize);
+  Workspace<A> own_inverse(a.own.count);
+  inverse_norms(a.own, a.similarity.normalize, own_inverse.data());
   parallel_for(a.own.count, kRowGrain, [&](int64_t begin, int64_t end) {
-    Buffer<A> query(width), key(width);
+    Workspace<A> query(width), key(width);
     for (int64_t i = begin; i < end; ++i) {
-      load_rows(a.similarity.rows, i, 1, row_inverse, query.get());
-      load_rows(a.own, i, 1, own_inverse.get(), key.get());
-      body(i, query.get(), key.get());
+      load_rows(a.similarity.rows, i, 1, row_inverse, query.data());
+      load_rows(a.own, i, 1, own_inverse.data(), key.data());
+      body(i, query.data(), key.data());
     }
   });
 }
@@ -148,8 +149,9 @@ void backward(const InfoNCE& a) {
   grad_rows.finish(norms.rows(), s.normalize, s.scale);
   grad_columns.finish(norms.columns(), s.normalize, s.scale);
   if (grad_own) {
-    const Buffer<A> own_inverse = inverse_norms<A>(a.own, s.normalize);
-    grad_own.finish(own_inverse.get(), s.normalize, s.scale);
+    Workspace<A> own_inverse(a.own.count);
+    inverse_norms(a.own, s.normalize, own_inverse.data());
+    grad_own.finish(own_inverse.data(), s.normalize, s.scale);
   }
 }
 

@@ -10,32 +10,6 @@
 namespace apt::APT_ISA {
 namespace {
 
-// log(1 + y) for y in [0, 1] within 2 ulp: 2 atanh(t) with t = y / (2 + y) <= 1/3, by its series,
-// whose first term left out is under 1e-8 of the sum.
-inline VecF log1p_unit(VecF y) {
-  const VecF t = y / (2.f + y), s = t * t;
-  VecF poly = splat(1.f / 15);
-  poly = poly * s + 1.f / 13;
-  poly = poly * s + 1.f / 11;
-  poly = poly * s + 1.f / 9;
-  poly = poly * s + 1.f / 7;
-  poly = poly * s + 1.f / 5;
-  poly = poly * s + 1.f / 3;
-  return 2.f * (t + t * (s * poly));
-}
-inline double log1p_unit(double y) { return std::log1p(y); }
-
-// log(1 + e^x) and its derivative, the sigmoid; both 0 for -inf.
-template <class V>
-struct SoftPlus {
-  V value, sigmoid;
-  explicit SoftPlus(V x) {
-    const V e = exp(x < 0 ? x : -x), positive = vmax(x, V{});
-    value = positive + log1p_unit(e);
-    sigmoid = (x < 0 ? e : e * 0 + 1) / (1 + e);
-  }
-};
-
 template <class A>
 struct RowSums {
   std::vector<A> best, positive;  // the largest d but the positive's; the positive's
@@ -51,12 +25,12 @@ void add_tile(const Tile<A>& t, A scale, A bias, RowSums<A>& rows) {
     V best = V{} - A(kInf), loss{}, slope{}, bias_slope{};
     for (int64_t c = 0; c < t.columns; c += Lanes<A>::kCount) {
       const V d = load(t[r] + c);
-      const SoftPlus<V> s(d * scale + bias);
+      const Logistic<V> s = logistic(d * scale + bias);
       best = vmax(d, best);
-      loss += s.value;
+      loss -= s.log_wrong;
       if constexpr (kSlopes) {
-        slope += select(s.sigmoid == A(0), V{}, s.sigmoid * d);
-        bias_slope += s.sigmoid;
+        slope += select(s.right == A(0), V{}, s.right * d);
+        bias_slope += s.right;
       }
     }
     const int64_t i = t.row + r;
@@ -82,12 +56,12 @@ void forward(const SigLIP& a) {
   });
   for (int64_t i = 0; i < s.rows.count; ++i) {
     const double d = rows.positive[i];
-    const SoftPlus<double> wrong(-(d * s.scale + a.logit_bias));
-    static_cast<A*>(a.losses)[i] = A(rows.loss[i] + wrong.value);
+    const Logistic<double> own = logistic(d * s.scale + a.logit_bias);
+    static_cast<A*>(a.losses)[i] = A(rows.loss[i] - own.log_right);
     static_cast<A*>(a.right)[i] = rows.positive[i] > rows.best[i];
     if (a.need_slopes) {
-      static_cast<A*>(a.slopes)[i] = A(rows.slope[i] - wrong.sigmoid * d);
-      static_cast<A*>(a.bias_slopes)[i] = A(rows.bias_slope[i] - wrong.sigmoid);
+      static_cast<A*>(a.slopes)[i] = A(rows.slope[i] - own.wrong * d);
+      static_cast<A*>(a.bias_slopes)[i] = A(rows.bias_slope[i] - own.wrong);
     }
   }
 }
@@ -102,15 +76,15 @@ void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w) {
   A* columns = w.array(0);
   for (int64_t c = 0; c < w.stride; ++c)
     columns[c] = column_weights && c < t.columns ? column_weights[t.column + c] : A(0);
-  t.along(a.similarity.label_offset, [&](int64_t i, int64_t j, A& d) {  // -sigmoid(-x), see below
+  t.along(a.similarity.label_offset, [&](int64_t i, int64_t j, A& d) {  // d is about to go
     const A weight = (row_weights ? row_weights[i] : A(0)) + columns[j - t.column];
-    w.array(1)[i - t.row] = A(-weight * SoftPlus<double>(-(double(d) * scale + bias)).sigmoid);
+    w.array(1)[i - t.row] = A(-weight * logistic(double(d) * scale + bias).wrong);
   });
   for (int64_t r = 0; r < t.rows; ++r) {
     const A row = row_weights ? row_weights[t.row + r] : A(0);
     for (int64_t c = 0; c < t.columns; c += Lanes<A>::kCount) {
-      const SoftPlus<V> s(load(t[r] + c) * scale + bias);
-      store(t[r] + c, (row + load(columns + c)) * s.sigmoid);
+      const V right = logistic(load(t[r] + c) * scale + bias).right;
+      store(t[r] + c, (row + load(columns + c)) * right);
     }
   }
   t.along(a.similarity.label_offset,

@@ -2,13 +2,11 @@
 // through the normalisation. One code for float vectors and for double, a lane at a time.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
-#include <new>
-#include <utility>
 
+#include "logistic.h"
 #include "parallel.h"
-#include "simd.h"
 #include "similarity.h"
+#include "workspace.h"
 
 namespace apt::APT_ISA {
 
@@ -26,9 +24,7 @@ struct Lanes<double> {
 };
 inline double load(const double* p) { return *p; }
 inline void store(double* p, double v) { *p = v; }
-inline double exp(double x) { return std::exp(x); }
 inline double vmax(double a, double b) { return a > b ? a : b; }
-inline double select(bool condition, double a, double b) { return condition ? a : b; }
 inline double sum(double v) { return v; }
 inline double max(double v) { return v; }
 inline double to_float(double x) { return x; }
@@ -39,29 +35,6 @@ inline void from_float(float x, double* out) { *out = x; }
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-
-// Memory without initial values, on cache lines.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size = 0)
-      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T) + 1, 64)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() { std::free(data_); }
-  T* get() { return data_; }
-  const T* get() const { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  const T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  T* data_;
-};
 
 // Calls body(T*) with a null pointer of the element type.
 template <class Body>
@@ -134,25 +107,23 @@ constexpr double kSmallestSquaredNorm = 1e-24;
 
 // 1/|x| of every row, 0 for a row without a direction; all 1 if not normalised.
 template <class A>
-Buffer<A> inverse_norms(const Rows& rows, bool normalize) {
-  Buffer<A> inverse(rows.count);
+void inverse_norms(const Rows& rows, bool normalize, A* out) {
   if (!normalize) {
-    std::fill_n(inverse.get(), rows.count, A(1));
-    return inverse;
+    std::fill_n(out, rows.count, A(1));
+    return;
   }
   parallel_for(rows.count, kRowGrain, [&](int64_t begin, int64_t end) {
-    Buffer<A> x(kRowsTogether * rows.width);
+    Workspace<A> x(kRowsTogether * rows.width);
     for (int64_t row = begin; row < end; row += kRowsTogether) {
       const int64_t count = std::min(kRowsTogether, end - row);
-      load_rows<A>(rows, row, count, nullptr, x.get());
+      load_rows<A>(rows, row, count, nullptr, x.data());
       for (int64_t r = 0; r < count; ++r) {
-        const A* p = x.get() + r * rows.width;
+        const A* p = x.data() + r * rows.width;
         const double squared = dot(p, p, rows.width);
-        inverse[row + r] = squared > kSmallestSquaredNorm ? A(1 / std::sqrt(squared)) : A(0);
+        out[row + r] = squared > kSmallestSquaredNorm ? A(1 / std::sqrt(squared)) : A(0);
       }
     }
   });
-  return inverse;
 }
 
 // The gradient of one side: sums over tiles of coefficient * unit row, in the memory of the result
@@ -165,8 +136,8 @@ class Gradient {
         out_(out),
         in_place_(rows.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32)) {
     if (out == nullptr) return;
-    if (!in_place_) own_ = Buffer<A>(rows.count * rows.width);
-    sums_ = in_place_ ? static_cast<A*>(out) : own_.get();
+    if (!in_place_) own_.allocate(rows.count * rows.width);
+    sums_ = in_place_ ? static_cast<A*>(out) : own_.data();
     parallel_for(rows.count, kRowGrain, [&](int64_t begin, int64_t end) {
       std::fill_n(row(begin), (end - begin) * rows_.width, A(0));
     });
@@ -178,17 +149,17 @@ class Gradient {
   void finish(const A* inverse, bool normalize, double scale) {
     if (sums_ == nullptr) return;
     parallel_for(rows_.count, kRowGrain, [&](int64_t begin, int64_t end) {
-      Buffer<A> unit(rows_.width);
+      Workspace<A> unit(rows_.width);
       for (int64_t i = begin; i < end; ++i) {
         A along = 0, factor = A(scale);
         if (normalize) {
-          load_rows(rows_, i, 1, inverse, unit.get());
-          along = A(dot(row(i), unit.get(), rows_.width));
+          load_rows(rows_, i, 1, inverse, unit.data());
+          along = A(dot(row(i), unit.data(), rows_.width));
           factor = A(scale * inverse[i]);
         }
         if (factor == 0) std::fill_n(row(i), rows_.width, A(0));  // no direction, no gradient
         if (normalize && factor != 0) {
-          for (int64_t c = 0; c < rows_.width; ++c) row(i)[c] = row(i)[c] - along * unit[c];
+          for (int64_t c = 0; c < rows_.width; ++c) row(i)[c] = row(i)[c] - along * unit.data()[c];
         }
         store_row(i, factor);
       }
@@ -207,7 +178,7 @@ class Gradient {
   Rows rows_;
   void* out_;
   bool in_place_;
-  Buffer<A> own_;
+  Workspace<A> own_;
   A* sums_ = nullptr;
 };
 

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "blas.h"
-#include "brgemm.h"
 #include "similarity_rows.h"
 
 namespace apt::APT_ISA {
@@ -83,14 +82,14 @@ struct UnitProducts {
   using Scalar = A;
   static constexpr DType kType = sizeof(A) == 8 ? DType::f64 : DType::f32;
   struct Block {
-    Buffer<A> unit;
+    Workspace<A> unit;
     int64_t width;
     Block(int64_t longest, int64_t w) : unit(longest * w), width(w) {}
     void load(const Rows& rows, int64_t first, int64_t n, const A* inverse) {
-      load_rows(rows, first, n, inverse, unit.get());
+      load_rows(rows, first, n, inverse, unit.data());
     }
     Matrix part(int64_t begin, int64_t size) const {
-      return {const_cast<A*>(unit.get()) + begin * width, kType, size, width, width, 1};
+      return {const_cast<A*>(unit.data()) + begin * width, kType, size, width, width, 1};
     }
   };
   struct Scratch {
@@ -119,7 +118,7 @@ struct Worker {
   int64_t stride, length;
   typename P::Block left, right;
   typename P::Scratch scratch;
-  Buffer<A> tile, arrays;
+  Workspace<A> tile, arrays;
   Worker(int64_t rows, int64_t columns, int64_t width)
       : stride(round_up(std::min(columns, kSquare), Lanes<A>::kCount)),
         length(std::max(stride, round_up(std::min(rows, kSquare), Lanes<A>::kCount))),
@@ -128,7 +127,7 @@ struct Worker {
         scratch(length),
         tile(length * stride),
         arrays(kArrays * length) {}
-  A* array(int64_t k) { return arrays.get() + k * length; }
+  A* array(int64_t k) { return arrays.data() + k * length; }
 };
 
 // 1/|x| of the rows and of the columns.
@@ -136,14 +135,15 @@ template <class A>
 class Norms {
  public:
   explicit Norms(const Similarity& s)
-      : rows_(inverse_norms<A>(s.rows, s.normalize)), triangle_(s.triangle) {
-    if (!triangle_) columns_ = inverse_norms<A>(s.columns, s.normalize);
+      : rows_(s.rows.count), columns_(s.triangle ? 0 : s.columns.count), triangle_(s.triangle) {
+    inverse_norms(s.rows, s.normalize, rows_.data());
+    if (!triangle_) inverse_norms(s.columns, s.normalize, columns_.data());
   }
-  const A* rows() const { return rows_.get(); }
-  const A* columns() const { return triangle_ ? rows_.get() : columns_.get(); }
+  const A* rows() const { return rows_.data(); }
+  const A* columns() const { return triangle_ ? rows_.data() : columns_.data(); }
 
  private:
-  Buffer<A> rows_, columns_;
+  Workspace<A> rows_, columns_;
   bool triangle_;
 };
 
@@ -161,7 +161,7 @@ void for_each_product(const Similarity& s, const Norms<A>& norms, const Body& bo
     const Blocks down(rows.length(i), 1, kSquare), across(columns.length(j), 1, kSquare);
     for (int64_t r = 0; r < down.count; ++r)
       for (int64_t c = s.triangle && i == j ? r : 0; c < across.count; ++c) {
-        const Tile<A> tile{w.tile.get(),
+        const Tile<A> tile{w.tile.data(),
                            w.stride,
                            rows.begin(i) + down.begin(r),
                            down.length(r),
