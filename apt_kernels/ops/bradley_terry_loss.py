@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
 from ..reference.numerics import accumulate_dtype
+from .once import differentiable_once
 
 dispatch.register("bradley_terry_loss", "bradley_terry_loss_fwd")
 
@@ -121,10 +121,13 @@ class _BradleyTerryLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss):
         (grads,) = ctx.saved_tensors
-        grad_chosen, grad_rejected = (grads * grad_loss).to(ctx.dtype).unbind()
+        grads = grads * grad_loss
+        if grads.dtype != ctx.dtype:
+            grads = grads.to(ctx.dtype)
+        grad_chosen, grad_rejected = grads.unbind()
         return grad_chosen, grad_rejected, None, None, None, None, None
 
 

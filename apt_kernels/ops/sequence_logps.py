@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
+from .once import differentiable_once
 
 dispatch.register("sequence_logps", "sequence_logps_fwd", "sequence_logps_bwd")
 
@@ -53,7 +53,7 @@ class _SequenceLogps(torch.autograd.Function):
         return dispatch.kernel("sequence_logps_fwd", backend)(logps, mask, average)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         average, backend, dtype = ctx.options

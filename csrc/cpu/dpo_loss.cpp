@@ -166,7 +166,7 @@ void run(const DpoLoss& a, ReadRatios<S> read) {
   using V = VectorOf<S>;
   pair_losses<S>(
       a.out, [&](int64_t begin, int64_t count, S* c, S* r) { read(a, begin, count, c, r); },
-      [&](V c, V r) { return dpo_pair<kType>(c, r, k); });
+      [k](V c, V r) { return dpo_pair<kType>(c, r, k); });
 }
 
 template <class S, int... kTypes>

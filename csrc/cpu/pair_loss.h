@@ -32,11 +32,33 @@ inline void put(float* p, int64_t count, VecF v) {
 }
 inline void put(double* p, int64_t, double v) { *p = v; }
 
-// Adds the lanes that count, in double: the error does not grow with the number of pairs.
-inline void add(double* sums, int64_t count, VecF v) {
-  for (int i = 0; i < kLanes; ++i) sums[i] += i < count ? v[i] : 0.f;
+// A sum of vectors with the rounding errors of its additions (Kahan): equal losses, as at the first
+// step of training, would round the same way every time.
+template <class V>
+struct CompensatedSum {
+  V sum{}, error{};
+  void add(V x) {
+    const V corrected = x - error, next = sum + corrected;
+    error = (next - sum) - corrected;
+    sum = next;
+  }
+};
+inline double total(const CompensatedSum<double>& s) { return s.sum - s.error; }
+inline double total(const CompensatedSum<VecF>& s) {
+  float sums[kLanes], errors[kLanes];
+  store(sums, s.sum);
+  store(errors, s.error);
+  double all = 0;
+  for (int i = 0; i < kLanes; ++i) all += double(sums[i]) - double(errors[i]);
+  return all;
 }
-inline void add(double* sums, int64_t, double v) { *sums += v; }
+// The first `count` lanes, 0 in the others.
+inline double first_lanes(double x, int64_t) { return x; }
+inline VecF first_lanes(VecF x, int64_t count) {
+  float lanes[kLanes];
+  store(lanes, x);
+  return load_partial(lanes, count, 0.f);
+}
 
 template <class V>
 struct PairResult {
@@ -60,22 +82,27 @@ void pair_losses(const PairOutputs& out, const Read& read, const Formula& formul
   const std::unique_ptr<double[]> totals(new double[blocks]());
   const auto run = [&](int64_t first, int64_t last) {
     S a[kPairBlock], b[kPairBlock];
+    const auto loss_of = formula;  // a copy: what it holds stays in registers
+    const S factor(scale);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * kPairBlock, count = std::min(kPairBlock, out.pairs - begin);
       read(begin, count, a, b);
-      double sums[kStep] = {};
+      S* const loss = losses + begin;
+      S* const grad_chosen = grads + begin;
+      S* const grad_rejected = grads + out.pairs + begin;
+      CompensatedSum<VectorOf<S>> sum;
       for (int64_t i = 0; i < count; i += kStep) {
-        const int64_t at = begin + i, left = count - i;
-        const auto result = formula(take(a + i, kStep), take(b + i, kStep));
+        const int64_t left = count - i;
+        const auto result = loss_of(take(a + i, kStep), take(b + i, kStep));
         if (reduced) {
-          add(sums, left, result.loss);
+          sum.add(left >= kStep ? result.loss : first_lanes(result.loss, left));
         } else {
-          put(losses + at, left, result.loss);
+          put(loss + i, left, result.loss);
         }
-        put(grads + at, left, result.grad_chosen * S(scale));
-        put(grads + out.pairs + at, left, result.grad_rejected * S(scale));
+        put(grad_chosen + i, left, result.grad_chosen * factor);
+        put(grad_rejected + i, left, result.grad_rejected * factor);
       }
-      for (const double sum : sums) totals[block] += sum;
+      totals[block] = total(sum);
     }
   };
   if (blocks <= kGrain) {
@@ -84,9 +111,9 @@ void pair_losses(const PairOutputs& out, const Read& read, const Formula& formul
     parallel_for(blocks, kGrain, run);
   }
   if (!reduced) return;
-  double total = 0;
-  for (int64_t block = 0; block < blocks; ++block) total += totals[block];
-  *losses = S(total * scale);
+  double all = 0;
+  for (int64_t block = 0; block < blocks; ++block) all += totals[block];
+  *losses = S(all * scale);
 }
 
 }  // namespace apt::APT_ISA

@@ -1,7 +1,7 @@
 // Sums (or means) of the log-probabilities of a sequence where the mask counts.
 // Passes: one; two over the mask for the gradient of a mean. Bytes: the log-probabilities and the
 // mask read, or the mask read and the gradient written. Parallel over rows.
-// Accuracy: summed in double.
+// Accuracy: 8 floats a lane, then double.
 #include "sequence_logps.h"
 
 #include <algorithm>
@@ -18,11 +18,41 @@ int64_t rows_of_grain(const SequenceLogps& a) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(a.length, 1));
 }
 
-int64_t tokens(const bool* mask, int64_t length) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < length; ++i) count += mask[i];
-  return std::max<int64_t>(count, 1);
+// -1 where the mask counts.
+VecI load_mask(const bool* p) {
+  using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+  Bytes raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return __builtin_convertvector(raw, VecI) != 0;
 }
+
+struct MaskedSum {
+  double sum = 0;
+  int64_t tokens = 0;
+  double mean() const { return sum / double(std::max<int64_t>(tokens, 1)); }
+};
+
+// Floats are summed in vectors over a block, and go on in double.
+constexpr int64_t kBlock = 16 * kLanes;
+
+template <class T>
+int64_t add_blocks(MaskedSum& row, const T* x, const bool* mask, int64_t length) {
+  int64_t i = 0;
+  for (; i + kBlock <= length; i += kBlock) {
+    VecF sums[2] = {};
+    VecI tokens{};
+    for (int64_t j = 0; j < kBlock; j += 2 * kLanes)
+      for (int u = 0; u < 2; ++u) {
+        const VecI counts = load_mask(mask + i + j + u * kLanes);
+        sums[u] += select(counts, load(x + i + j + u * kLanes), VecF{});
+        tokens -= counts;
+      }
+    row.sum += sum(sums[0]) + double(sum(sums[1]));
+    for (int lane = 0; lane < kLanes; ++lane) row.tokens += tokens[lane];
+  }
+  return i;
+}
+int64_t add_blocks(MaskedSum&, const double*, const bool*, int64_t) { return 0; }
 
 double to_number(double x) { return x; }
 template <class T>
@@ -30,20 +60,31 @@ float to_number(T x) {
   return to_float(x);
 }
 
-// Independent partial sums, which the compiler keeps in vectors.
-constexpr int kPartials = 16;
-
 template <class T>
-double masked_sum(const T* x, int64_t stride, const bool* mask, int64_t length) {
-  double sums[kPartials] = {}, total = 0;
-  int64_t i = 0;
-  if (stride == 1) {
-    for (; i + kPartials <= length; i += kPartials)
-      for (int j = 0; j < kPartials; ++j) sums[j] += mask[i + j] ? to_number(x[i + j]) : 0;
+MaskedSum masked_sum(const T* x, int64_t stride, const bool* mask, int64_t length) {
+  MaskedSum row;
+  int64_t i = stride == 1 ? add_blocks(row, x, mask, length) : 0;
+  for (; i < length; ++i) {
+    if (mask[i]) row.sum += to_number(x[i * stride]);
+    row.tokens += mask[i];
   }
-  for (; i < length; ++i) total += mask[i] ? to_number(x[i * stride]) : 0;
-  for (const double sum : sums) total += sum;
-  return total;
+  return row;
+}
+
+void spread(float grad, const bool* mask, int64_t length, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes)
+    store(out + i, select(load_mask(mask + i), splat(grad), VecF{}));
+  for (; i < length; ++i) out[i] = mask[i] ? grad : 0.f;
+}
+void spread(double grad, const bool* mask, int64_t length, double* out) {
+  for (int64_t i = 0; i < length; ++i) out[i] = mask[i] ? grad : 0;
+}
+
+int64_t tokens(const bool* mask, int64_t length) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < length; ++i) count += mask[i];
+  return std::max<int64_t>(count, 1);
 }
 
 template <class T, class S>
@@ -51,9 +92,9 @@ void forward(const SequenceLogps& a) {
   parallel_for(a.rows, rows_of_grain(a), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const bool* mask = a.mask + row * a.length;
-      const double sum = masked_sum(static_cast<const T*>(a.logps) + row * a.row_stride,
-                                    a.column_stride, mask, a.length);
-      static_cast<S*>(a.sums)[row] = S(a.average ? sum / tokens(mask, a.length) : sum);
+      const MaskedSum sum = masked_sum(static_cast<const T*>(a.logps) + row * a.row_stride,
+                                       a.column_stride, mask, a.length);
+      static_cast<S*>(a.sums)[row] = S(a.average ? sum.mean() : sum.sum);
     }
   });
 }
@@ -66,7 +107,7 @@ void backward(const SequenceLogps& a) {
       S* out = static_cast<S*>(a.grad_logps) + row * a.length;
       S grad = static_cast<const S*>(a.grad)[row];
       if (a.average) grad /= tokens(mask, a.length);
-      for (int64_t i = 0; i < a.length; ++i) out[i] = mask[i] ? grad : S(0);
+      spread(grad, mask, a.length, out);
     }
   });
 }

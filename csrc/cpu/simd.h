@@ -249,7 +249,8 @@ inline VecF log1p(VecF x) {
 
 // log(x) within 2 ulp: x = 2^n m, m in [sqrt(1/2), sqrt(2)). NaN under 0, -inf at 0.
 inline VecF log(VecF x) {
-  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high: 9 bits, n * high exact
+  constexpr float kLn2High = 0.693359375f,
+                  kLn2Low = -2.12194440e-4f;  // high: 9 bits, n * high exact
   const VecI subnormal = x < 0x1p-126f;
   const VecI bits = bit_cast<VecI>(select(subnormal, x * 0x1p23f, x));
   const VecI n = (bits - 0x3f3504f3) >> 23;
