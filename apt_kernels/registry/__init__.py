@@ -7,7 +7,7 @@ tests, an `opcheck` of every operator call, a benchmark row and a README row.
 
 from __future__ import annotations
 
-from . import bradley_terry_loss, dpo_loss, sequence_logps, token_logprobs
+from . import bradley_terry_loss, dpo_loss, gae, sequence_logps, token_logprobs
 from .entry import Benchmark, Op, Rejected, Sample
 
 OPS: dict[str, Op] = {
@@ -17,6 +17,7 @@ OPS: dict[str, Op] = {
         sequence_logps.OP,
         dpo_loss.OP,
         bradley_terry_loss.OP,
+        gae.OP,
     )
 }
 
