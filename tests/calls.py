@@ -49,7 +49,7 @@ def _flattened(outputs) -> Iterator[Tensor]:
         yield outputs
         return
     if isinstance(outputs, dict):
-        outputs = (outputs[name] for name in sorted(outputs))
+        outputs = [outputs[name] for name in sorted(outputs)]
     for output in outputs:
         yield from _flattened(output)
 
