@@ -51,9 +51,9 @@ std::tuple<Tensor, Tensor> gae_fwd_cpu(const Tensor& rewards, const Tensor& valu
   a.terminated = input(terminated, time_major);
   a.truncated = input(truncated, time_major);
   a.bootstrap = input(bootstrap, time_major);
-  a.bootstrap_per_step = bootstrap.has_value() && (cu_seqlens.has_value()
-                                                       ? bootstrap->size(0) != a.rows
-                                                       : bootstrap->dim() == 2);
+  a.bootstrap_per_step =
+      bootstrap.has_value() &&
+      (cu_seqlens.has_value() ? bootstrap->size(0) != a.rows : bootstrap->dim() == 2);
   a.gamma = gamma;
   a.gae_lambda = gae_lambda;
   a.whiten = whiten;

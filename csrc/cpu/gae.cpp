@@ -82,8 +82,7 @@ struct Carry {
 
 // Steps [begin, end) of a row, one by one, from the last.
 template <class T, class S>
-void scan_steps(const Row<T, S>& x, int64_t begin, int64_t end, S gamma, S decay,
-                Carry<S>& carry) {
+void scan_steps(const Row<T, S>& x, int64_t begin, int64_t end, S gamma, S decay, Carry<S>& carry) {
   for (int64_t t = end - 1; t >= begin; --t) {
     S advantage = 0, value = 0;
     if (!x.mask || x.mask[t]) {

@@ -13,18 +13,18 @@ struct GaeInput {
 };
 
 struct Gae {
-  DType dtype;                          // of rewards and values
-  int64_t rows, length;                 // packed sequences: their number and the sum of lengths
-  const int64_t* cu_seqlens;            // [rows + 1]: sequences packed in one row; null: rows
+  DType dtype;                // of rewards and values
+  int64_t rows, length;       // packed sequences: their number and the sum of lengths
+  const int64_t* cu_seqlens;  // [rows + 1]: sequences packed in one row; null: rows
   GaeInput rewards, values;
   GaeInput mask, terminated, truncated;  // bool; true counts
   GaeInput bootstrap;                    // float, or double for float64
   bool bootstrap_per_step;               // else one a row
   double gamma, gae_lambda;
   bool whiten;
-  const bool* flat_mask;         // for whitening: laid out as the results; null: all count
-  int64_t out_row, out_step;     // strides of the results, which are contiguous
-  void *advantages, *returns;    // float, or double for float64
+  const bool* flat_mask;       // for whitening: laid out as the results; null: all count
+  int64_t out_row, out_step;   // strides of the results, which are contiguous
+  void *advantages, *returns;  // float, or double for float64
 };
 
 }  // namespace apt
