@@ -7,7 +7,17 @@ tests, an `opcheck` of every operator call, a benchmark row and a README row.
 
 from __future__ import annotations
 
-from . import bradley_terry_loss, dpo_loss, gae, sequence_logps, token_logprobs
+from . import (
+    bradley_terry_loss,
+    dpo_loss,
+    gae,
+    group_advantages,
+    kl_penalty,
+    policy_loss,
+    sequence_logps,
+    token_logprobs,
+    value_loss,
+)
 from .entry import Benchmark, Op, Rejected, Sample
 
 OPS: dict[str, Op] = {
@@ -17,6 +27,10 @@ OPS: dict[str, Op] = {
         sequence_logps.OP,
         dpo_loss.OP,
         bradley_terry_loss.OP,
+        policy_loss.OP,
+        value_loss.OP,
+        kl_penalty.OP,
+        group_advantages.OP,
         gae.OP,
     )
 }
