@@ -3,19 +3,12 @@
 #include <algorithm>
 #include <memory>
 
+#include "lanes.h"
 #include "logistic.h"
 #include "pair_outputs.h"
 #include "parallel.h"
 
 namespace apt::APT_ISA {
-
-// What is computed with: vectors of float for every input type but float64.
-template <class T>
-using ScalarOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-template <class S>
-using VectorOf = std::conditional_t<std::is_same_v<S, double>, double, VecF>;
-template <class S>
-constexpr int kWidth = std::is_same_v<S, double> ? 1 : kLanes;
 
 // The next vector of `count` numbers that are left; lanes beyond them hold -1.
 template <class T>
