@@ -31,6 +31,8 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("masked", x, {"mask": mask})
     distance = torch.tensor([1e-4, 1e-3, 0.01, 0.3, 0.9, 1, 1.1, 3, 10, 19.5, 20, 20.5, 80, 300])
     distance = torch.cat([distance, -distance, torch.zeros(2)])
+    if dtype == torch.float16:  # a gradient of e^20 is beyond its range
+        distance = distance.clamp(-8, 8)
     ref = torch.full_like(distance, -0.25)
     dirty, dirty_ref = (torch.where(mask, t.detach(), torch.nan).to(dtype) for t in x)
     dirty[0, ~mask[0]] = torch.inf
