@@ -32,8 +32,15 @@ def tensors(sample: Sample) -> Iterator[Tensor]:
 
 
 def fresh(sample: Sample, device: str = "cpu") -> Sample:
-    """The same call with leaves of its own; strides stay as they are."""
-    return map_sample(sample, lambda t: t.detach().to(device).requires_grad_(t.requires_grad))
+    """The same call with leaves and memory of its own; strides stay as they are."""
+
+    def change(t: Tensor) -> Tensor:
+        storage = t.detach().untyped_storage().clone()
+        copy = torch.empty(0, dtype=t.dtype, device=t.device)
+        copy.set_(storage, t.storage_offset(), t.shape, t.stride())
+        return copy.to(device).requires_grad_(t.requires_grad)
+
+    return map_sample(sample, change)
 
 
 def in_float64(sample: Sample) -> Sample:
@@ -43,10 +50,25 @@ def in_float64(sample: Sample) -> Sample:
     return map_sample(sample, change)
 
 
+def _flattened(outputs) -> Iterator[Tensor]:
+    """The tensors of a result: of a tuple in order, of a dict (of metrics) by name."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+        return
+    if isinstance(outputs, dict):
+        outputs = [outputs[name] for name in sorted(outputs)]
+    for output in outputs:
+        yield from _flattened(output)
+
+
 def call(function: Callable, sample: Sample, upstream_scale: float = 1.0, **kwargs):
-    """(outputs, gradients): gradients of all differentiable inputs for a random upstream."""
+    """(outputs, gradients): gradients of all differentiable inputs for a random upstream.
+
+    The outputs of a function that works in place are its arguments."""
     outputs = function(*sample.args, **sample.kwargs, **kwargs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if outputs is None:  # in place: what the arguments are now
+        outputs = tuple(tensors(sample))
+    outputs = tuple(_flattened(outputs))
     inputs = [t for t in tensors(sample) if t.requires_grad]
     ends = [o for o in outputs if o.requires_grad]
     if not inputs:

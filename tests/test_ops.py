@@ -61,18 +61,18 @@ def _has_kernels(op) -> bool:
 
 @pytest.mark.parametrize("op, device, backend, sample", list(_cases()))
 def test_values_and_gradients(op, device, backend, sample):
-    sample = fresh(sample, device)
+    given, sample = sample, fresh(sample, device)
     before = map_sample(sample, lambda t: t.detach().clone())
     outputs, grads = call(op.function, sample, backend=backend)
-    plain_outputs, plain_grads = call(op.reference, sample)
-    exact_outputs, exact_grads = call(op.reference, in_float64(sample))
+    plain_outputs, plain_grads = call(op.reference, fresh(given, device))
+    exact_outputs, exact_grads = call(op.reference, in_float64(fresh(given, device)))
     assert len(outputs) == len(plain_outputs) and len(grads) == len(plain_grads)
     for i, triple in enumerate(zip(outputs, plain_outputs, exact_outputs, strict=True)):
         assert_as_accurate(*triple, name=f"output {i}")
     for i, triple in enumerate(zip(grads, plain_grads, exact_grads, strict=True)):
         assert_as_accurate(*triple, name=f"gradient {i}")
 
-    again, grads_again = call(op.function, fresh(sample, device), backend=backend)
+    again, grads_again = call(op.function, fresh(given, device), backend=backend)
     for first, second in zip((*outputs, *grads), (*again, *grads_again), strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
     if not op.function.__name__.endswith("_"):

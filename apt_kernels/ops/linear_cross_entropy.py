@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
+from ..reference.logprobs import head_logits
 from .linear_head import (
     accumulate_dtype,
     check_head,
@@ -78,7 +79,7 @@ def linear_cross_entropy(
         checks.unused("normalizer", normalizer, "only the mean is divided")
     backend = dispatch.choose("linear_cross_entropy", hidden.device, backend)
     per_row = reduction == "none"
-    if backend == "reference" or (per_row and label_smoothing and softcap is not None):
+    if backend == "reference":
         return reference.linear_cross_entropy(
             hidden,
             weight,
@@ -155,13 +156,19 @@ def _row_losses(
     )
     if not label_smoothing:
         return -logps
-    dtype = logps.dtype
     ids = labels.long().masked_fill(~counts, 0)
-    rows = torch.where(counts.unsqueeze(-1), hidden, torch.zeros_like(hidden)).to(dtype)
-    excess = ((weight[ids].to(dtype) - weight.mean(0, dtype=dtype)) * rows).sum(-1)
-    if bias is not None:
-        excess = excess + (bias[ids].to(dtype) - bias.mean(dtype=dtype))
-    return torch.where(counts, label_smoothing * logit_scale * excess - logps, torch.zeros_like(logps))
+    if softcap is None:
+        dtype = logps.dtype
+        rows = torch.where(counts.unsqueeze(-1), hidden, torch.zeros_like(hidden)).to(dtype)
+        excess = ((weight[ids].to(dtype) - weight.mean(0, dtype=dtype)) * rows).sum(-1)
+        if bias is not None:
+            excess = excess + (bias[ids].to(dtype) - bias.mean(dtype=dtype))
+        excess = logit_scale * excess
+    else:
+        x = head_logits(hidden, weight, bias, logit_scale, counts)
+        z = torch.where(x == -torch.inf, x, softcap * torch.tanh(x / softcap))
+        excess = z.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - z.mean(-1)
+    return torch.where(counts, label_smoothing * excess - logps, torch.zeros_like(logps))
 
 
 class LinearCrossEntropy(nn.Module):

@@ -49,7 +49,11 @@ def kernel_layout(
     present = [t.dtype for t in (hidden, weight, bias) if t is not None]
     dtype = functools.reduce(torch.promote_types, present)
     rows = hidden.to(dtype).reshape(-1, hidden.shape[-1]).contiguous()
-    return rows, weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous()
+    return (
+        rows,
+        weight.to(dtype).contiguous(),
+        None if bias is None else bias.to(dtype).contiguous(),
+    )
 
 
 def accumulate_dtype(t: Tensor) -> torch.dtype:
@@ -139,7 +143,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             return grad_hidden, *(None,) * 11
         *inputs, lse, entropy = ctx.saved_tensors
         if grad_logps is None:
-            grad_logps = torch.zeros(lse.shape, dtype=entropy.dtype, device=lse.device)
+            grad_logps = torch.zeros(inputs[3].shape, dtype=entropy.dtype, device=entropy.device)
         needed = ctx.needs_input_grad[:3]
         grads = dispatch.kernel(BACKWARD, ctx.backend)(
             grad_logps.contiguous(),
@@ -154,14 +158,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 @dispatch.fake(FORWARD)
-def _(hidden, weight, bias, token_ids, mask, temperatures, temperature, softcap, scale, entropy, form):
+def _(hidden, weight, bias, token_ids, mask, temperatures, *options):
+    return_entropy, form_grad_hidden = options[-2:]
     rows = hidden.shape[0]
     logps = hidden.new_empty(rows, dtype=accumulate_dtype(hidden))
-    grad_hidden = torch.empty(
-        hidden.shape if form else (0,), dtype=hidden.dtype, device=hidden.device
-    )
+    entropy = logps.new_empty(rows if return_entropy else 0)
     lse = logps.new_empty(rows, dtype=torch.float64)
-    return logps, logps.new_empty(rows if entropy else 0), lse, grad_hidden
+    return logps, entropy, lse, hidden.new_empty(hidden.shape if form_grad_hidden else (0,))
 
 
 def fake_gradients(hidden: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]):

@@ -19,10 +19,9 @@ LinearTokenLogprobs arguments(const Tensor& hidden, const Tensor& weight,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_token_logprobs_fwd_cpu(
-    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-    const Tensor& token_ids, const OptionalTensor& mask, const OptionalTensor& temperatures,
-    double temperature, double softcap, double logit_scale, bool return_entropy,
-    bool form_grad_hidden) {
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& token_ids,
+    const OptionalTensor& mask, const OptionalTensor& temperatures, double temperature,
+    double softcap, double logit_scale, bool return_entropy, bool form_grad_hidden) {
   TORCH_CHECK(!(return_entropy && form_grad_hidden), "form_grad_hidden excludes the entropy");
   const auto options = accumulate_options(hidden);
   LinearTokenLogprobs a = arguments(hidden, weight, bias, token_ids, mask, temperatures,
@@ -46,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_bwd_cpu(
     const Tensor& grad_logps, const OptionalTensor& grad_entropy, const Tensor& hidden,
     const Tensor& weight, const OptionalTensor& bias, const Tensor& token_ids,
     const OptionalTensor& mask, const OptionalTensor& temperatures, const Tensor& lse,
-    const Tensor& entropy, double temperature, double softcap, double logit_scale,
-    bool need_hidden, bool need_weight, bool need_bias) {
+    const Tensor& entropy, double temperature, double softcap, double logit_scale, bool need_hidden,
+    bool need_weight, bool need_bias) {
   LinearTokenLogprobs a = arguments(hidden, weight, bias, token_ids, mask, temperatures,
                                     temperature, softcap, logit_scale);
   const HeadGradientTensors grad(a.head, hidden.options(), need_hidden, need_weight, need_bias);

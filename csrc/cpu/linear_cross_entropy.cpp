@@ -113,11 +113,12 @@ class CrossEntropy {
       for (int64_t i = first; i < last; ++i) {
         const RowStats stats = statistics.stats(i);
         const A x = statistics.token_logit(i);
-        const double lse = stats.lse(), z = functions_.logit(x, 1, a_.head.softcap);
-        lse_[start + i] = lse;
-        double loss = lse - z;
+        const double z = functions_.logit(x, 1, a_.head.softcap);
+        lse_[start + i] = stats.lse();
+        double loss = -stats.log_probability(z);
         if (const double s = a_.label_smoothing; s > 0)
-          loss = (1 - s) * loss + s * (lse - statistics.sum_logits(i) / double(a_.head.vocab));
+          loss = (1 - s) * loss -
+                 s * stats.log_probability(statistics.sum_logits(i) / double(a_.head.vocab));
         losses_[start + i] = loss;
         const int64_t label = a_.labels[rows_[start + i]];
         if (z == stats.max && first_largest(tiles_, stored, size, i, label, x)) ++correct_;

@@ -66,7 +66,8 @@ void write_row(float* x, int64_t size, const RowTerms& row, double softcap, int6
   const float token = picked >= 0 ? gradient(splat(x[picked]), uniform + float(row.pick))[0] : 0.f;
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) store(x + i, gradient(load(x + i), uniform));
-  if (i < size) store_partial(x + i, size - i, gradient(load_partial(x + i, size - i, -kInf), uniform));
+  if (i < size)
+    store_partial(x + i, size - i, gradient(load_partial(x + i, size - i, -kInf), uniform));
   if (picked >= 0) x[picked] = token;
 }
 
@@ -99,11 +100,14 @@ inline void add_row_double(RowStats& row, const double* x, int64_t size, double 
     if (z > tile.max || z != z) tile.max = z;
   }
   if (tile.max == -kInf) return;
+  long double sum_exp = 0, sum_zexp = 0;  // a loss near 0 is the logarithm of a sum near 1
   for (int64_t i = 0; i < size; ++i) {
     const double d = double_logit(x[i], temperature, softcap) - tile.max, e = std::exp(d);
-    tile.sum_exp += e;
-    tile.sum_zexp += e == 0 ? 0 : d * e;
+    sum_exp += e;
+    sum_zexp += e == 0 ? 0 : d * e;
   }
+  tile.sum_exp = double(sum_exp);
+  tile.sum_zexp = double(sum_zexp);
   merge(row, tile);
 }
 

@@ -40,7 +40,8 @@ void zero_masked(const LinearTokenLogprobs& a) {
     a.lse[row] = 0;
     if (a.return_entropy) static_cast<A*>(a.entropy)[row] = A(0);
     if (a.head.grad_hidden)
-      std::fill_n(static_cast<T*>(a.head.grad_hidden) + row * a.head.features, a.head.features, T{});
+      std::fill_n(static_cast<T*>(a.head.grad_hidden) + row * a.head.features, a.head.features,
+                  T{});
   }
 }
 
@@ -66,10 +67,9 @@ void forward(const LinearTokenLogprobs& a, const std::vector<int64_t>& rows) {
         const int64_t row = rows[start + i];
         const RowTerms t = terms(i);
         const RowStats stats = statistics.stats(i);
-        const double lse = stats.lse();
         const double z = functions.logit(statistics.token_logit(i), t.temperature, a.head.softcap);
-        a.lse[row] = lse;
-        static_cast<A*>(a.logps)[row] = A(z - lse);
+        a.lse[row] = stats.lse();
+        static_cast<A*>(a.logps)[row] = A(stats.log_probability(z));
         if (a.return_entropy) static_cast<A*>(a.entropy)[row] = A(stats.entropy());
         if (gradient) statistics.write_gradient(i, t, scratch.data(), gradient + row * d);
       }

@@ -5,10 +5,10 @@ namespace apt {
 
 // Everything is contiguous; floating scalars of a row are float, or double where hidden is.
 struct LinearTokenLogprobs {
-  LinearHead head;  // fwd: grad_hidden, if not null, receives d logps / d hidden
-  const int64_t* token_ids;   // [rows]
-  const bool* mask;           // [rows] or null: true counts
-  const void* temperatures;   // [rows] or null
+  LinearHead head;           // fwd: grad_hidden, if not null, receives d logps / d hidden
+  const int64_t* token_ids;  // [rows]
+  const bool* mask;          // [rows] or null: true counts
+  const void* temperatures;  // [rows] or null
   double temperature;
   bool return_entropy;
   void *logps, *entropy;  // written by fwd; entropy is read by bwd

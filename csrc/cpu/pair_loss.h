@@ -3,17 +3,12 @@
 #include <algorithm>
 #include <memory>
 
+#include "lanes.h"
 #include "logistic.h"
 #include "pair_outputs.h"
 #include "parallel.h"
 
 namespace apt::APT_ISA {
-
-// What is computed with: doubles for float64, vectors of float for all others.
-template <class V>
-using ScalarOf = std::conditional_t<std::is_same_v<V, double>, double, float>;
-template <class V>
-constexpr int kWidth = std::is_same_v<V, double> ? 1 : kLanes;
 
 // Numbers of a type known at run time: one kernel serves all of them, at the price of a branch that
 // is always predicted.

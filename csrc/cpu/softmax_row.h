@@ -11,6 +11,7 @@ namespace apt::APT_ISA {
 struct RowStats {
   double max, sum_exp, sum_zexp;
   double lse() const { return max + std::log(sum_exp); }
+  double log_probability(double z) const { return (z - max) - std::log(sum_exp); }
   double entropy() const { return std::log(sum_exp) - sum_zexp / sum_exp; }
 };
 

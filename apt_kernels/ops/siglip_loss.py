@@ -1,0 +1,197 @@
+"""SigLIP's sigmoid loss of all pairs of queries and keys, without their matrix."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
+from . import similarity
+
+FORWARD, BACKWARD = "siglip_loss_fwd", "siglip_loss_bwd"
+dispatch.register("siglip_loss", FORWARD, BACKWARD)
+
+
+def siglip_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    logit_bias: float | Tensor = -10.0,
+    normalize: bool = True,
+    label_offset: int = 0,
+    reduction: str = "mean",
+    process_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum_j -log sigmoid(z_ij (q_i . k_j / temperature + logit_bias)) of rows, and the accuracy.
+
+    z is 1 for a row's own key and -1 for others. The matrix of similarities exists a tile at a
+    time: memory is O((N + M) D), forward costs one product of all pairs, backward three. Source:
+    Zhai 2023 (SigLIP), eq. 1.
+
+    Args:
+        query: `(N, D)` float32, bfloat16, float16 or float64; any strides; differentiable.
+        key: `(M, D)` in the dtype of query; any strides; differentiable.
+        temperature: a finite number above 0, or a 0-dim tensor of one, differentiable. In a tensor,
+            a wrong number is an error on the CPU; on a GPU the loss is not a number.
+        logit_bias: a finite number, or a 0-dim tensor of one, differentiable.
+        normalize: bring all rows to unit length; a row of length under 1e-12 counts as zero and has
+            zero gradient.
+        label_offset: the key of row i is i + label_offset, within [0, M).
+        reduction: "mean" over rows (0 for no rows), "sum" or "none", `(N,)`; each row is the sum
+            over its keys.
+        process_group: every rank brings its own queries and keys, as many as it likes, and the keys
+            of all take part (label_offset must be 0). Its loss is its part of the whole times the
+            number of ranks: averages over ranks, DistributedDataParallel's of gradients too, are
+            those of one process with the whole batch. Every rank must run backward.
+        backend: None for the fastest, or a name of `apt_kernels.backends()`.
+
+    Returns:
+        `(loss, accuracy)`, float32 (float64 for float64 rows). accuracy, 0-dim, without a graph, is
+        the share of rows (of this rank) whose key is strictly above every other; 0 for no rows.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+    """
+    similarity.check_rows("query", query)
+    similarity.check_like("key", key, "query", query)
+    similarity.check_options(temperature, reduction, process_group, "query", query)
+    if isinstance(logit_bias, Tensor):
+        similarity.check_scalar("logit_bias", logit_bias, "query", query)
+    else:
+        checks.finite("logit_bias", logit_bias)
+    similarity.check_label_offset(label_offset, query, key, process_group)
+    backend = dispatch.choose("siglip_loss", query.device, backend)
+    if backend == "reference":
+        return reference.siglip_loss(
+            query,
+            key,
+            temperature=temperature,
+            logit_bias=logit_bias,
+            normalize=normalize,
+            label_offset=label_offset,
+            reduction=reduction,
+            process_group=process_group,
+        )
+    ranks = similarity.ranks_of(process_group, query)
+    need_slopes = similarity.differentiable(temperature) or similarity.differentiable(logit_bias)
+    losses, right = _SigLIPLoss.apply(
+        query, key, *similarity.scalar(temperature), *similarity.scalar(logit_bias),
+        bool(normalize), label_offset, need_slopes, backend, ranks,
+    )  # fmt: skip
+    total, world = (query.shape[0], 1) if ranks is None else (ranks.total, ranks.world)
+    return similarity.reduced(losses, reduction, total, world), similarity.share(right)
+
+
+class SigLIPLoss(nn.Module):
+    """`siglip_loss` as a module; its arguments are the options of the function.
+
+    A temperature or bias that is an `nn.Parameter` is learned.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        logit_bias: float | Tensor = -10.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.logit_bias, self.normalize = temperature, logit_bias, normalize
+        self.reduction, self.process_group, self.backend = reduction, process_group, backend
+
+    def forward(self, query: Tensor, key: Tensor, label_offset: int = 0) -> tuple[Tensor, Tensor]:
+        """(loss, accuracy)."""
+        return siglip_loss(
+            query,
+            key,
+            temperature=self.temperature,
+            logit_bias=self.logit_bias,
+            normalize=self.normalize,
+            label_offset=label_offset,
+            reduction=self.reduction,
+            process_group=self.process_group,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, logit_bias={self.logit_bias}"
+
+
+class _SigLIPLoss(torch.autograd.Function):
+    """Over ranks, rows of this rank against those of all.
+
+    The coefficient of a pair needs only its own similarity and the upstream gradient of its query,
+    so O(N) numbers are exchanged backward, no rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, query, key, temperature, number, bias, bias_number, normalize, label_offset,
+        need_slopes, backend, ranks,
+    ):  # fmt: skip
+        keys, queries, offset = key, query, label_offset
+        if ranks is not None:
+            keys, offset = ranks.gather(key), ranks.start
+            queries = ranks.gather(query) if ctx.needs_input_grad[1] else keys[:0]
+        losses, right, slopes, bias_slopes = dispatch.kernel(FORWARD, backend)(
+            query, keys, temperature, number, bias, bias_number, normalize, offset, need_slopes
+        )
+        ctx.save_for_backward(
+            query, key, keys, queries, temperature, bias, slopes, bias_slopes
+        )  # keys and queries are key and query without ranks
+        ctx.options = (number, bias_number, normalize, offset, backend, ranks)
+        ctx.mark_non_differentiable(right)
+        return losses, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses, _):
+        query, key, keys, queries, temperature, bias, slopes, bias_slopes = ctx.saved_tensors
+        number, bias_number, normalize, offset, backend, ranks = ctx.options
+        needs = ctx.needs_input_grad
+        backward = dispatch.kernel(BACKWARD, backend)
+        options = (temperature, number, bias, bias_number, normalize, offset)
+        rows = grad_losses.contiguous()
+        grad_query = grad_key = grad_temperature = grad_bias = None
+        if ranks is None and (needs[0] or needs[1]):
+            grad_query, grad_key = backward(rows, None, query, key, *options, needs[0], needs[1])
+        elif ranks is not None:
+            if needs[0]:
+                grad_query, _ = backward(rows, None, query, keys, *options, True, False)
+            if needs[1]:
+                columns = ranks.gather(rows)
+                grad_key, _ = backward(None, columns, key, queries, *options, True, False)
+        if needs[2]:
+            grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
+        if needs[4]:
+            grad_bias = (grad_losses * bias_slopes).sum().to(bias.dtype)
+        return (
+            grad_query if needs[0] else None, grad_key if needs[1] else None, grad_temperature,
+            None, grad_bias, None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+@dispatch.fake(FORWARD)
+def _(query, key, temperature, number, bias, bias_number, normalize, label_offset, need_slopes):
+    rows = query.shape[0]
+    losses = query.new_empty(rows, dtype=accumulate_dtype(query))
+    slopes = losses.new_empty(rows if need_slopes else 0)
+    return losses, torch.empty_like(losses), slopes, torch.empty_like(slopes)
+
+
+@dispatch.fake(BACKWARD)
+def _(
+    grad_losses, grad_column_losses, query, key, temperature, number, bias, bias_number, normalize,
+    label_offset, need_query, need_key,
+):  # fmt: skip
+    return query.new_empty(query.shape if need_query else 0), key.new_empty(
+        key.shape if need_key else 0
+    )

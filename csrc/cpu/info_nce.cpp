@@ -1,0 +1,168 @@
+// InfoNCE and NT-Xent (van den Oord 2018, Chen 2020) without the matrix of similarities.
+// Passes: forward one product a tile, backward one more and one for each side's gradient: 2 N M D
+// flops each; a triangle (NT-Xent, N rows) computes only the tiles i <= j, N^2 D and 3 N^2 D flops.
+// Bytes: 2 N M s / 256 rows read (s = element size). Parallel over tiles that share no block.
+// Accuracy: positives apart from the other classes, so that a loss near 0 keeps its digits.
+#include "info_nce.h"
+
+#include "similarity_bf16.h"
+#include "similarity_softmax.h"
+
+namespace apt::APT_ISA {
+namespace {
+
+// The softmax of rows (or columns): the positives, which stay out of the sums, and the others.
+template <class A>
+struct Side {
+  Running<A> others;
+  std::vector<A> positive;
+  explicit Side(int64_t rows) : others(rows), positive(rows) {}
+
+  struct Result {
+    double loss, right, slope, lse, rest;
+  };
+  Result result(int64_t i, double scale) const {
+    const double positive_d = positive[i], sum = others.sum[i], top = others.max[i];
+    if (top == -kInf) return {0, 1, 0, positive_d, 0};  // no other class
+    const double gap = scale * (top - positive_d) + std::log(sum);
+    const double loss = (gap > 0 ? gap : 0) + std::log1p(std::exp(-std::abs(gap)));
+    const double rest = gap != gap ? gap : 1 / (1 + std::exp(-gap));
+    const double slope = rest * (top - positive_d + others.weighted[i] / sum);
+    return {loss, double(positive[i] > others.max[i]), slope, positive_d + loss / scale, rest};
+  }
+};
+
+// Calls body(i, j, element) for the positives in a tile: they belong to row i and, where columns
+// have a softmax, to column j.
+template <class A, class Body>
+void for_positives(const Similarity& s, const Tile<A>& tile, const Body& body) {
+  tile.along(s.label_offset, body);
+  if (tile.diagonal) tile.along(-s.label_offset, body);  // both views are rows of this tile
+}
+
+// Calls body(i, query, key) with the unit rows i of the query and of the positives of their own.
+template <class A, class Body>
+void for_own_positives(const InfoNCE& a, const A* row_inverse, const Body& body) {
+  const int64_t width = a.own.width;
+  Workspace<A> own_inverse(a.own.count);
+  inverse_norms(a.own, a.similarity.normalize, own_inverse.data());
+  parallel_for(a.own.count, kRowGrain, [&](int64_t begin, int64_t end) {
+    Workspace<A> query(width), key(width);
+    for (int64_t i = begin; i < end; ++i) {
+      load_rows(a.similarity.rows, i, 1, row_inverse, query.data());
+      load_rows(a.own, i, 1, own_inverse.data(), key.data());
+      body(i, query.data(), key.data());
+    }
+  });
+}
+
+template <class A>
+void write_results(const InfoNCE& a, const Side<A>& rows, const Side<A>* columns) {
+  for (int64_t i = 0; i < a.similarity.rows.count; ++i) {
+    typename Side<A>::Result r = rows.result(i, a.similarity.scale);
+    a.row_stats[2 * i] = r.lse;
+    a.row_stats[2 * i + 1] = r.rest;
+    if (columns) {
+      const typename Side<A>::Result c = columns->result(i, a.similarity.scale);
+      a.column_stats[2 * i] = c.lse;
+      a.column_stats[2 * i + 1] = c.rest;
+      r = {(r.loss + c.loss) / 2, (r.right + c.right) / 2, (r.slope + c.slope) / 2, 0, 0};
+    }
+    static_cast<A*>(a.losses)[i] = A(r.loss);
+    static_cast<A*>(a.right)[i] = A(r.right);
+    if (a.need_slopes) static_cast<A*>(a.slopes)[i] = A(r.slope);
+  }
+}
+
+template <class P>
+void forward(const InfoNCE& a) {
+  using A = typename P::Scalar;
+  const Similarity& s = a.similarity;
+  const Norms<A> norms(s);
+  Side<A> rows(s.rows.count), other(a.symmetric ? s.columns.count : 0);
+  Side<A>* columns = s.triangle ? &rows : a.symmetric ? &other : nullptr;
+  for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
+    tile.along(s.self_offset, [](int64_t, int64_t, A& d) { d = -kInf; });
+    for_positives(s, tile, [&](int64_t i, int64_t j, A& d) {
+      rows.positive[i] = d;
+      if (columns) columns->positive[j] = d;
+      d = -kInf;
+    });
+    add_tile(tile, w, s.scale, a.need_slopes, rows.others, columns ? &columns->others : nullptr);
+  });
+  for_own_positives(a, norms.rows(), [&](int64_t i, const A* query, const A* key) {
+    rows.positive[i] = A(dot(query, key, a.own.width));
+  });
+  write_results(a, rows, a.symmetric ? &other : nullptr);
+}
+
+// d of a tile becomes the coefficients of the gradient.
+template <class P, class A>
+void coefficients(const InfoNCE& a, const Tile<A>& tile, Worker<P>& w) {
+  const Similarity& s = a.similarity;
+  const A* row_weights = static_cast<const A*>(a.grad_losses);
+  const A* column_weights = s.triangle ? row_weights : static_cast<const A*>(a.grad_column_losses);
+  const double* column_stats = s.triangle ? a.row_stats : a.column_stats;
+  const SoftmaxSide<A> rows{w.array(0), w.array(1), w.array(2)};
+  const SoftmaxSide<A> columns{w.array(3), w.array(4), w.array(5)};
+  if (row_weights) rows.read(row_weights, a.row_stats, tile.row, tile.rows);
+  if (column_weights) columns.read(column_weights, column_stats, tile.column, tile.columns);
+  tile.along(s.self_offset, [](int64_t, int64_t, A& d) { d = -kInf; });
+  if (row_weights && column_weights) {
+    softmax_coefficients<true, true>(tile, A(s.scale), rows, columns);
+  } else if (row_weights) {
+    softmax_coefficients<true, false>(tile, A(s.scale), rows, columns);
+  } else {
+    softmax_coefficients<false, true>(tile, A(s.scale), rows, columns);
+  }
+  for_positives(s, tile, [&](int64_t i, int64_t j, A& coefficient) {  // w (p - 1), uncancelled
+    double sum = 0;
+    if (row_weights) sum -= row_weights[i] * a.row_stats[2 * i + 1];
+    if (column_weights) sum -= column_weights[j] * column_stats[2 * j + 1];
+    coefficient = A(sum);
+  });
+}
+
+template <class P>
+void backward(const InfoNCE& a) {
+  using A = typename P::Scalar;
+  const Similarity& s = a.similarity;
+  const Norms<A> norms(s);
+  Gradient<A> grad_rows(s.rows, a.grad_rows), grad_columns(s.columns, a.grad_columns);
+  Gradient<A> grad_own(a.own, a.grad_own);
+  if (grad_rows || grad_columns) {
+    for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
+      coefficients(a, tile, w);
+      if (grad_rows) P::add_to_rows(grad_rows.row(tile.row), tile, w.right, w.scratch);
+      if (s.triangle && !tile.diagonal)
+        P::add_to_columns(grad_rows.row(tile.column), tile, w.left, w.scratch);
+      if (grad_columns) P::add_to_columns(grad_columns.row(tile.column), tile, w.left, w.scratch);
+    });
+  }
+  for_own_positives(a, norms.rows(), [&](int64_t i, const A* query, const A* key) {
+    const A weight = A(-static_cast<const A*>(a.grad_losses)[i] * a.row_stats[2 * i + 1]);
+    for (int64_t c = 0; c < a.own.width; ++c) {
+      if (grad_rows) grad_rows.row(i)[c] += weight * key[c];
+      if (grad_own) grad_own.row(i)[c] = weight * query[c];
+    }
+  });
+  grad_rows.finish(norms.rows(), s.normalize, s.scale);
+  grad_columns.finish(norms.columns(), s.normalize, s.scale);
+  if (grad_own) {
+    Workspace<A> own_inverse(a.own.count);
+    inverse_norms(a.own, s.normalize, own_inverse.data());
+    grad_own.finish(own_inverse.data(), s.normalize, s.scale);
+  }
+}
+
+}  // namespace
+
+void info_nce_fwd(const InfoNCE& a) {
+  with_products(a.similarity, [&](auto products) { forward<decltype(products)>(a); });
+}
+
+void info_nce_bwd(const InfoNCE& a) {
+  with_products(a.similarity, [&](auto products) { backward<decltype(products)>(a); });
+}
+
+}  // namespace apt::APT_ISA
