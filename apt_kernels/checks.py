@@ -83,6 +83,38 @@ def constant(name: str, value: Any) -> None:
         )
 
 
+def per_row_or_token(name: str, value: Any, other_name: str, other: Tensor) -> None:
+    """One number a row or one a token of `other` `(B, T)`, without a gradient."""
+    tensor(name, value)
+    if tuple(value.shape) not in ((other.shape[0],), tuple(other.shape)):
+        raise ValueError(
+            f"{name}: expected shape {(other.shape[0],)} (one a row) or {tuple(other.shape)} "
+            f"(that of {other_name}), got {_shape(value)}"
+        )
+    same_device(name, value, other_name, other)
+    constant(name, value)
+
+
+def token_mask(name: str, value: Any, other_name: str, other: Tensor) -> None:
+    """True for each element of `other` that counts."""
+    tensor(name, value, (torch.bool, *INTEGERS, *FLOATS))
+    shape(name, value, other.shape, f"that of {other_name}")
+    same_device(name, value, other_name, other)
+
+
+def normalizer(value: Any, other_name: str, other: Tensor) -> None:
+    """The denominator of a loss: None, a positive number or a 0-dim tensor."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        positive("normalizer", value)
+        return
+    tensor("normalizer", value, (*INTEGERS, *FLOATS))
+    dims("normalizer", value, 0)
+    same_device("normalizer", value, other_name, other)
+    constant("normalizer", value)
+
+
 def row_mask(name: str, value: Tensor | None, like: Tensor, expected: Sequence[int]) -> None:
     if value is None:
         return

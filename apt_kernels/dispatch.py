@@ -54,7 +54,11 @@ def register(operation: str, *kernels: str) -> None:
     _KERNELS_OF[operation] = kernels
     if _extension is not None:
         _KERNELS.update(
-            {(k, "native"): getattr(torch.ops.apt, k) for k in kernels if _has_native(k, "cpu")}
+            {
+                (k, "native"): getattr(torch.ops.apt, k).default  # 1 us less than its packet
+                for k in kernels
+                if _has_native(k, "cpu")
+            }
         )
     if _triton is not None:
         _KERNELS.update(

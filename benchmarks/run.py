@@ -21,10 +21,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import measure
-import plots
 import torch
 
+import measure
+import plots
 from apt_kernels.registry import OPS, Benchmark, Op, Sample
 
 ROOT = Path(__file__).resolve().parents[1]

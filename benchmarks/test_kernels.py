@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import check, passes
-
 from apt_kernels.registry import OPS
+from run import check, passes
 
 
 def _cases():

@@ -50,6 +50,17 @@ def in_float64(sample: Sample) -> Sample:
     return map_sample(sample, change)
 
 
+def _flattened(outputs) -> Iterator[Tensor]:
+    """The tensors of a result: of a tuple in order, of a dict (of metrics) by name."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+        return
+    if isinstance(outputs, dict):
+        outputs = [outputs[name] for name in sorted(outputs)]
+    for output in outputs:
+        yield from _flattened(output)
+
+
 def call(function: Callable, sample: Sample, upstream_scale: float = 1.0, **kwargs):
     """(outputs, gradients): gradients of all differentiable inputs for a random upstream.
 
@@ -57,7 +68,7 @@ def call(function: Callable, sample: Sample, upstream_scale: float = 1.0, **kwar
     outputs = function(*sample.args, **sample.kwargs, **kwargs)
     if outputs is None:  # in place: what the arguments are now
         outputs = tuple(tensors(sample))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = tuple(_flattened(outputs))
     inputs = [t for t in tensors(sample) if t.requires_grad]
     ends = [o for o in outputs if o.requires_grad]
     if not inputs:

@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-from calls import call, fresh, in_float64, map_sample, tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +13,7 @@ import apt_kernels
 from apt_kernels import dispatch
 from apt_kernels.registry import OPS
 from apt_kernels.testing import assert_as_accurate
+from calls import call, fresh, in_float64, map_sample, tensors
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 if os.environ.get("APT_TEST_CUDA_EMULATION") == "1":

@@ -1,9 +1,9 @@
 """Contrastive losses, value and gradient, against lightly, open_clip, pytorch-metric-learning."""
 
 import pytest
-from peers import SOURCES, assert_same, peer_results
 
 from apt_kernels import reference
+from peers import SOURCES, assert_same, peer_results
 
 pytestmark = pytest.mark.parametrize("source", SOURCES)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from peers import SOURCES, assert_same, peer_results
 
 from apt_kernels import reference
+from peers import SOURCES, assert_same, peer_results
 
 pytestmark = pytest.mark.parametrize("source", SOURCES)
 

@@ -1,9 +1,9 @@
 """Preference losses and token log-probabilities, value and gradient, against TRL's own code."""
 
 import pytest
-from peers import SOURCES, assert_same, peer_results
 
 from apt_kernels import reference
+from peers import SOURCES, assert_same, peer_results
 
 pytestmark = pytest.mark.parametrize("source", SOURCES)
 

@@ -14,9 +14,9 @@ import pathlib
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import DPO_TYPES, gradients, leaf, randn, spoil
 
 from apt_kernels import reference
+from oracles import DPO_TYPES, gradients, leaf, randn, spoil
 
 
 def test_imports_only_torch_and_every_function_is_documented():

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import gradients, randn
 
 from apt_kernels import reference
+from oracles import gradients, randn
 
 
 def _unit(row):

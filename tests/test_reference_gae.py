@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from oracles import randn
 
 from apt_kernels import reference
+from oracles import randn
 
 
 def _gae_by_definition(r, v, gamma, lam, counts, ended, cut, after_last, after):

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from oracles import gradients, leaf, randn, spoil
 
 from apt_kernels import reference
+from oracles import gradients, leaf, randn, spoil
 
 
 def _surrogate_by_hand(kind, logp, old, a, low, high, dual, taus, ratio=None):

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from oracles import DPO_TYPES, gradients, leaf, randn, spoil
 
 from apt_kernels import reference
 from apt_kernels.reference.numerics import log1mexp
+from oracles import DPO_TYPES, gradients, leaf, randn, spoil
 
 
 def test_sequence_logps_by_hand():

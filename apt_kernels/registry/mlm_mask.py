@@ -76,19 +76,21 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield call("words_int32", ids, word_ids=words.int(), attention_mask=~padding, mask_prob=0.3)
     yield call("one_word", ids, word_ids=torch.zeros(5, 83, dtype=torch.long), at_least_one=True)
     yield call("no_word", ids, word_ids=torch.full((5, 83), -1), at_least_one=True, mask_prob=1.0)
-    many, few = _ids(64, 19, seed=5), {"mask_prob": 0.02, "at_least_one": True}
+    long = _ids(2, 2100)
+    yield call("words_long", long, word_ids=_words(2, 2100), mask_prob=0.3)
+    many, few = _ids(20, 19, seed=5), {"mask_prob": 0.02, "at_least_one": True}
     yield call("at_least_one", many, **few)
-    yield call("at_least_one_word", many, word_ids=_words(64, 19), **few)
-    half = torch.arange(64 * 19).view(64, 19) % 3 == 0
+    yield call("at_least_one_word", many, word_ids=_words(20, 19), **few)
+    half = torch.arange(20 * 19).view(20, 19) % 3 == 0
     yield call(
-        "at_least_one_of_few", many, special_tokens_mask=~half, word_ids=_words(64, 19), **few
+        "at_least_one_of_few", many, special_tokens_mask=~half, word_ids=_words(20, 19), **few
     )
-    yield call("at_least_one_long", _ids(2, 700), **(few | {"mask_prob": 0.0}))
+    yield call("at_least_one_long", long, word_ids=_words(2, 2100), **(few | {"mask_prob": 0.0}))
 
-    wide = _ids(6, 90)
+    wide = _ids(6, 40)
     yield call("sliced", wide[1:, 3:-3:2], mask_prob=0.4)
     yield call("transposed", wide.t(), attention_mask=wide.t() > 9, mask_prob=0.4)
-    yield call("expanded", wide[:1].expand(6, 90), attention_mask=(wide[:, :1] > 9).expand(6, 90))
+    yield call("expanded", wide[:1].expand(6, 40), attention_mask=(wide[:, :1] > 9).expand(6, 40))
 
 
 def of_length(length: int) -> Sample:

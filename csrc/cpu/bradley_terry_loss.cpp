@@ -8,48 +8,43 @@
 namespace apt::APT_ISA {
 namespace {
 
-// The margin over the wanted margin and the sum of the rewards of each pair of a block.
-template <class T>
-void read_margins(const BradleyTerryLoss& a, int64_t begin, int64_t count, ScalarOf<T>* margin,
-                  ScalarOf<T>* sum) {
-  using S = ScalarOf<T>;
-  const T* const chosen = static_cast<const T*>(a.chosen) + begin;
-  const T* const rejected = static_cast<const T*>(a.rejected) + begin;
-  for (int64_t i = 0; i < count; i += kWidth<S>) {
-    const int64_t left = count - i;
-    const auto c = take(chosen + i, left), r = take(rejected + i, left);
-    auto wanted = zeros_like(c) + S(a.margin);
-    if (a.margins) wanted = take(static_cast<const S*>(a.margins) + begin + i, left);
-    put(margin + i, kWidth<S>, c - r - wanted);
-    put(sum + i, kWidth<S>, c + r);
+template <class V>
+struct LossOfPairs {
+  using S = ScalarOf<V>;
+  Numbers<V> chosen, rejected, margins;
+  S margin, center_coef;
+  PairResult<V> operator()(int64_t i, int64_t left) const {
+    const V c = chosen.at(i, left), r = rejected.at(i, left), sum = c + r;
+    V x = c - r;
+    x = margins.data ? x - margins.at(i, left) : x - margin;
+    const auto l = logistic(x);
+    V loss = -l.log_right, centre = zeros_like(sum);
+    if (center_coef != 0) {
+      loss = loss + center_coef * (sum * sum);
+      centre = 2.f * center_coef * sum;
+    }
+    return {loss, centre - l.wrong, centre + l.wrong};
   }
-}
+};
 
-template <class S>
-void run(const BradleyTerryLoss& a,
-         void (*read)(const BradleyTerryLoss&, int64_t, int64_t, S*, S*)) {
-  using V = VectorOf<S>;
-  const S coef = a.center_coef;
-  pair_losses<S>(
-      a.out, [&](int64_t begin, int64_t count, S* x, S* y) { read(a, begin, count, x, y); },
-      [coef](V margin, V sum) -> PairResult<V> {
-        const auto l = logistic(margin);
-        V loss = -l.log_right, centre = zeros_like(sum);
-        if (coef != 0) {
-          loss = loss + coef * (sum * sum);
-          centre = 2.f * coef * sum;
-        }
-        return {loss, centre - l.wrong, centre + l.wrong};
-      });
+template <class V>
+void run(const BradleyTerryLoss& a) {
+  using S = ScalarOf<V>;
+  pair_losses<V>(a.out, LossOfPairs<V>{{a.chosen, a.dtype},
+                                       {a.rejected, a.dtype},
+                                       {a.margins, DType::f32},
+                                       S(a.margin),
+                                       S(a.center_coef)});
 }
 
 }  // namespace
 
 void bradley_terry_loss_fwd(const BradleyTerryLoss& a) {
-  if (a.dtype == DType::f64) return run<double>(a, read_margins<double>);
-  run<float>(a, a.dtype == DType::f32    ? read_margins<float>
-                : a.dtype == DType::bf16 ? read_margins<BFloat16>
-                                         : read_margins<Half>);
+  if (a.dtype == DType::f64) {
+    run<double>(a);
+  } else {
+    run<VecF>(a);
+  }
 }
 
 }  // namespace apt::APT_ISA

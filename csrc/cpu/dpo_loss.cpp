@@ -11,6 +11,9 @@
 namespace apt::APT_ISA {
 namespace {
 
+// sigmoid or simpo without label smoothing; `extra` is 0 for sigmoid
+constexpr DpoType kPlainSigmoid = DpoType(kDpoTypes);
+
 template <class S>
 struct Constants {
   S beta, smoothing, extra, half_over_beta, robust_scale, log_right, log_wrong;
@@ -37,6 +40,13 @@ PairResult<V> smoothed_sigmoid(V x, S sign, const Constants<S>& k) {
   const S right = 1 - k.smoothing, wrong = sign * k.smoothing;
   return of_difference(-right * l.log_right - wrong * l.log_wrong,
                        k.beta * (wrong * l.right - right * l.wrong));
+}
+
+// The same without smoothing, the usual case: a tenth faster.
+template <class V, class S>
+PairResult<V> plain_sigmoid(V x, const Constants<S>& k) {
+  const auto l = logistic(x);
+  return of_difference<V>(-l.log_right, -k.beta * l.wrong);
 }
 
 template <class V, class S>
@@ -103,7 +113,9 @@ PairResult<V> apo_down(V c, V r, const Constants<S>& k) {
 template <DpoType kType, class V, class S>
 PairResult<V> dpo_pair(V c, V r, const Constants<S>& k) {
   const V d = c - r, x = k.beta * d, zero = zeros_like(x);
-  if constexpr (kType == DpoType::sigmoid) {
+  if constexpr (kType == kPlainSigmoid) {
+    return plain_sigmoid<V>(x - k.extra, k);
+  } else if constexpr (kType == DpoType::sigmoid) {
     return smoothed_sigmoid(x, S(1), k);
   } else if constexpr (kType == DpoType::robust) {
     const auto result = smoothed_sigmoid(x, S(-1), k);
@@ -135,55 +147,53 @@ PairResult<V> dpo_pair(V c, V r, const Constants<S>& k) {
   }
 }
 
-// The log-ratios of a block, and their rewards.
-template <class T>
-void read_ratios(const DpoLoss& a, int64_t begin, int64_t count, ScalarOf<T>* c, ScalarOf<T>* r) {
-  using S = ScalarOf<T>;
-  const auto at = [begin](const void* p) { return static_cast<const T*>(p) + begin; };
-  S* const chosen_rewards = static_cast<S*>(a.chosen_rewards) + begin;
-  S* const rejected_rewards = static_cast<S*>(a.rejected_rewards) + begin;
-  for (int64_t i = 0; i < count; i += kWidth<S>) {
-    const int64_t left = count - i;
-    auto chosen = take(at(a.policy_chosen) + i, left);
-    auto rejected = take(at(a.policy_rejected) + i, left);
-    if (a.ref_chosen) {
-      chosen = chosen - take(at(a.ref_chosen) + i, left);
-      rejected = rejected - take(at(a.ref_rejected) + i, left);
+// Reads pairs, writes their rewards, and gives their losses.
+template <DpoType kType, class V>
+struct LossOfPairs {
+  using S = ScalarOf<V>;
+  Numbers<V> policy_chosen, policy_rejected, ref_chosen, ref_rejected;
+  S *chosen_rewards, *rejected_rewards;
+  Constants<S> k;
+  PairResult<V> operator()(int64_t i, int64_t left) const {
+    V c = policy_chosen.at(i, left), r = policy_rejected.at(i, left);
+    if (ref_chosen.data) {
+      c = c - ref_chosen.at(i, left);
+      r = r - ref_rejected.at(i, left);
     }
-    put(c + i, kWidth<S>, chosen);
-    put(r + i, kWidth<S>, rejected);
-    put(chosen_rewards + i, left, S(a.beta) * chosen);
-    put(rejected_rewards + i, left, S(a.beta) * rejected);
+    put(chosen_rewards + i, left, k.beta * c);
+    put(rejected_rewards + i, left, k.beta * r);
+    return dpo_pair<kType>(c, r, k);
   }
+};
+
+template <DpoType kType, class V>
+void run(const DpoLoss& a) {
+  using S = ScalarOf<V>;
+  pair_losses<V>(a.out, LossOfPairs<kType, V>{{a.policy_chosen, a.dtype},
+                                              {a.policy_rejected, a.dtype},
+                                              {a.ref_chosen, a.dtype},
+                                              {a.ref_rejected, a.dtype},
+                                              static_cast<S*>(a.chosen_rewards),
+                                              static_cast<S*>(a.rejected_rewards),
+                                              Constants<S>(a)});
 }
 
-template <class S>
-using ReadRatios = void (*)(const DpoLoss&, int64_t, int64_t, S*, S*);
-
-template <DpoType kType, class S>
-void run(const DpoLoss& a, ReadRatios<S> read) {
-  const Constants<S> k(a);
-  using V = VectorOf<S>;
-  pair_losses<S>(
-      a.out, [&](int64_t begin, int64_t count, S* c, S* r) { read(a, begin, count, c, r); },
-      [k](V c, V r) { return dpo_pair<kType>(c, r, k); });
-}
-
-template <class S, int... kTypes>
-void run_type(const DpoLoss& a, ReadRatios<S> read, std::integer_sequence<int, kTypes...>) {
-  ((a.type == DpoType(kTypes) ? run<DpoType(kTypes), S>(a, read) : void()), ...);
+template <class V, int... kTypes>
+void run_type(const DpoLoss& a, std::integer_sequence<int, kTypes...>) {
+  const bool sigmoid = a.type == DpoType::sigmoid || a.type == DpoType::simpo;
+  if (sigmoid && a.label_smoothing == 0) return run<kPlainSigmoid, V>(a);
+  ((a.type == DpoType(kTypes) ? run<DpoType(kTypes), V>(a) : void()), ...);
 }
 
 }  // namespace
 
 void dpo_loss_fwd(const DpoLoss& a) {
   constexpr auto kTypes = std::make_integer_sequence<int, kDpoTypes>();
-  if (a.dtype == DType::f64) return run_type<double>(a, read_ratios<double>, kTypes);
-  run_type<float>(a,
-                  a.dtype == DType::f32    ? read_ratios<float>
-                  : a.dtype == DType::bf16 ? read_ratios<BFloat16>
-                                           : read_ratios<Half>,
-                  kTypes);
+  if (a.dtype == DType::f64) {
+    run_type<double>(a, kTypes);
+  } else {
+    run_type<VecF>(a, kTypes);
+  }
 }
 
 }  // namespace apt::APT_ISA

@@ -9,13 +9,11 @@ namespace apt::APT_ISA {
 
 // log(1 + x) for x in [0, 1], a polynomial without a division; its relative error is under 2e-8.
 inline VecF log1p_of_fraction(VecF x) {
-  constexpr float kCoefficients[] = {-0.0136314994f, 0.0419814028f, -0.0830741152f,
-                                     0.124671258f,   -0.161293373f, 0.198979318f,
-                                     -0.249885798f,  0.333326906f,  -0.499999881f};
-  VecF poly = splat(0.00207295129f);
-#pragma GCC unroll 9
-  for (const float coefficient : kCoefficients) poly = poly * x + coefficient;
-  return x + x * x * poly;
+  const VecF x2 = x * x, x4 = x2 * x2;  // Estrin: the pairs do not wait for each other
+  const VecF low = (0.333326906f * x - 0.499999881f) + x2 * (0.198979318f * x - 0.249885798f);
+  const VecF high = (0.124671258f * x - 0.161293373f) + x2 * (0.0419814028f * x - 0.0830741152f);
+  const VecF top = 0.00207295129f * x - 0.0136314994f;
+  return x + x2 * (low + x4 * (high + x4 * top));
 }
 
 inline double log1p_of_fraction(double x) { return std::log1p(x); }

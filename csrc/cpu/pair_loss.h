@@ -3,31 +3,45 @@
 #include <algorithm>
 #include <memory>
 
+#include "lanes.h"
 #include "logistic.h"
 #include "pair_outputs.h"
 #include "parallel.h"
 
 namespace apt::APT_ISA {
 
-// What is computed with: vectors of float for every input type but float64.
-template <class T>
-using ScalarOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-template <class S>
-using VectorOf = std::conditional_t<std::is_same_v<S, double>, double, VecF>;
-template <class S>
-constexpr int kWidth = std::is_same_v<S, double> ? 1 : kLanes;
+// Numbers of a type known at run time: one kernel serves all of them, at the price of a branch that
+// is always predicted.
+template <class V>
+struct Numbers {
+  const void* data;
+  DType dtype;
+  // The vector at element i; lanes beyond the `left` that count hold -1.
+  V at(int64_t i, int64_t left) const {
+    if constexpr (std::is_same_v<V, double>) {
+      return static_cast<const double*>(data)[i];
+    } else {
+      switch (dtype) {
+        case DType::bf16:
+          return take(static_cast<const BFloat16*>(data) + i, left);
+        case DType::f16:
+          return take(static_cast<const Half*>(data) + i, left);
+        default:
+          return take(static_cast<const float*>(data) + i, left);
+      }
+    }
+  }
+  template <class T>
+  static VecF take(const T* p, int64_t left) {
+    return left >= kLanes ? load(p) : load_partial(p, left, -1.f);
+  }
+};
 
-// The next vector of `count` numbers that are left; lanes beyond them hold -1.
-template <class T>
-VecF take(const T* p, int64_t count) {
-  return count >= kLanes ? load(p) : load_partial(p, count, -1.f);
-}
-inline double take(const double* p, int64_t) { return *p; }
-inline void put(float* p, int64_t count, VecF v) {
-  if (count >= kLanes) {
+inline void put(float* p, int64_t left, VecF v) {
+  if (left >= kLanes) {
     store(p, v);
   } else {
-    store_partial(p, count, v);
+    store_partial(p, left, v);
   }
 }
 inline void put(double* p, int64_t, double v) { *p = v; }
@@ -65,43 +79,40 @@ struct PairResult {
   V loss, grad_chosen, grad_rejected;
 };
 
-constexpr int64_t kPairBlock = 1024;  // what a block reads and computes stays in the L1 cache
+constexpr int64_t kPairBlock = 1024;  // pairs of one partial sum
 constexpr int64_t kGrain = 16;        // blocks worth waking a thread for: 20 us
 
-// read(begin, count, a, b) gives the two numbers of each pair of a block, formula(a, b) the loss.
-// One pass; threads over blocks. The order of the sum depends on the number of pairs alone (and on
-// the width of a vector), not on the threads.
-template <class S, class Read, class Formula>
-void pair_losses(const PairOutputs& out, const Read& read, const Formula& formula) {
-  constexpr int kStep = kWidth<S>;
-  const int64_t blocks = (out.pairs + kPairBlock - 1) / kPairBlock;
+// Reduces loss_of(i, left), the losses of the pairs from i on of which `left` exist, and writes
+// their gradients. One pass; threads over blocks. The order of the sum depends on the number of
+// pairs alone (and on the width of a vector), not on the threads.
+template <class V, class LossOf>
+void pair_losses(const PairOutputs& out, const LossOf& shared_loss_of) {
+  using S = ScalarOf<V>;
+  const int64_t pairs = out.pairs, blocks = (pairs + kPairBlock - 1) / kPairBlock;
   const bool reduced = out.reduction != Reduction::none;
-  const double scale = out.reduction == Reduction::mean ? 1.0 / std::max<int64_t>(out.pairs, 1) : 1;
+  const double scale = out.reduction == Reduction::mean ? 1.0 / std::max<int64_t>(pairs, 1) : 1;
   S* const losses = static_cast<S*>(out.loss);
   S* const grads = static_cast<S*>(out.grads);
   const std::unique_ptr<double[]> totals(new double[blocks]());
-  const auto run = [&](int64_t first, int64_t last) {
-    S a[kPairBlock], b[kPairBlock];
-    const auto loss_of = formula;  // a copy: what it holds stays in registers
+  const auto run = [&, losses, grads, pairs, reduced](int64_t first, int64_t last) {
+    const LossOf loss_of = shared_loss_of;  // a copy: what it holds stays in registers
     const S factor(scale);
     for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * kPairBlock, count = std::min(kPairBlock, out.pairs - begin);
-      read(begin, count, a, b);
-      S* const loss = losses + begin;
-      S* const grad_chosen = grads + begin;
-      S* const grad_rejected = grads + out.pairs + begin;
-      CompensatedSum<VectorOf<S>> sum;
-      for (int64_t i = 0; i < count; i += kStep) {
-        const int64_t left = count - i;
-        const auto result = loss_of(take(a + i, kStep), take(b + i, kStep));
+      CompensatedSum<V> sum;
+      const int64_t end = std::min((block + 1) * kPairBlock, pairs);
+      const auto emit = [&](int64_t i, int64_t left, const PairResult<V>& result) {
         if (reduced) {
-          sum.add(left >= kStep ? result.loss : first_lanes(result.loss, left));
+          sum.add(left >= kWidth<V> ? result.loss : first_lanes(result.loss, left));
         } else {
-          put(loss + i, left, result.loss);
+          put(losses + i, left, result.loss);
         }
-        put(grad_chosen + i, left, result.grad_chosen * factor);
-        put(grad_rejected + i, left, result.grad_rejected * factor);
-      }
+        put(grads + i, left, result.grad_chosen * factor);
+        put(grads + pairs + i, left, result.grad_rejected * factor);
+      };
+      constexpr int kStep = kWidth<V>;
+      int64_t i = block * kPairBlock;
+      for (; i + kStep <= end; i += kStep) emit(i, kStep, loss_of(i, kStep));
+      if (i < end) emit(i, end - i, loss_of(i, end - i));
       totals[block] = total(sum);
     }
   };

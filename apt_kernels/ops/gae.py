@@ -1,0 +1,163 @@
+"""Generalised advantage estimation."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
+
+dispatch.register("gae", "gae_fwd")
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor | np.ndarray,
+    values: Tensor | np.ndarray,
+    *,
+    gamma: float = 0.99,
+    gae_lambda: float = 0.95,
+    mask: Tensor | np.ndarray | None = None,
+    terminated: Tensor | np.ndarray | None = None,
+    truncated: Tensor | np.ndarray | None = None,
+    bootstrap: Tensor | np.ndarray | None = None,
+    whiten: bool = False,
+    time_major: bool = False,
+    cu_seqlens: Tensor | np.ndarray | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor] | tuple[np.ndarray, np.ndarray]:
+    """A_t = delta_t + gamma * gae_lambda * A_(t+1), delta_t = r_t + gamma V_(t+1) - V_t; A + V.
+
+    One pass, which reads every input once and writes both results; whitening adds two passes over
+    the advantages. Source: Schulman 2016, "High-dimensional continuous control using generalized
+    advantage estimation", eq. 16. No gradient. NumPy arrays give NumPy arrays, without a copy.
+
+    Args:
+        rewards: `(B, T)`; `(T, B)` if `time_major`; `(N,)` with `cu_seqlens`. float32, bfloat16,
+            float16 or float64; any strides.
+        values: as `rewards`.
+        gamma: discount of a step, in [0, 1].
+        gae_lambda: decay of the trace, in [0, 1].
+        mask: as `rewards`, True counts. Steps that do not count are passed over: t+1 is the next
+            step that counts. Their outputs are 0 whatever any argument holds there.
+        terminated: as `rewards`: the episode ended here; V_(t+1) is 0 and the trace is cut.
+        truncated: as `rewards`: the episode was interrupted here; V_(t+1) is the bootstrap and
+            the trace is cut. A step of both kinds is terminated.
+        bootstrap: `(B,)` (`(S,)` with `cu_seqlens`): the value of the state after the last step
+            that counts, 0 after other truncated steps; or, shaped as `rewards`, the value after
+            each truncated step and after the last. None: 0.
+        whiten: bring the advantages that count to mean 0 and (unbiased) variance 1.
+        time_major: time is the first dimension; nothing is copied.
+        cu_seqlens: `(S + 1,)` int64 or int32: where each packed sequence starts, and N. Offsets
+            that fall or end elsewhere: an error on the CPU, undefined results on the GPU.
+        backend: None for the fastest, or a name of `apt_kernels.backends()`.
+
+    Returns:
+        `(advantages, returns)` as `rewards`, contiguous; float32, or float64 where rewards or
+        values are. Returns are A + V before whitening.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+    """
+    if isinstance(rewards, np.ndarray):
+        arrays = rewards, values, mask, terminated, truncated, bootstrap, cu_seqlens
+        r, v, m, e, c, after, offsets = map(_from_numpy, arrays)
+        results = gae(
+            r, v, gamma=gamma, gae_lambda=gae_lambda, mask=m, terminated=e, truncated=c,
+            bootstrap=after, whiten=whiten, time_major=time_major, cu_seqlens=offsets,
+            backend=backend,
+        )  # fmt: skip
+        return results[0].numpy(), results[1].numpy()
+    _check(rewards, values, gamma, gae_lambda, whiten, time_major, cu_seqlens)
+    flags = {"mask": mask, "terminated": terminated, "truncated": truncated}
+    for name, flag in flags.items():
+        if flag is not None:
+            checks.tensor(name, flag, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
+            checks.shape(name, flag, rewards.shape, "that of rewards")
+            checks.same_device(name, flag, "rewards", rewards)
+    _check_bootstrap(bootstrap, rewards, time_major, cu_seqlens)
+    backend = dispatch.choose("gae", rewards.device, backend)
+    if backend == "reference":
+        return reference.gae(
+            rewards, values, gamma=gamma, gae_lambda=gae_lambda, bootstrap=bootstrap,
+            whiten=whiten, time_major=time_major, cu_seqlens=cu_seqlens, **flags,
+        )  # fmt: skip
+    if values.dtype != rewards.dtype:
+        dtype = accumulate_dtype(rewards, values)
+        rewards, values = rewards.to(dtype), values.to(dtype)
+    if bootstrap is not None:
+        bootstrap = bootstrap.to(accumulate_dtype(rewards))
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+    return dispatch.kernel("gae_fwd", backend)(
+        rewards, values, _bool(mask), _bool(terminated), _bool(truncated), bootstrap, cu_seqlens,
+        float(gamma), float(gae_lambda), whiten, time_major,
+    )  # fmt: skip
+
+
+def _from_numpy(array: np.ndarray | None) -> Tensor | None:
+    if not isinstance(array, np.ndarray):
+        return array
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()  # a tensor can be neither
+    return torch.from_numpy(array)
+
+
+def _bool(flags: Tensor | None) -> Tensor | None:
+    return flags if flags is None or flags.dtype == torch.bool else flags != 0
+
+
+def _check(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    whiten: bool,
+    time_major: bool,
+    cu_seqlens: Tensor | None,
+) -> None:
+    checks.tensor("rewards", rewards)
+    checks.dims("rewards", rewards, 2 if cu_seqlens is None else 1)
+    checks.pair("values", values, "rewards", rewards)
+    checks.between("gamma", gamma, 0, 1)
+    checks.between("gae_lambda", gae_lambda, 0, 1)
+    for name, flag in (("whiten", whiten), ("time_major", time_major)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    if cu_seqlens is None:
+        return
+    if time_major:
+        raise ValueError("time_major: expected False (packed sequences have one dimension)")
+    checks.tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
+    checks.dims("cu_seqlens", cu_seqlens, 1)
+    checks.same_device("cu_seqlens", cu_seqlens, "rewards", rewards)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens: expected at least one offset, got none")
+
+
+def _check_bootstrap(
+    bootstrap: Tensor | None, rewards: Tensor, time_major: bool, cu_seqlens: Tensor | None
+) -> None:
+    if bootstrap is None:
+        return
+    checks.tensor("bootstrap", bootstrap)
+    checks.same_device("bootstrap", bootstrap, "rewards", rewards)
+    if cu_seqlens is not None:
+        rows = cu_seqlens.shape[0] - 1
+    else:
+        rows = rewards.shape[1 if time_major else 0]
+    if tuple(bootstrap.shape) not in ((rows,), tuple(rewards.shape)):
+        raise ValueError(
+            f"bootstrap: expected shape {(rows,)} (one a sequence) or {tuple(rewards.shape)} "
+            f"(one a step), got {tuple(bootstrap.shape)}"
+        )
+
+
+@dispatch.fake("gae_fwd")
+def _(rewards, values, *arguments):
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(
+        rewards.shape, dtype=dtype
+    )

@@ -1,0 +1,320 @@
+"""The losses of policy optimisation: PPO, GRPO and their family."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import checks, dispatch, reference
+from .tokens import AGGREGATIONS, adjacent, alike, boolean, normalizer_tensor
+
+dispatch.register("policy_loss", "policy_loss_fwd")
+
+_LOSS_TYPES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
+_RATIO_LEVELS = {"token": 0, "sequence": 1}
+_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+_METRICS = (
+    "policy_loss", "approx_kl", "ppo_kl", "clip_fraction", "dual_clip_fraction", "ref_kl",
+    "entropy",
+)  # fmt: skip
+_DEFAULT_CLIP, _DEFAULT_TAU_POS, _DEFAULT_TAU_NEG = 0.2, 1.0, 1.05
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss_type: str = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    sapo_temperature_pos: float | None = None,
+    sapo_temperature_neg: float | None = None,
+    ref_logps: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    rollout_weights: Tensor | None = None,
+    aggregation: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The aggregate of w * surrogate(ratio, A) + kl_coef * KL - entropy_coef * entropy; metrics.
+
+    One pass forms the loss, all metrics and the gradients; backward scales them. The surrogates
+    and aggregations, with their sources, are the tables of `apt_kernels.reference.policy_loss`.
+
+    Args:
+        logps: `(B, T)` log-probabilities in nats; float32, bfloat16, float16 or float64; any
+            strides; differentiable. A masked token of any argument may hold anything; it has no
+            loss and exactly no gradient.
+        old_logps: `(B, T)` at sampling time; None: those of the policy itself, a ratio of 1.
+        advantages: `(B,)` or `(B, T)`.
+        mask: `(B, T)`, True counts. Nothing counts: a loss of 0 with a graph.
+        loss_type: "clip" (PPO), "cispo", "sapo" or "reinforce".
+        clip_low: how far below 1 the ratio may fall, in [0, 1]; for clip and cispo.
+        clip_high: how far above 1 it may rise, at least 0; for clip and cispo.
+        dual_clip: for clip, the largest ratio that counts where A < 0; above 1.
+        ratio_level: "token", or "sequence" for GSPO (not for reinforce).
+        sapo_temperature_pos: for sapo where A > 0; None means 1.0.
+        sapo_temperature_neg: for sapo elsewhere; None means 1.05.
+        ref_logps: `(B, T)`, for the KL term; its metric is measured for any `kl_coef`.
+        kl_coef: weight of the KL term; needs `ref_logps` unless 0.
+        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`.
+        entropy: `(B, T)`; differentiable.
+        entropy_coef: weight of the entropy bonus; needs `entropy` unless 0.
+        rollout_weights: `(B,)` or `(B, T)`, w: they correct for the policy that sampled.
+        aggregation: "token_mean", "token_sum", "sequence_mean", "sequence_sum" or "dr_grpo".
+        normalizer: replaces the denominator of the aggregation; a number or 0-dim tensor, above 0
+            (a tensor below is an error on the CPU alone).
+        backend: None for the fastest, or a name of `apt_kernels.backends()`.
+
+    Returns:
+        `(loss, metrics)`: 0-dim float32 (float64 for float64 logps). The metrics, without a graph
+        and without a synchronisation: policy_loss, approx_kl, ppo_kl, clip_fraction,
+        dual_clip_fraction, ref_kl, entropy.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, or an option that the loss type does not use.
+    """
+    options = {
+        "loss_type": loss_type,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "ratio_level": ratio_level,
+        "sapo_temperature_pos": sapo_temperature_pos,
+        "sapo_temperature_neg": sapo_temperature_neg,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "entropy_coef": entropy_coef,
+        "aggregation": aggregation,
+    }
+    check_options(**options)
+    check_tensors(
+        logps, old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer
+    )
+    if entropy is not None:
+        checks.pair("entropy", entropy, "logps", logps)
+    elif entropy_coef:
+        raise ValueError("entropy: expected a tensor, as entropy_coef is not 0, got None")
+    backend = dispatch.choose("policy_loss", logps.device, backend)
+    if backend == "reference":
+        return reference.policy_loss(
+            logps, old_logps, advantages, mask, ref_logps=ref_logps, entropy=entropy,
+            rollout_weights=rollout_weights, normalizer=normalizer, **options,
+        )  # fmt: skip
+    loss, metrics = _PolicyLoss.apply(
+        *alike(logps, old_logps, advantages, rollout_weights, ref_logps, entropy),
+        adjacent(boolean(mask)),
+        normalizer_tensor(normalizer, logps),
+        *kernel_options(**options),
+        backend,
+    )
+    return loss, dict(zip(_METRICS, metrics.unbind(), strict=True))
+
+
+def check_options(
+    loss_type: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ratio_level: str,
+    sapo_temperature_pos: float | None,
+    sapo_temperature_neg: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    aggregation: str,
+) -> None:
+    checks.choice("loss_type", loss_type, _LOSS_TYPES)
+    checks.choice("ratio_level", ratio_level, _RATIO_LEVELS)
+    checks.choice("kl_estimator", kl_estimator, _ESTIMATORS)
+    checks.choice("aggregation", aggregation, AGGREGATIONS)
+    checks.between("clip_low", clip_low, 0, 1)
+    checks.at_least_zero("clip_high", clip_high)
+    checks.finite("kl_coef", kl_coef)
+    checks.finite("entropy_coef", entropy_coef)
+    if loss_type in ("sapo", "reinforce"):
+        for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
+            if value != _DEFAULT_CLIP:
+                raise ValueError(f"{name}: expected {_DEFAULT_CLIP}, as {loss_type} has no clip")
+    if dual_clip is not None:
+        if loss_type != "clip":
+            checks.unused("dual_clip", dual_clip, f"{loss_type} has none")
+        checks.finite("dual_clip", dual_clip)
+        if dual_clip <= 1:
+            raise ValueError(f"dual_clip: expected a number above 1, got {dual_clip}")
+    for name, value in (
+        ("sapo_temperature_pos", sapo_temperature_pos),
+        ("sapo_temperature_neg", sapo_temperature_neg),
+    ):
+        if value is not None:
+            if loss_type != "sapo":
+                checks.unused(name, value, f"{loss_type} has none")
+            checks.positive(name, value)
+    if ratio_level == "sequence" and loss_type == "reinforce":
+        raise ValueError("ratio_level: expected 'token', as reinforce has no ratio")
+
+
+def check_tensors(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logps: Tensor | None,
+    kl_coef: float,
+    rollout_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> None:
+    checks.tensor("logps", logps)
+    checks.dims("logps", logps, 2)
+    if old_logps is not None:
+        checks.pair("old_logps", old_logps, "logps", logps, constant_=True)
+    checks.per_row_or_token("advantages", advantages, "logps", logps)
+    checks.token_mask("mask", mask, "logps", logps)
+    if ref_logps is not None:
+        checks.pair("ref_logps", ref_logps, "logps", logps, constant_=True)
+    elif kl_coef:
+        raise ValueError("ref_logps: expected a tensor, as kl_coef is not 0, got None")
+    if rollout_weights is not None:
+        checks.per_row_or_token("rollout_weights", rollout_weights, "logps", logps)
+    checks.normalizer(normalizer, "logps", logps)
+
+
+def kernel_options(
+    loss_type: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ratio_level: str,
+    sapo_temperature_pos: float | None,
+    sapo_temperature_neg: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    aggregation: str,
+) -> tuple[int | float, ...]:
+    """The options as the kernel takes them, in its order."""
+    return (
+        _LOSS_TYPES[loss_type],
+        _RATIO_LEVELS[ratio_level],
+        _ESTIMATORS[kl_estimator],
+        AGGREGATIONS[aggregation],
+        float(clip_low),
+        float(clip_high),
+        math.inf if dual_clip is None else float(dual_clip),
+        _DEFAULT_TAU_POS if sapo_temperature_pos is None else float(sapo_temperature_pos),
+        _DEFAULT_TAU_NEG if sapo_temperature_neg is None else float(sapo_temperature_neg),
+        float(kl_coef),
+        float(entropy_coef),
+    )
+
+
+class PolicyLoss(nn.Module):
+    """`policy_loss` as a module; its arguments are the options of the function."""
+
+    def __init__(
+        self,
+        loss_type: str = "clip",
+        *,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        ratio_level: str = "token",
+        sapo_temperature_pos: float | None = None,
+        sapo_temperature_neg: float | None = None,
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k3",
+        entropy_coef: float = 0.0,
+        aggregation: str = "token_mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        options = {
+            "loss_type": loss_type,
+            "clip_low": clip_low,
+            "clip_high": clip_high,
+            "dual_clip": dual_clip,
+            "ratio_level": ratio_level,
+            "sapo_temperature_pos": sapo_temperature_pos,
+            "sapo_temperature_neg": sapo_temperature_neg,
+            "kl_coef": kl_coef,
+            "kl_estimator": kl_estimator,
+            "entropy_coef": entropy_coef,
+            "aggregation": aggregation,
+        }
+        check_options(**options)
+        self.options = {**options, "backend": backend}
+
+    def forward(
+        self,
+        logps: Tensor,
+        old_logps: Tensor | None,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        ref_logps: Tensor | None = None,
+        entropy: Tensor | None = None,
+        rollout_weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics)."""
+        return policy_loss(
+            logps,
+            old_logps,
+            advantages,
+            mask,
+            ref_logps=ref_logps,
+            entropy=entropy,
+            rollout_weights=rollout_weights,
+            normalizer=normalizer,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, logps, old_logps, advantages, weights, ref_logps, entropy, mask, normalizer, *options
+    ):
+        *options, backend = options
+        need_entropy = entropy is not None and ctx.needs_input_grad[5] and options[-1] != 0
+        loss, metrics, grad_logps, grad_entropy = dispatch.kernel("policy_loss_fwd", backend)(
+            logps, old_logps, advantages, mask, weights, ref_logps, entropy, normalizer, *options,
+            need_entropy,
+        )  # fmt: skip
+        ctx.save_for_backward(grad_logps, grad_entropy)
+        ctx.dtype, ctx.need_entropy, ctx.arguments = logps.dtype, need_entropy, 9 + len(options)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)  # the metrics' gradient would be zeros, a tensor
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        grad_logps, grad_entropy = ctx.saved_tensors
+        grads = [None] * ctx.arguments
+        if ctx.needs_input_grad[0]:
+            grads[0] = (grad_logps * grad_loss).to(ctx.dtype)
+        if ctx.need_entropy:
+            grads[5] = (grad_entropy * grad_loss).to(ctx.dtype)
+        return tuple(grads)
+
+
+@dispatch.fake("policy_loss_fwd")
+def _(logps, *arguments):
+    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    need_entropy = arguments[-1]
+    shapes = (), (len(_METRICS),), logps.shape, logps.shape if need_entropy else (0,)
+    return tuple(logps.new_empty(shape, dtype=dtype) for shape in shapes)

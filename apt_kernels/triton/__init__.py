@@ -1,0 +1,23 @@
+"""The Triton kernels: one launcher `X_fwd` or `X_bwd` per name, on NVIDIA and AMD GPUs."""
+
+from apt_kernels.triton.bradley_terry_loss import bradley_terry_loss_fwd
+from apt_kernels.triton.dpo_loss import dpo_loss_fwd
+from apt_kernels.triton.linear_cross_entropy import linear_cross_entropy_fwd
+from apt_kernels.triton.linear_token_logprobs import (
+    linear_token_logprobs_bwd,
+    linear_token_logprobs_fwd,
+)
+from apt_kernels.triton.sequence_logps import sequence_logps_bwd, sequence_logps_fwd
+from apt_kernels.triton.token_logprobs import token_logprobs_bwd, token_logprobs_fwd
+
+__all__ = [
+    "bradley_terry_loss_fwd",
+    "dpo_loss_fwd",
+    "linear_cross_entropy_fwd",
+    "linear_token_logprobs_bwd",
+    "linear_token_logprobs_fwd",
+    "sequence_logps_bwd",
+    "sequence_logps_fwd",
+    "token_logprobs_bwd",
+    "token_logprobs_fwd",
+]

@@ -1,0 +1,221 @@
+"""gae in Triton: an associative scan over the steps of a tile of rows."""
+
+import torch
+import triton
+import triton.language as tl
+
+from apt_kernels.triton import rows
+
+WHITEN_BLOCK = 4096  # advantages a program takes: 16 a thread at 8 warps
+WHITEN_PROGRAMS = 1024  # partial sums that every program of the next step adds, at most
+
+
+@triton.jit
+def _then(delta_later, decay_later, delta, decay):
+    """The map x -> delta + decay x after that of the later steps."""
+    return delta + decay * delta_later, decay * decay_later
+
+
+@triton.jit
+def _first(value_later, any_later, value, any_here):
+    """The value of the first step that counts, and whether there is one."""
+    return tl.where(any_here != 0, value, value_later), any_here | any_later
+
+
+@triton.jit
+def _flags(ptr, offset, live, ABSENT: tl.constexpr):
+    if ptr is None:
+        return live & ABSENT
+    return tl.load(ptr + offset, mask=live, other=0) != 0
+
+
+# What: A_t = delta_t + gamma lambda A_(t+1) of BLOCK_B rows, from the last step back.
+# Passes: one; values are read twice, the second time from the cache. Bytes: rewards, values and
+# flags read, advantages and returns written. Parallelism: a tile of rows a program, a scan of
+# BLOCK_T steps at a time. Accuracy: float32.
+@triton.jit(do_not_specialize=["B", "T"])
+def _gae_fwd_kernel(
+    rewards_ptr, values_ptr, mask_ptr, terminated_ptr, truncated_ptr, bootstrap_ptr, cu_seqlens_ptr,
+    advantages_ptr, returns_ptr, B: tl.int64, T: tl.int64,
+    rewards_b: tl.int64, rewards_t: tl.int64, values_b: tl.int64, values_t: tl.int64,
+    mask_b: tl.int64, mask_t: tl.int64, terminated_b: tl.int64, terminated_t: tl.int64,
+    truncated_b: tl.int64, truncated_t: tl.int64, bootstrap_b: tl.int64, bootstrap_t: tl.int64,
+    out_b: tl.int64, out_t: tl.int64, gamma: tl.float32, decay: tl.float32,
+    PER_STEP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    place = tl.arange(0, BLOCK_T)[None, :]
+    inside = row < B
+    sequence = row
+    first = T * 0
+    steps = T
+    if cu_seqlens_ptr is not None:  # BLOCK_B is 1; offsets outside the tensors are cut
+        number = tl.program_id(0).to(tl.int64)
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + number), 0), T)
+        steps = tl.minimum(tl.load(cu_seqlens_ptr + number + 1), T) - first
+        row = row * 0
+    after_last = tl.zeros((BLOCK_B, 1), tl.float32)
+    if bootstrap_ptr is not None:  # noqa: SIM102 - Triton compares pointers with None alone
+        if not PER_STEP:
+            after_last = tl.load(bootstrap_ptr + sequence * bootstrap_b, mask=inside, other=0.0).to(
+                tl.float32
+            )
+    trace = tl.zeros((BLOCK_B, 1), tl.float32)  # the advantage, the value of the next step
+    carried = tl.zeros((BLOCK_B, 1), tl.float32)
+    seen = tl.zeros((BLOCK_B, 1), tl.int32)  # whether there is one
+    for tile in range(0, tl.cdiv(steps, BLOCK_T)):
+        start = (tl.cdiv(steps, BLOCK_T) - 1 - tile) * BLOCK_T
+        step = start + place
+        live = inside & (step < steps)
+        t = first + step
+        counts = _flags(mask_ptr, row * mask_b + t * mask_t, live, True)
+        ends = _flags(terminated_ptr, row * terminated_b + t * terminated_t, live, False)
+        breaks = _flags(truncated_ptr, row * truncated_b + t * truncated_t, live, False)
+        reward = tl.load(rewards_ptr + row * rewards_b + t * rewards_t, mask=counts, other=0.0)
+        value = tl.load(values_ptr + row * values_b + t * values_t, mask=counts, other=0.0)
+        reward = reward.to(tl.float32)
+        value = value.to(tl.float32)
+        # the next step that counts: within the tile by a scan of what lies one further
+        later = inside & (place < BLOCK_T - 1) & (step + 1 < steps)
+        any_later = _flags(mask_ptr, row * mask_b + (t + 1) * mask_t, later, True)
+        following = tl.load(
+            values_ptr + row * values_b + (t + 1) * values_t, mask=any_later, other=0.0
+        ).to(tl.float32)
+        any_here = any_later.to(tl.int32)
+        if mask_ptr is not None:
+            following, any_here = tl.associative_scan(
+                (following, any_here), 1, _first, reverse=True
+            )
+        coming = tl.where(any_here != 0, following, carried)
+        last = (any_here | seen) == 0
+        after = tl.where(last, after_last, 0.0)
+        if bootstrap_ptr is not None:  # noqa: SIM102
+            if PER_STEP:
+                after = tl.load(
+                    bootstrap_ptr + row * bootstrap_b + t * bootstrap_t, mask=counts, other=0.0
+                ).to(tl.float32)
+        following = tl.where(ends, 0.0, tl.where(breaks | last, after, coming))
+        delta = tl.where(counts, reward + gamma * following - value, 0.0)
+        kept = tl.where(counts, tl.where(ends | breaks | last, 0.0, decay), 1.0)
+        delta, kept = tl.associative_scan((delta, kept), 1, _then, reverse=True)
+        advantage = delta + kept * trace
+        out = row * out_b + t * out_t
+        tl.store(advantages_ptr + out, tl.where(counts, advantage, 0.0), mask=live)
+        tl.store(returns_ptr + out, tl.where(counts, advantage + value, 0.0), mask=live)
+        here = place == 0
+        trace = tl.sum(tl.where(here, advantage, 0.0), 1, keep_dims=True)
+        coming = tl.where(counts, value, coming)
+        carried = tl.sum(tl.where(here, coming, 0.0), 1, keep_dims=True)
+        known = tl.where(here, counts.to(tl.int32) | any_here, 0)
+        seen = seen | tl.max(known, 1, keep_dims=True)
+
+
+# What: the sum of the advantages of a block, and how many count.
+# Passes: one. Bytes: 5 a step. Parallelism: a block a program. Accuracy: float32, fixed order.
+@triton.jit(do_not_specialize=["N"])
+def _sum_kernel(advantages_ptr, mask_ptr, sums_ptr, counts_ptr, N: tl.int64, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        counts = _flags(mask_ptr, i, i < N, True)
+        total += tl.load(advantages_ptr + i, mask=counts, other=0.0)
+        count += counts.to(tl.int32)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0))
+    tl.store(counts_ptr + tl.program_id(0), tl.sum(count, 0))
+
+
+@triton.jit
+def _total(ptr, P, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    return tl.sum(tl.load(ptr + i, mask=i < P, other=0), 0)
+
+
+# What: the sum of the squares of a block of advantages around the mean of all.
+# Passes, bytes, parallelism: as above; every program adds the partial sums of all itself.
+@triton.jit(do_not_specialize=["N", "P"])
+def _squares_kernel(
+    advantages_ptr, mask_ptr, sums_ptr, counts_ptr, squares_ptr, N: tl.int64, P: tl.int32,
+    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    count = tl.maximum(_total(counts_ptr, P, PROGRAMS), 1).to(tl.float32)
+    mean = _total(sums_ptr, P, PROGRAMS) / count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        counts = _flags(mask_ptr, i, i < N, True)
+        x = tl.load(advantages_ptr + i, mask=counts, other=0.0) - mean
+        total += tl.where(counts, x * x, 0.0)
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+# What: the advantages that count brought to mean 0 and variance 1, in place.
+@triton.jit(do_not_specialize=["N", "P"])
+def _whiten_kernel(
+    advantages_ptr, mask_ptr, sums_ptr, counts_ptr, squares_ptr, N: tl.int64, P: tl.int32,
+    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    count = _total(counts_ptr, P, PROGRAMS)
+    mean = _total(sums_ptr, P, PROGRAMS) / tl.maximum(count, 1).to(tl.float32)
+    variance = _total(squares_ptr, P, PROGRAMS) / tl.maximum(count - 1, 1).to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(variance + 1e-8)
+    for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        counts = _flags(mask_ptr, i, i < N, True)
+        x = tl.load(advantages_ptr + i, mask=counts, other=0.0)
+        tl.store(advantages_ptr + i, tl.where(counts, (x - mean) * scale, 0.0), mask=i < N)
+
+
+def _strides(t, time_major):
+    """Elements from row to row and from step to step; of one dimension, from one to the next."""
+    if t is None:
+        return 0, 0
+    if t.dim() == 1:
+        return t.stride(0), t.stride(0)
+    return (t.stride(1), t.stride(0)) if time_major else (t.stride(0), t.stride(1))
+
+
+def _whiten(advantages, mask):
+    N = advantages.numel()
+    P = min(triton.cdiv(N, WHITEN_BLOCK), WHITEN_PROGRAMS)
+    sums, squares = advantages.new_empty(P), advantages.new_empty(P)
+    counts = advantages.new_empty(P, dtype=torch.int32)
+    mask = None if mask is None else mask.contiguous()
+    sizes = {"BLOCK": WHITEN_BLOCK, "num_warps": 8}
+    arguments = (advantages, mask, sums, counts, squares, N, P)
+    _sum_kernel[(P,)](advantages, mask, sums, counts, N, **sizes)
+    _squares_kernel[(P,)](*arguments, PROGRAMS=WHITEN_PROGRAMS, **sizes)
+    _whiten_kernel[(P,)](*arguments, PROGRAMS=WHITEN_PROGRAMS, **sizes)
+
+
+def gae_fwd(
+    rewards, values, mask, terminated, truncated, bootstrap, cu_seqlens, gamma, gae_lambda, whiten,
+    time_major,
+):  # fmt: skip
+    """(advantages, returns) in the shape of rewards, float32 and contiguous."""
+    advantages = rewards.new_empty(rewards.shape, dtype=torch.float32)
+    returns = torch.empty_like(advantages)
+    if rewards.numel() == 0:
+        return advantages, returns
+    if cu_seqlens is None:
+        B, T = rewards.shape[::-1] if time_major else rewards.shape
+        per_step = bootstrap is not None and bootstrap.dim() == 2
+    else:
+        B, T = cu_seqlens.shape[0] - 1, rewards.shape[0]
+        per_step = bootstrap is not None and bootstrap.shape[0] != B
+    if time_major:  # rows are adjacent: many of them, and few steps at a time
+        block_b, block_t, warps = 64, 8, 2
+    else:
+        block_b, block_t = 1, min(1024, triton.next_power_of_2(T))
+        warps = max(1, block_t // 256)
+    inputs = (rewards, values, mask, terminated, truncated, bootstrap)
+    with rows.device_of(rewards):
+        _gae_fwd_kernel[(triton.cdiv(B, block_b),)](
+            *inputs, cu_seqlens, advantages, returns, B, T,
+            *(stride for t in (*inputs, advantages) for stride in _strides(t, time_major)),
+            gamma, gamma * gae_lambda, PER_STEP=per_step, BLOCK_B=block_b, BLOCK_T=block_t,
+            num_warps=warps,
+        )  # fmt: skip
+        if whiten:
+            _whiten(advantages, mask)
+    return advantages, returns

@@ -1,0 +1,170 @@
+"""policy_loss in Triton: loss, metrics and gradients; a tile of a row in each program."""
+
+import torch
+import triton
+import triton.language as tl
+
+from apt_kernels.triton import rows
+from apt_kernels.triton.logistic import sigmoids
+from apt_kernels.triton.tokens import (
+    BLOCK,
+    ROWS_BLOCK,
+    bounded,
+    count_rows,
+    exp_minus,
+    kl_term,
+    row_scale,
+    sum_partials,
+)
+
+CLIP = tl.constexpr(0)
+CISPO = tl.constexpr(1)
+SAPO = tl.constexpr(2)
+
+QUANTITIES = 8  # the metrics, in their order, and the loss
+MEANS = 0b01111110  # those that are divided by the number of tokens
+
+
+@triton.jit
+def _surrogate(logps, ratio, adv, slope, low, high, dual, tau_pos, tau_neg, LOSS: tl.constexpr):
+    """The surrogate of a token, its derivative, and where the ratio was held; slope = dr/dlogp."""
+    zero = ratio * 0.0
+    if LOSS == CLIP:
+        negative = adv < 0
+        floor = tl.where(negative, low, float("-inf"))
+        ceiling = tl.where(negative, dual, high)
+        held = tl.where(ratio < floor, floor, tl.where(ratio > ceiling, ceiling, ratio))
+        loss = -adv * held
+        grad = tl.where((ratio < floor) | (ratio > ceiling), 0.0, -adv * slope)
+        beyond = ((adv > 0) & (ratio > high)) | (negative & (ratio < low))
+        clipped = tl.where(beyond, 1.0, zero)
+        dual_clipped = tl.where(negative & (ratio > ceiling), 1.0, zero)
+    elif LOSS == CISPO:
+        grad = -adv * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+        loss = grad * logps
+        clipped = tl.where((ratio < low) | (ratio > high), 1.0, zero)
+        dual_clipped = zero
+    elif LOSS == SAPO:
+        tau = tl.where(adv > 0, tau_pos, tau_neg)
+        right, wrong = sigmoids(tau * (ratio - 1.0))
+        loss = -adv * (4.0 / tau) * right
+        grad = -adv * (4.0 * right * wrong) * slope
+        clipped = zero
+        dual_clipped = zero
+    else:
+        loss = -adv * logps
+        grad = -adv
+        clipped = zero
+        dual_clipped = zero
+    return loss, grad, clipped, dual_clipped
+
+
+@triton.jit
+def _read(ptr, row, stride, t, counts, STEP: tl.constexpr):
+    """One number a token, or one a row; 0 where nothing counts."""
+    return tl.load(ptr + row * stride + t * STEP, mask=counts, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(partials_ptr, k, P, place, values, counts, scale):
+    # float64, as losses of opposite signs cancel in the sum; 8 additions a token cost nothing
+    total = tl.sum(tl.where(counts, values, 0.0).to(tl.float64), 0)
+    tl.store(partials_ptr + k * P + place, total * scale)
+
+
+# What: the losses of a tile of tokens, their gradients and the sums of the metrics.
+# Passes: one, after one over the mask (and over the log-ratios, for ratios of sequences).
+# Bytes: each input once, the gradients written. Parallelism: a tile of a row a program.
+# Accuracy: float32 a token, sums in float64 in a fixed order.
+@triton.jit(do_not_specialize=["B", "T", "logps_b", "old_b", "adv_b", "mask_b", "weights_b",
+                               "ref_b", "entropy_b"])  # fmt: skip
+def _policy_loss_fwd_kernel(
+    logps_ptr, old_ptr, adv_ptr, mask_ptr, weights_ptr, ref_ptr, entropy_ptr, normalizer_ptr,
+    lengths_ptr, means_ptr, partials_ptr, grad_logps_ptr, grad_entropy_ptr,
+    B: tl.int64, T: tl.int64, logps_b: tl.int64, old_b: tl.int64, adv_b: tl.int64,
+    mask_b: tl.int64, weights_b: tl.int64, ref_b: tl.int64, entropy_b: tl.int64,
+    low: tl.float32, high: tl.float32, dual: tl.float32, tau_pos: tl.float32, tau_neg: tl.float32,
+    kl_coef: tl.float32, entropy_coef: tl.float32,
+    LOSS: tl.constexpr, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, AGGREGATION: tl.constexpr,
+    ADV_STEP: tl.constexpr, WEIGHTS_STEP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    P = B * tl.num_programs(1)
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    scale, _ = row_scale(lengths_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
+    counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
+    logps = _read(logps_ptr, row, logps_b, t, counts, 1)
+    adv = _read(adv_ptr, row, adv_b, t, counts, ADV_STEP)
+    log_ratio = logps * 0.0
+    if old_ptr is not None:
+        log_ratio = logps - _read(old_ptr, row, old_b, t, counts, 1)
+    x = bounded(log_ratio)
+    e = tl.exp(x)
+    ratio = e
+    slope = tl.where(x == log_ratio, e, 0.0)
+    if SEQUENCE:
+        mean = tl.load(means_ptr + row)
+        of_row = bounded(mean)
+        ratio = tl.exp(of_row) + x * 0.0
+        slope = tl.where(of_row == mean, ratio, 0.0)
+    loss, grad, clipped, dual_clipped = _surrogate(
+        logps, ratio, adv, slope, low, high, dual, tau_pos, tau_neg, LOSS
+    )
+    if weights_ptr is not None:
+        weight = _read(weights_ptr, row, weights_b, t, counts, WEIGHTS_STEP)
+        loss *= weight
+        grad *= weight
+    kl = logps * 0.0
+    if ref_ptr is not None:
+        kl, kl_grad = kl_term(logps - _read(ref_ptr, row, ref_b, t, counts, 1), ESTIMATOR)
+        grad += kl_coef * kl_grad
+    entropy = logps * 0.0
+    if entropy_ptr is not None:
+        entropy = _read(entropy_ptr, row, entropy_b, t, counts, 1)
+    tl.store(grad_logps_ptr + row * T + t, tl.where(counts, grad * scale, 0.0), mask=t < T)
+    if grad_entropy_ptr is not None:
+        grad_entropy = tl.where(counts, -entropy_coef * scale, 0.0)
+        tl.store(grad_entropy_ptr + row * T + t, grad_entropy, mask=t < T)
+    approx_kl, _ = exp_minus(x, e)
+    _put(partials_ptr, 0, P, place, loss, counts, scale)
+    _put(partials_ptr, 1, P, place, approx_kl, counts, 1.0)
+    _put(partials_ptr, 2, P, place, -x, counts, 1.0)
+    _put(partials_ptr, 3, P, place, clipped, counts, 1.0)
+    _put(partials_ptr, 4, P, place, dual_clipped, counts, 1.0)
+    _put(partials_ptr, 5, P, place, kl, counts, 1.0)
+    _put(partials_ptr, 6, P, place, entropy, counts, 1.0)
+    total = loss + kl_coef * kl - entropy_coef * entropy
+    _put(partials_ptr, 7, P, place, total, counts, scale)
+
+
+def policy_loss_fwd(
+    logps, old_logps, advantages, mask, weights, ref_logps, entropy, normalizer, loss_type,
+    ratio_level, kl_estimator, aggregation, clip_low, clip_high, dual_clip, tau_pos, tau_neg,
+    kl_coef, entropy_coef, need_entropy,
+):  # fmt: skip
+    """(loss 0-dim, metrics (7,), grad_logps (B,T), grad_entropy (B,T) or (0,)), all float32."""
+    B, T = logps.shape
+    grad_logps = logps.new_empty((B, T), dtype=torch.float32)
+    grad_entropy = logps.new_empty((B, T) if need_entropy else (0,), dtype=torch.float32)
+    if B == 0 or T == 0:
+        zeros = logps.new_zeros(QUANTITIES, dtype=torch.float32)
+        return zeros[QUANTITIES - 1].clone(), zeros[:-1].clone(), grad_logps, grad_entropy
+    of_rows = (logps, old_logps) if ratio_level and old_logps is not None else (None, None)
+    lengths, means = count_rows(mask, *of_rows)
+    tiles = triton.cdiv(T, BLOCK)
+    partials = logps.new_empty((QUANTITIES, B * tiles), dtype=torch.float64)
+    inputs = (logps, old_logps, advantages, mask, weights, ref_logps, entropy)
+    with rows.device_of(logps):
+        _policy_loss_fwd_kernel[(B, tiles)](
+            *inputs, normalizer, lengths, means, partials, grad_logps,
+            grad_entropy if need_entropy else None, B, T,
+            *(0 if x is None else x.stride(0) for x in inputs),
+            1.0 - clip_low, 1.0 + clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef,
+            LOSS=loss_type, SEQUENCE=bool(ratio_level), ESTIMATOR=kl_estimator,
+            AGGREGATION=aggregation, ADV_STEP=advantages.dim() - 1,
+            WEIGHTS_STEP=0 if weights is None else weights.dim() - 1,
+            BLOCK=BLOCK, ROWS=ROWS_BLOCK, num_warps=4,
+        )  # fmt: skip
+    sums = sum_partials(partials, lengths, MEANS)
+    return sums[-1].clone(), sums[:-1].clone(), grad_logps, grad_entropy

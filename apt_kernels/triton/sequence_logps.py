@@ -1,0 +1,111 @@
+"""sequence_logps in Triton: one program sums one sequence."""
+
+import torch
+import triton
+import triton.language as tl
+
+from apt_kernels.triton import rows
+from apt_kernels.triton.rows import row_edge, row_span
+
+BLOCK, THREADS = 1024, 128  # tokens a program takes at a time: 8 a thread
+LENGTHS = ["stride_b", "stride_t", "T"]
+
+
+# What: sum or mean of a row's log-probabilities where the mask is true.
+# Passes: one. Bytes: T log-probabilities and T mask bytes a row read, 4 bytes written.
+# Parallelism: one program a row. Accuracy: float32, a fixed order of sums.
+@triton.jit(do_not_specialize=LENGTHS)
+def _sequence_logps_fwd_kernel(
+    logps_ptr, mask_ptr, out_ptr, stride_b: tl.int64, stride_t: tl.int64, T: tl.int32,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr, ADJACENT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logps_ptr + row * stride_b
+    mask_ptr += row * T
+    if ADJACENT:
+        head, body = row_span(row_ptr, T, ALIGN)
+        body_ptr = tl.multiple_of(row_ptr + head, 16)
+    else:
+        head, body = T * 0, T // ALIGN * ALIGN
+        body_ptr = row_ptr
+    column, live = row_edge(head, body, T, ALIGN)
+    counts = tl.load(mask_ptr + column, mask=live, other=0) != 0
+    if ADJACENT:
+        x = tl.load(row_ptr + column, mask=live, other=0.0)
+    else:
+        x = tl.load(row_ptr + column * stride_t, mask=live, other=0.0)
+    total = tl.sum(tl.where(counts, x.to(tl.float32), 0.0), 0)
+    tokens = tl.sum(counts.to(tl.int32), 0)
+    for start in range(0, body, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        inside = offset < body
+        kept = tl.load(mask_ptr + head + offset, mask=inside, other=0) != 0
+        if ADJACENT:
+            value = tl.load(body_ptr + offset, mask=inside, other=0.0)
+        else:
+            value = tl.load(body_ptr + offset * stride_t, mask=inside, other=0.0)
+        total += tl.sum(tl.where(kept, value.to(tl.float32), 0.0), 0)
+        tokens += tl.sum(kept.to(tl.int32), 0)
+    if AVERAGE:
+        total = total / tl.maximum(tokens, 1).to(tl.float32)
+    tl.store(out_ptr + row, total)
+
+
+# What: the row's gradient where the mask is true, 0 elsewhere; divided by the count for means.
+# Passes: one, two over the mask for means. Bytes: T mask bytes a row read, 4 T written.
+# Parallelism: one program a row. Accuracy: exact but for the division.
+@triton.jit(do_not_specialize=["T"])
+def _sequence_logps_bwd_kernel(
+    grad_ptr, mask_ptr, grad_logps_ptr, T: tl.int32,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    mask_ptr += row * T
+    out_ptr = grad_logps_ptr + row * T
+    grad = tl.load(grad_ptr + row)
+    if AVERAGE:
+        tokens = 0
+        for first in range(0, T, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            seen = tl.load(mask_ptr + place, mask=place < T, other=0) != 0
+            tokens += tl.sum(seen.to(tl.int32), 0)
+        grad = grad / tl.maximum(tokens, 1).to(tl.float32)
+    head, body = row_span(out_ptr, T, ALIGN)
+    column, live = row_edge(head, body, T, ALIGN)
+    counts = tl.load(mask_ptr + column, mask=live, other=0) != 0
+    tl.store(out_ptr + column, tl.where(counts, grad, 0.0), mask=live)
+    body_ptr = tl.multiple_of(out_ptr + head, 16)
+    for start in range(0, body, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        kept = tl.load(mask_ptr + head + offset, mask=offset < body, other=0) != 0
+        tl.store(body_ptr + offset, tl.where(kept, grad, 0.0), mask=offset < body)
+
+
+def sequence_logps_fwd(logps, mask, average):
+    """Out (B,), float32; 0 for a row of no tokens."""
+    B, T = logps.shape
+    out = logps.new_empty((B,), dtype=torch.float32)
+    if B == 0:
+        return out
+    with rows.device_of(logps):
+        _sequence_logps_fwd_kernel[(B,)](
+            logps, mask, out, logps.stride(0), logps.stride(1), T,
+            ALIGN=rows.VECTOR_BYTES // logps.element_size(), BLOCK=BLOCK, AVERAGE=average,
+            ADJACENT=logps.stride(1) == 1, num_warps=THREADS // rows.WARP_SIZE,
+        )  # fmt: skip
+    return out
+
+
+def sequence_logps_bwd(grad, mask, average):
+    """grad_logps (B,T), float32 and contiguous."""
+    B, T = mask.shape
+    grad_logps = grad.new_empty((B, T), dtype=torch.float32)
+    if B == 0 or T == 0:
+        return grad_logps
+    with rows.device_of(grad):
+        _sequence_logps_bwd_kernel[(B,)](
+            grad, mask, grad_logps, T,
+            ALIGN=rows.VECTOR_BYTES // grad_logps.element_size(), BLOCK=BLOCK, AVERAGE=average,
+            num_warps=THREADS // rows.WARP_SIZE,
+        )  # fmt: skip
+    return grad_logps

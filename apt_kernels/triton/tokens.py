@@ -1,0 +1,151 @@
+"""What the losses of tokens share: counting, the factor of a row, sums in a fixed order.
+
+A loss takes three launches: `count_rows` (the tokens of each row, and its mean log-ratio), the loss
+of a tile of a row in each program, with partial sums, and `sum_partials`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from apt_kernels.triton import rows
+
+BLOCK = 1024  # tokens a program takes: 8 a thread at 4 warps
+ROWS_BLOCK = 1024  # row lengths that a program adds at a time
+
+TOKEN_MEAN = tl.constexpr(0)
+TOKEN_SUM = tl.constexpr(1)
+SEQUENCE_MEAN = tl.constexpr(2)
+DR_GRPO = tl.constexpr(4)
+LOG_RATIO_BOUND = tl.constexpr(20.0)  # e^20 = 4.9e8: beyond it a ratio says nothing
+
+
+@triton.jit
+def exp_minus(x, e):
+    """e^x - 1 - x and e^x - 1 from e = e^x; a Taylor series near 0, where the formulas cancel."""
+    p = 1.0 / 12.0  # the next term is under 4e-10 of the sum for |x| < 1
+    for k in tl.static_range(11, 2, -1):
+        p = (1.0 + x * p) / k
+    series = 0.5 * x * x * (1.0 + x * p)
+    near = tl.abs(x) < 1.0
+    expm1 = tl.where(near, x + series, e - 1.0)
+    return tl.where(near, series, expm1 - x), expm1
+
+
+@triton.jit
+def bounded(x):
+    """x within +-20; a NaN stays NaN."""
+    return tl.where(
+        x < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, tl.where(x > LOG_RATIO_BOUND, LOG_RATIO_BOUND, x)
+    )
+
+
+@triton.jit
+def kl_term(d, ESTIMATOR: tl.constexpr):
+    """The estimate of the divergence from d, and its derivative at d."""
+    if ESTIMATOR == 1:
+        value = d
+        grad = d * 0.0 + 1.0
+    elif ESTIMATOR == 2:
+        value = 0.5 * d * d
+        grad = d
+    else:
+        x = bounded(-d)
+        value, expm1 = exp_minus(x, tl.exp(x))
+        grad = tl.where(x == -d, -expm1, 0.0)
+    return value, grad
+
+
+@triton.jit
+def row_scale(
+    lengths_ptr, normalizer_ptr, row, B, T, AGGREGATION: tl.constexpr, ROWS: tl.constexpr
+):
+    """The factor of the losses of a row, and the number of tokens (at least 1) of all rows."""
+    tokens = tl.zeros((ROWS,), tl.int64)
+    full = tl.zeros((ROWS,), tl.int64)
+    for start in range(0, B, ROWS):
+        i = start + tl.arange(0, ROWS)
+        length = tl.load(lengths_ptr + i, mask=i < B, other=0)
+        tokens += length
+        full += (length > 0).to(tl.int64)
+    count = tl.maximum(tl.sum(tokens, 0), 1).to(tl.float32)
+    filled = tl.maximum(tl.sum(full, 0), 1).to(tl.float32)
+    if normalizer_ptr is not None:
+        scale = 1.0 / tl.load(normalizer_ptr)
+    elif AGGREGATION == TOKEN_MEAN:
+        scale = 1.0 / count
+    elif AGGREGATION == TOKEN_SUM:
+        scale = count * 0.0 + 1.0
+    elif AGGREGATION == DR_GRPO:
+        scale = 1.0 / (filled * T.to(tl.float32))
+    else:
+        scale = 1.0 / filled
+    if AGGREGATION == SEQUENCE_MEAN:
+        scale = scale / tl.maximum(tl.load(lengths_ptr + row), 1).to(tl.float32)
+    return scale, count
+
+
+# What: the tokens that count in each row and, for losses of sequences, the mean of x - y there.
+# Passes: one. Bytes: the mask (and two numbers a token) read. Parallelism: a row a program.
+# Accuracy: float32, fixed order.
+@triton.jit(do_not_specialize=["T", "mask_b", "x_b", "y_b"])
+def _count_rows_kernel(
+    mask_ptr, x_ptr, y_ptr, lengths_ptr, means_ptr, T: tl.int64, mask_b: tl.int64, x_b: tl.int64,
+    y_b: tl.int64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.zeros((BLOCK,), tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
+        count += counts.to(tl.int64)
+        if y_ptr is not None:
+            x = tl.load(x_ptr + row * x_b + t, mask=counts, other=0.0).to(tl.float32)
+            total += x - tl.load(y_ptr + row * y_b + t, mask=counts, other=0.0).to(tl.float32)
+    length = tl.sum(count, 0)
+    tl.store(lengths_ptr + row, length)
+    tl.store(means_ptr + row, tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32))
+
+
+# What: out[k] = sum of partials[k], divided by the number of tokens where DIVIDED has bit k.
+# Passes: one. Bytes: the partial sums read. Parallelism: a quantity a program.
+# Accuracy: float64, fixed order.
+@triton.jit(do_not_specialize=["B", "P"])
+def _sum_partials_kernel(
+    partials_ptr, lengths_ptr, out_ptr, B: tl.int64, P: tl.int64,
+    DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, P, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(partials_ptr + k * P + i, mask=i < P, other=0.0).to(tl.float64)
+    _, count = row_scale(lengths_ptr, None, 0, B, B, 0, BLOCK)
+    result = tl.sum(total, 0)
+    tl.store(out_ptr + k, tl.where(((DIVIDED >> k) & 1) != 0, result / count, result))
+
+
+def count_rows(mask, x=None, y=None):
+    """(lengths (B,) int64, means of x - y (B,) float32, 0 without them)."""
+    B, T = mask.shape
+    lengths = mask.new_empty(B, dtype=torch.int64)
+    means = mask.new_empty(B, dtype=torch.float32)
+    x_b, y_b = (0 if t is None else t.stride(0) for t in (x, y))
+    with rows.device_of(mask):
+        _count_rows_kernel[(B,)](
+            mask, x, y, lengths, means, T, mask.stride(0), x_b, y_b, BLOCK=BLOCK, num_warps=4
+        )
+    return lengths, means
+
+
+def sum_partials(partials, lengths, divided):
+    """The sums of the rows of `partials`; row k divided by the tokens where bit k is set."""
+    K, P = partials.shape
+    out = partials.new_empty(K, dtype=torch.float32)
+    with rows.device_of(partials):
+        _sum_partials_kernel[(K,)](
+            partials, lengths, out, lengths.shape[0], P,
+            DIVIDED=divided, BLOCK=ROWS_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return out

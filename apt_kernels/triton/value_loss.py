@@ -1,0 +1,102 @@
+"""value_loss in Triton: loss, metrics and gradient; a tile of a row in each program."""
+
+import torch
+import triton
+import triton.language as tl
+
+from apt_kernels.triton import rows
+from apt_kernels.triton.tokens import BLOCK, ROWS_BLOCK, count_rows, row_scale, sum_partials
+
+
+# What: the sums of R and of R - v of a tile of tokens.
+# Passes: one. Bytes: returns, values and mask read. Parallelism: a tile of a row a program.
+@triton.jit(do_not_specialize=["B", "T", "values_b", "returns_b", "mask_b"])
+def _means_kernel(
+    values_ptr, returns_ptr, mask_ptr, partials_ptr, B: tl.int64, T: tl.int64,
+    values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
+    value = tl.load(values_ptr + row * values_b + t, mask=counts, other=0.0).to(tl.float32)
+    target = tl.load(returns_ptr + row * returns_b + t, mask=counts, other=0.0).to(tl.float32)
+    tl.store(partials_ptr + place, tl.sum(target, 0))
+    tl.store(partials_ptr + B * tl.num_programs(1) + place, tl.sum(target - value, 0))
+
+
+# What: the losses of a tile of tokens, their gradient, clipped tokens and centred squares.
+# Passes: one, after one over the mask and one for the means. Bytes: each input once, the gradient
+# written. Parallelism: a tile of a row a program. Accuracy: float32, fixed order.
+@triton.jit(do_not_specialize=["B", "T", "values_b", "returns_b", "mask_b", "old_b"])
+def _value_loss_fwd_kernel(
+    values_ptr, returns_ptr, mask_ptr, old_ptr, normalizer_ptr, lengths_ptr, means_ptr,
+    partials_ptr, grad_values_ptr, B: tl.int64, T: tl.int64,
+    values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64, old_b: tl.int64,
+    clip_range: tl.float32, AGGREGATION: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    P = B * tl.num_programs(1)
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    scale, _ = row_scale(lengths_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
+    counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
+    value = tl.load(values_ptr + row * values_b + t, mask=counts, other=0.0).to(tl.float32)
+    target = tl.load(returns_ptr + row * returns_b + t, mask=counts, other=0.0).to(tl.float32)
+    error = value - target
+    squared = error * error
+    grad = error
+    clipped = error * 0.0
+    if old_ptr is not None:
+        old = tl.load(old_ptr + row * old_b + t, mask=counts, other=0.0).to(tl.float32)
+        low = old - clip_range
+        high = old + clip_range
+        distance = tl.where(value < low, low, tl.where(value > high, high, value)) - target
+        worse = distance * distance > squared
+        squared = tl.where(worse, distance * distance, squared)
+        grad = tl.where(worse, 0.0, error)
+        clipped = tl.where(worse, 1.0, 0.0)
+    tl.store(grad_values_ptr + row * T + t, tl.where(counts, grad * scale, 0.0), mask=t < T)
+    from_mean = tl.where(counts, target - tl.load(means_ptr), 0.0)
+    unexplained = tl.where(counts, -error - tl.load(means_ptr + 1), 0.0)
+    tl.store(partials_ptr + place, tl.sum(0.5 * squared * scale, 0))
+    tl.store(partials_ptr + P + place, tl.sum(clipped, 0))
+    tl.store(partials_ptr + 2 * P + place, tl.sum(from_mean * from_mean, 0))
+    tl.store(partials_ptr + 3 * P + place, tl.sum(unexplained * unexplained, 0))
+
+
+# What: loss, clip_fraction and explained_variance from the four sums. One program.
+@triton.jit
+def _finish_kernel(sums_ptr, loss_ptr, metrics_ptr):
+    spread = tl.load(sums_ptr + 2)
+    share = tl.load(sums_ptr + 3) / tl.where(spread > 0, spread, 1.0)
+    tl.store(loss_ptr, tl.load(sums_ptr))
+    tl.store(metrics_ptr, tl.load(sums_ptr + 1))
+    tl.store(metrics_ptr + 1, tl.where(spread > 0, 1.0 - share, 0.0))
+
+
+def value_loss_fwd(values, returns, mask, old_values, normalizer, aggregation, clip_range):
+    """(loss 0-dim, metrics (2,), grad_values (B,T)), all float32."""
+    B, T = values.shape
+    grad_values = values.new_empty((B, T), dtype=torch.float32)
+    if B == 0 or T == 0:
+        loss = values.new_zeros((), dtype=torch.float32)
+        return loss, values.new_zeros(2, dtype=torch.float32), grad_values
+    loss, metrics = grad_values.new_empty(()), grad_values.new_empty(2)
+    lengths, _ = count_rows(mask)
+    tiles = triton.cdiv(T, BLOCK)
+    partials = grad_values.new_empty((2, B * tiles)), grad_values.new_empty((4, B * tiles))
+    inputs = (values, returns, mask)
+    strides = tuple(0 if x is None else x.stride(0) for x in (*inputs, old_values))
+    with rows.device_of(values):
+        _means_kernel[(B, tiles)](
+            *inputs, partials[0], B, T, *strides[:3], BLOCK=BLOCK, num_warps=4
+        )
+        means = sum_partials(partials[0], lengths, 0b11)
+        _value_loss_fwd_kernel[(B, tiles)](
+            *inputs, old_values, normalizer, lengths, means, partials[1], grad_values, B, T,
+            *strides, clip_range, AGGREGATION=aggregation, BLOCK=BLOCK, ROWS=ROWS_BLOCK,
+            num_warps=4,
+        )  # fmt: skip
+        _finish_kernel[(1,)](sum_partials(partials[1], lengths, 0b0010), loss, metrics, num_warps=1)
+    return loss, metrics, grad_values

@@ -1,0 +1,28 @@
+#pragma once
+#include "isa.h"
+#include "token_inputs.h"
+#include "types.h"
+
+namespace apt {
+
+// The order is that of the operator's argument `loss_type`.
+enum class PolicyLossType { clip, cispo, sapo, reinforce };
+constexpr int kPolicyMetrics = 7;
+
+struct PolicyLoss {
+  DType dtype;  // of every floating input
+  PolicyLossType type;
+  int kl_estimator;  // 1, 2, 3
+  bool sequence_level;
+  Tokens tokens;
+  TokenInput logps, old_logps, advantages, weights, ref_logps, entropy;
+  double clip_low, clip_high, dual_clip;  // dual_clip: infinity for none
+  double tau_pos, tau_neg, kl_coef, entropy_coef;
+  // Float, or double for float64. loss: one; metrics: policy_loss, approx_kl, ppo_kl,
+  // clip_fraction, dual_clip_fraction, ref_kl, entropy; grads [rows, length], grad_entropy or null
+  void *loss, *metrics, *grad_logps, *grad_entropy;
+};
+
+}  // namespace apt
+
+APT_DECLARE_KERNEL(void, policy_loss_fwd, const apt::PolicyLoss&)

@@ -1,0 +1,25 @@
+// What the bindings and the kernels of losses of tokens share.
+#pragma once
+#include <cstdint>
+
+namespace apt {
+
+// Rows of adjacent elements, or one element a row (step 0); null: the argument is absent.
+struct TokenInput {
+  const void* data;
+  int64_t row, step;
+};
+
+// The order is that of the operators' argument `aggregation`.
+enum class Aggregation { token_mean, token_sum, sequence_mean, sequence_sum, dr_grpo };
+
+// [rows, length] tokens, those that count, and how their losses become one number.
+struct Tokens {
+  int64_t rows, length;
+  const bool* mask;
+  int64_t mask_row;  // stride
+  Aggregation aggregation;
+  double normalizer;  // 0: the denominator of the aggregation
+};
+
+}  // namespace apt

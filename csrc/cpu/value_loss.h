@@ -1,0 +1,19 @@
+#pragma once
+#include "isa.h"
+#include "token_inputs.h"
+#include "types.h"
+
+namespace apt {
+
+struct ValueLoss {
+  DType dtype;  // of every floating input
+  Tokens tokens;
+  TokenInput values, returns, old_values;  // old_values: null where nothing is clipped
+  double clip_range;
+  // Float, or double for float64. loss: one; metrics: clip_fraction, explained_variance
+  void *loss, *metrics, *grad_values;
+};
+
+}  // namespace apt
+
+APT_DECLARE_KERNEL(void, value_loss_fwd, const apt::ValueLoss&)

@@ -1,0 +1,244 @@
+"""Log-probabilities of the next tokens under any causal model, without its logits where possible.
+
+A model that exposes its output embedding (`get_output_embeddings()`, an `nn.Linear`) is called with
+that layer's forward replaced: it scores the hidden states it is given by
+`apt_kernels.linear_token_logprobs`, so the logits never exist. The model's own forward runs
+otherwise unchanged, and so do the hooks of DDP, FSDP2 and adapters around it.
+
+What a model does to its logits (Gemma's soft cap, Cohere's and Granite's scale) is not looked up by
+name but asked of the model: on the first call the layer answers with known numbers, and what comes
+out says the scale and the cap. Both ways are then compared on the first tokens of the first batch;
+a model whose two answers differ (an adapter or a hook on the head, columns that are cut or masked)
+is scored from its logits, with one warning that says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_kernels import linear_token_logprobs, token_logprobs
+
+from .model_access import FSDPModule, as_autocast, base_model, logits_of, without_wrapper
+
+PROBED_TOKENS = 8
+SMALL, LARGE = 2.0**-10, 2.0**20  # where tanh is the identity, and where it has reached its bound
+PROBES = (LARGE, SMALL, 1.0, -7.0, 40.0, 0.3)
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest logit; float32 may be TF32
+HALF_TOLERANCE = 0.03  # four roundings of a bfloat16 logit
+
+
+@dataclass
+class OutputHead:
+    """The layer that makes logits, and what the model does to them afterwards."""
+
+    layer: nn.Linear
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def is_unchanged(self) -> bool:
+        """Returns whether the layer still is a plain linear layer, no adapter or patch on it."""
+        kind = type(self.layer)
+        plain = kind is nn.Linear or (issubclass(kind, FSDPModule) and nn.Linear in kind.__bases__)
+        return plain and "forward" not in vars(self.layer)
+
+    @contextmanager
+    def answering(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """The layer computes `forward(hidden)` within this context."""
+        self.layer.forward = forward
+        try:
+            yield
+        finally:
+            del self.layer.forward
+
+
+class NextTokenScorer:
+    """Scores the tokens of a batch under one model.
+
+    Args:
+        model: takes `(input_ids, attention_mask=…)`, returns logits `(B, S, V)`.
+        use_hidden_states: False: always from the logits.
+        backend: of the kernels.
+    """
+
+    def __init__(
+        self, model: nn.Module, use_hidden_states: bool = True, backend: str | None = None
+    ) -> None:
+        self.model = model
+        self.backend = backend
+        self._wants_hidden_states = use_hidden_states
+        self.vocabulary_size: int | None = None  # known after the first call
+        inner = base_model(model)
+        accepted = inspect.signature(inner.forward).parameters
+        adapters = getattr(without_wrapper(model), "peft_config", None) or {}
+        prompt_learning = any(getattr(a, "is_prompt_learning", False) for a in adapters.values())
+        self._takes_positions = "position_ids" in accepted and not prompt_learning
+        self._options = {"use_cache": False} if "use_cache" in accepted else {}
+        self._head = self._find_head(inner) if use_hidden_states else None
+        self._head_is_checked = False
+
+    def _find_head(self, inner: nn.Module) -> OutputHead | None:
+        getter = getattr(inner, "get_output_embeddings", None)
+        if not callable(getter) or hasattr(self.model, "_orig_mod"):
+            return None
+        layer = getter()
+        if layer is None:
+            return None
+        head = OutputHead(layer)
+        if not head.is_unchanged():
+            self._warn(f"its output embedding is a {type(layer).__name__}, not a plain nn.Linear")
+            return None
+        return head
+
+    def of_model(self, model: nn.Module) -> NextTokenScorer:
+        """Returns a scorer of `model` with the same options."""
+        return NextTokenScorer(model, self._wants_hidden_states, self.backend)
+
+    @property
+    def uses_hidden_states(self) -> bool:
+        """Whether the logits are never formed (after the first call: checked)."""
+        return self._head is not None
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Returns log p(token t+1 | tokens up to t), `(B, S-1)`, 0 where `mask` is false.
+
+        Args:
+            input_ids: `(B, S)`.
+            attention_mask: `(B, S)`, 1 = real token; None: all are. Positions count real tokens.
+            mask: `(B, S)`, bool: the tokens to score; None: all but the first.
+            token_ids: `(B, S)`: the tokens to score instead of `input_ids`.
+        """
+        token_ids = input_ids if token_ids is None else token_ids
+        if self._head is not None and not self._head_is_checked and input_ids.shape[1] > 1:
+            self._check_head(input_ids[:1, :PROBED_TOKENS])
+        if self._head is not None:
+            return self._from_hidden(input_ids, attention_mask, mask, token_ids)
+        return self._from_logits(input_ids, attention_mask, mask, token_ids)
+
+    def log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        """Returns the same for real tokens after real ones, of `labels` where given (-100: 0)."""
+        real = None if attention_mask is None else attention_mask.to(input_ids.device)
+        mask = None if real is None else (real != 0) & F.pad(real[:, :-1] != 0, (1, 0))
+        if labels is not None:
+            labels = labels.to(input_ids.device)
+            mask = labels != -100 if mask is None else mask & (labels != -100)
+        return self(input_ids, real, mask, labels)
+
+    def _call(self, model: nn.Module, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        options = dict(self._options)
+        if attention_mask is not None and self._takes_positions:
+            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        # Adapters that learn a prompt put virtual tokens in front
+        return logits_of(model(ids, attention_mask=attention_mask, **options))[:, -ids.shape[1] :]
+
+    def _from_logits(
+        self, ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None, token_ids: Tensor
+    ) -> Tensor:
+        logits = self._call(self.model, ids, attention_mask)
+        self.vocabulary_size = logits.shape[-1]
+        return token_logprobs(
+            logits[:, :-1],
+            token_ids[:, 1:],
+            mask=None if mask is None else mask[:, 1:],
+            backend=self.backend,
+        )
+
+    def _from_hidden(
+        self, ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None, token_ids: Tensor
+    ) -> Tensor:
+        # Targets are shifted, not the hidden states: a slice of those would be one more copy
+        targets = torch.cat([token_ids[:, 1:], token_ids.new_zeros(len(ids), 1)], dim=1)
+        scored = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        scored = torch.cat([scored[:, 1:], scored.new_zeros(len(ids), 1)], dim=1)
+        head, found = self._head, []
+
+        def score(hidden: Tensor) -> Tensor:
+            hidden, weight, bias = as_autocast(hidden, head.layer.weight, head.layer.bias)
+            logps = linear_token_logprobs(
+                hidden[:, -targets.shape[1] :],
+                weight,
+                targets,
+                bias=bias,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+                mask=scored,
+                backend=self.backend,
+            )
+            found.append(logps)
+            return logps.unsqueeze(-1).clone()  # FSDP2 hooks no views
+
+        with head.answering(score):
+            output = self._call(self.model, ids, attention_mask)
+        if len(found) != 1:
+            raise ValueError(f"its output embedding ran {len(found)} times in one forward pass")
+        logps = found[0]
+        if self.model is not without_wrapper(self.model) or isinstance(self.model, FSDPModule):
+            # Their backward hooks sit on the model's output: it must be part of the graph
+            logps = logps + 0 * output.squeeze(-1)
+        self.vocabulary_size = head.layer.weight.shape[0]
+        return logps[:, :-1]
+
+    @torch.no_grad()
+    def _check_head(self, ids: Tensor) -> None:
+        """Finds the scale and cap of the logits; gives up a head that cannot be trusted."""
+        self._head_is_checked = True
+        logits = self._same_random_state(ids, lambda: self._call(self.model, ids, None))
+        expected = token_logprobs(logits[:, :-1], ids[:, 1:], backend=self.backend)
+        try:
+            self._probe_scale_and_cap(ids)
+            logps = self._same_random_state(ids, lambda: self._from_hidden(ids, None, None, ids))
+        except Exception as error:
+            return self._give_up(f"its head cannot be replaced: {type(error).__name__}: {error}")
+        dtype = self._head.layer.weight.dtype
+        if torch.is_autocast_enabled(ids.device.type):
+            dtype = torch.get_autocast_dtype(ids.device.type)
+        tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE) * logits.abs().max().clamp(min=1)
+        if logits.shape[-1] != self.vocabulary_size:
+            return self._give_up(
+                f"it makes {logits.shape[-1]} logits from {self.vocabulary_size} embedding rows"
+            )
+        if not bool(((logps - expected).abs() <= tolerance).all()) and expected.isfinite().all():
+            self._give_up("the log-probabilities of its hidden states differ from its logits'")
+
+    def _probe_scale_and_cap(self, ids: Tensor) -> None:
+        probes = torch.tensor(PROBES, dtype=torch.float64, device=ids.device)
+        with self._head.answering(lambda hidden: probes.expand(*hidden.shape[:-1], -1).clone()):
+            answer = self._same_random_state(ids, lambda: self._call(self.model, ids, None))
+        answer, probes = answer[0, -1].to("cpu", torch.float64), probes.cpu()
+        bound, scale = float(answer[0]), float(answer[1]) / SMALL
+        scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+        softcap = bound if abs(bound) < 0.5 * abs(scale) * LARGE else None
+        self._head.logit_scale, self._head.softcap = scale, softcap
+        ours, theirs, every = scale * probes[1:], answer[1:], torch.arange(len(PROBES) - 1)
+        ours = token_logprobs(ours.expand(len(every), -1), every, softcap=softcap)
+        theirs = token_logprobs(theirs.expand(len(every), -1), every)
+        if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
+            raise ValueError("it changes its logits by more than a scale and a tanh cap")
+
+    def _same_random_state(self, ids: Tensor, call: Callable[[], Tensor]) -> Tensor:
+        """Returns `call()` and leaves the random state as it was, so dropout is alike each time."""
+        with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+            return call()
+
+    def _give_up(self, reason: str) -> None:
+        self._head = None
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        name = type(base_model(self.model)).__name__
+        warnings.warn(f"{name} is scored from its logits: {reason}", stacklevel=2)

@@ -1,0 +1,133 @@
+"""A run of many steps: progress bar, whole checkpoints, stopping and continuing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .training_loop import TrainingLoop
+
+
+class Batches(Protocol):
+    """What a run takes its batches from."""
+
+    def __getitem__(self, step: int) -> Mapping[str, Any]:
+        """Returns the keyword arguments of `train_step` number `step`, counted from 0."""
+
+
+class Checkpoint:
+    """The file a run continues from.
+
+    Args:
+        path: of the file.
+        settings: what the run depends on, in JSON's types; a checkpoint of others is refused.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings = dict(settings)
+
+    def save(self, trainer: TrainingLoop) -> None:
+        """Writes all but the frozen parameters; the file is either the old or the new one."""
+        state = {"settings": self.settings, "trainer": trainer.state_dict(include_frozen=False)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with open(unfinished, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def load(self, trainer: TrainingLoop) -> bool:
+        """Continues from the file and returns True; returns False where there is none.
+
+        Raises:
+            ValueError: the file is of a run with other settings.
+        """
+        if not self.path.exists():
+            return False
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        theirs = state["settings"]
+        if theirs != self.settings:
+            names = sorted(theirs.keys() | self.settings.keys())
+            changed = [n for n in names if theirs.get(n) != self.settings.get(n)]
+            raise ValueError(
+                f"{self.path} is of a run with other settings ("
+                + ", ".join(f"{n}: {theirs.get(n)!r} there" for n in changed)
+                + "); start anew or choose another folder"
+            )
+        trainer.load_state_dict(state["trainer"])
+        return True
+
+
+class StopRequest:
+    """Whether SIGINT or SIGTERM has come; the second one of them ends the program as usual."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Within this context the first signal is only noted."""
+        previous: dict[int, Any] = {}
+
+        def note(number: int, frame: Any) -> None:
+            self.came = True
+            for known, handler in previous.items():
+                signal.signal(known, handler)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def run_steps(
+    trainer: Any,
+    batches: Batches,
+    total_steps: int,
+    checkpoint: Checkpoint,
+    checkpoint_every: int,
+    shown: Mapping[str, str],
+    description: str = "training",
+) -> bool:
+    """Trains up to `total_steps` with a progress bar; returns whether it got there.
+
+    Writes the checkpoint every `checkpoint_every` steps, at the end, and when asked to stop by
+    SIGINT or SIGTERM, which ends the run after the step under way.
+
+    Args:
+        trainer: has `train_step(**batch)`; continues at its `total_steps`.
+        batches: of the run.
+        total_steps: of the run.
+        checkpoint: where the run is kept.
+        checkpoint_every: steps; 0: only at the end or when stopped.
+        shown: the metrics on the bar, by the names they have there.
+        description: of the bar.
+    """
+    from tqdm import tqdm
+
+    with (
+        StopRequest().listening() as stop,
+        tqdm(total=total_steps, initial=trainer.total_steps, desc=description) as bar,
+    ):
+        while trainer.total_steps < total_steps and not stop.came:
+            metrics = trainer.train_step(**batches[trainer.total_steps])
+            bar.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items()})
+            bar.update()
+            if checkpoint_every and trainer.total_steps % checkpoint_every == 0:
+                checkpoint.save(trainer)
+        checkpoint.save(trainer)
+    return trainer.total_steps >= total_steps

@@ -1,0 +1,230 @@
+"""The CUDA sources through nvcc, for GPUs that are not here, and their bindings to PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu.cuda_emulation.build import (
+    ROOT,
+    cache_directory,
+    compile_object,
+    digest,
+    kernel_objects,
+    link,
+)
+from gpu.cuda_emulation.checks import CHECKS
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90a", "sm_100")
+KERNELS_OF = {  # how many kernels each source has: dtypes times variants
+    "token_logprobs.cu": 3 * 4 + 3 * 2,
+    "dpo_loss.cu": 3,
+    "bradley_terry_loss.cu": 3,
+    "pair_loss.cu": 1,
+}
+MAX_REGISTERS = 64  # two blocks of 512 threads on a multiprocessor
+MAX_SHARED_BYTES = 48 << 10
+OPERATORS = ("token_logprobs_fwd", "token_logprobs_bwd", "dpo_loss_fwd", "bradley_terry_loss_fwd")
+
+SHARED = ("-std=c++17", "-O1", "-shared", "-cudart", "static")
+SHARED += ("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Werror")
+
+TORCH = Path(torch.__file__).parent
+STABLE_ABI = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 13)
+needs_stable_abi = pytest.mark.skipif(
+    not STABLE_ABI, reason=f"the stable ABI of torch 2.13 is needed, this is {torch.__version__}"
+)
+
+
+def _run(*command: str | Path) -> str:
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert run.returncode == 0, f"{' '.join(map(str, command))}\n{run.stdout}{run.stderr}"
+    return run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    found = shutil.which("nvcc")
+    if found is None:
+        pytest.skip("nvcc is not installed: the CUDA sources are emulated but not compiled")
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(nvcc) -> dict[str, tuple[Path, str]]:
+    """Object file and messages of ptxas of every source, compiled for all architectures."""
+    options = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+    for architecture in ARCHITECTURES:
+        number = architecture.removeprefix("sm_")
+        options += ["-gencode", f"arch=compute_{number},code={architecture}"]
+    options += [f"-I{ROOT / 'csrc' / 'include'}"]
+    headers = [*(ROOT / "csrc/cuda").glob("*.cuh"), *(ROOT / "csrc/include/apt").iterdir()]
+    common = [*options, _run(nvcc, "--version"), *(h.read_text() for h in sorted(headers))]
+    results = {}
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        target = cache_directory() / f"nvcc-{source.stem}-{digest(*common, source.read_text())}.o"
+        messages = target.with_suffix(".txt")
+        if not messages.exists():
+            messages.write_text(_run(nvcc, *options, "-c", source, "-o", target))
+        results[source.name] = target, messages.read_text()
+    return results
+
+
+def test_every_source_is_in_the_table(compiled):
+    assert set(compiled) == set(KERNELS_OF)
+
+
+@pytest.mark.parametrize("source", KERNELS_OF)
+def test_no_spills_and_few_registers(compiled, source):
+    messages = compiled[source][1]
+    assert "warning" not in messages
+    for architecture in ARCHITECTURES:
+        assert (
+            len(re.findall(rf"entry function .* for '{architecture}'", messages))
+            == (KERNELS_OF[source])
+        )
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", messages)
+    registers = re.findall(r"Used (\d+) registers", messages)
+    assert len(frames) == len(registers) == KERNELS_OF[source] * len(ARCHITECTURES)
+    assert set(frames) == {("0", "0")}, "local memory is used"
+    assert max(map(int, registers)) <= MAX_REGISTERS
+    assert max([0, *map(int, re.findall(r"(\d+) bytes smem", messages))]) <= MAX_SHARED_BYTES
+
+
+def test_streaming_kernels_load_and_store_16_bytes(nvcc, tmp_path):
+    target = tmp_path / "token_logprobs.ptx"
+    source = ROOT / "csrc" / "cuda" / "token_logprobs.cu"
+    include = f"-I{ROOT / 'csrc' / 'include'}"
+    _run(nvcc, "-std=c++17", "-O3", "-arch=sm_80", include, "-ptx", source, "-o", target)
+    kernels = re.split(r"\.entry ", target.read_text())[1:]
+    assert len(kernels) == KERNELS_OF["token_logprobs.cu"]
+    for kernel in kernels:
+        name = kernel.split("(", 1)[0]
+        assert kernel.count("ld.global.cs.v4") >= 4, f"{name}: four loads in flight"
+        if "bwd" in name:
+            assert kernel.count("ld.global.nc.v4") >= 2, f"{name}: shifted loads"
+            assert "st.global.cs.v4" in kernel
+        assert not re.search(r"\b(atom|red)\.\S*f(16|32|64)", kernel), f"{name}: a float atomic"
+
+
+def test_the_library_loads_without_a_driver(nvcc, compiled, tmp_path):
+    """Torch-free, with the CUDA runtime inside; a launch reports an error instead of crashing."""
+    library = tmp_path / "libapt_cuda.so"
+    launch = tmp_path / "launch.cpp"
+    launch.write_text(
+        '#include "apt/dpo_loss.h"\n'
+        'extern "C" __attribute__((visibility("default"))) int launch() {\n'
+        "  float x[8] = {};\n"
+        "  apt::cuda::DpoOptions options = {};\n"
+        "  return apt::cuda::dpo_loss_fwd(x, x, x, x, apt::cuda::DType::kFloat32, 1, options, x,\n"
+        "                                 x, x, x, x, nullptr);\n"
+        "}\n"
+    )
+    objects = [target for target, _ in compiled.values()]
+    include = f"-I{ROOT / 'csrc' / 'include'}"
+    _run(nvcc, *SHARED, include, launch, *objects, "-o", library)
+    needed = _run("readelf", "-d", library)
+    assert not re.search(r"NEEDED.*(torch|c10|cuda|python)", needed)
+    if not torch.cuda.is_available():
+        assert ctypes.CDLL(str(library)).launch() != 0
+
+
+# ---------------------------------------------------------------- registration
+
+
+def _torch_flags() -> list[str]:
+    includes = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
+    includes = (sysconfig.get_path("include"), *map(str, includes))
+    return [flag for folder in includes for flag in ("-isystem", folder)]
+
+
+def _torch_libraries() -> list[str]:
+    return [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
+
+
+SCHEMAS = """
+import torch
+library = torch.library.Library("{namespace}", "FRAGMENT")
+for schema in (
+    "token_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? mask, Tensor? temperatures, "
+    "float temperature, float softcap, bool return_entropy) -> (Tensor, Tensor, Tensor)",
+    "token_logprobs_bwd(Tensor grad_logps, Tensor? grad_entropy, Tensor logits, Tensor token_ids, "
+    "Tensor? mask, Tensor? temperatures, Tensor lse, Tensor entropy, float temperature, "
+    "float softcap) -> Tensor",
+    "dpo_loss_fwd(Tensor pc, Tensor pr, Tensor? rc, Tensor? rr, int loss_type, int reduction, "
+    "float beta, float label_smoothing, float extra) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bradley_terry_loss_fwd(Tensor chosen, Tensor rejected, Tensor? margins, float margin, "
+    "float center_coef, int reduction) -> (Tensor, Tensor)",
+):
+    library.define(schema)
+"""
+
+
+@needs_stable_abi
+def test_bindings_register_the_cuda_key(nvcc, compiled, tmp_path):
+    """Compiled, linked and imported beside this PyTorch, in a process without our extension."""
+    extension = tmp_path / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    objects = [target for target, _ in compiled.values()]
+    include = (f"-I{ROOT / 'csrc' / 'include'}", *_torch_flags())
+    source = ROOT / "csrc" / "bindings_cuda.cpp"
+    link_flags = [f.replace("-Wl,", "-Xlinker=", 1) for f in _torch_libraries()]
+    _run(nvcc, *SHARED, *include, source, *objects, *link_flags, "-o", extension)
+    code = SCHEMAS.format(namespace="apt") + (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import _C_cuda\n"
+        f"for name in {OPERATORS}:\n"
+        "    print(torch._C._dispatch_dump('apt::' + name))\n"
+    )
+    registered = re.findall(
+        r"^CUDA: registered at .*bindings_cuda\.cpp", _run(sys.executable, "-c", code), re.M
+    )
+    assert len(registered) == len(OPERATORS)
+
+
+ACCELERATOR = """
+#pragma once
+#include <cstdint>
+namespace torch::stable::accelerator {
+using DeviceIndex = int32_t;
+struct DeviceGuard { explicit DeviceGuard(int32_t) {} };
+struct Stream { void* nativeHandle() const { return nullptr; } };
+inline Stream getCurrentStream(int32_t) { return {}; }
+}
+"""
+
+
+@needs_stable_abi
+@pytest.mark.skipif(sys.platform != "linux", reason="the emulation needs Linux")
+def test_bindings_pass_on_every_argument(tmp_path):
+    """The bindings linked with the emulated kernels, as CPU operators: all checks through them."""
+    accelerator = tmp_path / "torch" / "csrc" / "stable" / "accelerator.h"
+    accelerator.parent.mkdir(parents=True)
+    accelerator.write_text(ACCELERATOR)
+    source = (ROOT / "csrc" / "bindings_cuda.cpp").read_text()
+    assert source.count("STABLE_TORCH_LIBRARY_IMPL(apt, CUDA, m)") == 1
+    source = source.replace(
+        "STABLE_TORCH_LIBRARY_IMPL(apt, CUDA, m)", "STABLE_TORCH_LIBRARY_IMPL(apt_emulated, CPU, m)"
+    )
+    library = _link_bindings(source, tmp_path)
+    namespace: dict = {}
+    exec(SCHEMAS.format(namespace="apt_emulated"), namespace)
+    torch.ops.load_library(library)
+    for name, check in CHECKS.items():
+        if name not in ("wide_strides", "many_pairs"):
+            check(torch.ops.apt_emulated)
+    with pytest.raises(RuntimeError, match="take float32, bfloat16 and float16"):
+        torch.ops.apt_emulated.bradley_terry_loss_fwd(*torch.zeros(2, 3).double(), None, 0, 0, 1)
+
+
+def _link_bindings(source: str, folder: Path) -> Path:
+    flags = (f"-I{folder}", *_torch_flags())
+    bindings = compile_object("bindings_cuda.cpp", source, flags=flags)
+    return link([*kernel_objects(), bindings], flags=tuple(_torch_libraries()))

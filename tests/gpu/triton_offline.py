@@ -1,0 +1,142 @@
+"""Compiles the launches of Triton kernels for GPUs that are not here; inspects the machine code.
+
+`launches(...)` runs a launcher on CPU tensors and notes every kernel it would start, with the
+blocks, warps and specialisations it would start it with; `compiled(launch, target)` compiles just
+that. Needs neither a GPU nor a driver, but TRITON_INTERPRET must be unset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 99 * 1024, "sm_100": 99 * 1024, "gfx942": 64 * 1024}
+OPTIONS = ("num_warps", "num_stages")
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction
+    arguments: dict
+    options: dict
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@contextmanager
+def as_on(target: str):
+    """The launchers decide as they would on the target: AMD's warps are 64 threads wide."""
+    if target.startswith("sm_"):
+        yield
+        return
+    from apt_kernels.triton import rows
+
+    with mock.patch.object(torch.version, "hip", "7.0"), mock.patch.object(rows, "WARP_SIZE", 64):
+        yield
+
+
+def launches(launcher, *arguments) -> list[Launch]:
+    """What `launcher(*arguments)` would start; nothing is run, its results mean nothing."""
+    seen = []
+
+    def note(kernel, *values, grid, warmup=False, **named):
+        options = {key: named.pop(key) for key in OPTIONS if key in named}
+        bound = dict(zip(kernel.arg_names, values, strict=False)) | named
+        assert set(bound) == set(kernel.arg_names), f"{kernel.fn.__name__}: {set(bound)}"
+        seen.append(Launch(kernel, bound, options))
+
+    with mock.patch.object(JITFunction, "run", note):
+        launcher(*arguments)
+    return seen
+
+
+def source(launch: Launch) -> ASTSource:
+    """The launch as Triton itself would specialise it for aligned tensors."""
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        fixed = parameter.is_constexpr or value is None
+        if fixed or (specialised and not isinstance(value, torch.Tensor) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            divisible = True
+        else:
+            default = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = parameter.annotation_type or default
+            divisible = specialised and isinstance(value, int) and value % 16 == 0
+        if divisible:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the machine code of a kernel uses."""
+
+    registers: int
+    spills: int  # bytes of stack a thread
+    shared: int
+    instructions: Counter
+
+    def count(self, pattern: str) -> int:
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+
+def compiled(launch: Launch, target: str) -> Machine:
+    kernel = triton.compile(source(launch), target=TARGETS[target], options=launch.options)
+    shared = kernel.metadata.shared
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
+        spills = int(numbers["private_segment_fixed_size"])
+        names = re.findall(r"^\s+([a-z]+_\w+)", text, re.M)
+        return Machine(int(numbers["vgpr_count"]), spills, shared, Counter(names))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        text = _run("nvdisasm", "-c", file.name)
+    numbers = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
+    assert numbers and names, "no machine code was read"
+    spills = numbers["STACK"] + numbers["LOCAL"]
+    return Machine(numbers["REG"], spills, shared, Counter(names))
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([os.path.join(TOOLS, tool), *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr
