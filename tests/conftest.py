@@ -19,3 +19,9 @@ def _reproducible():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from gpu import triton_interpreter
+
+    triton_interpreter.install()

@@ -29,8 +29,8 @@ def bradley_terry_loss(
     Ouyang 2022 (reward models); Touvron 2023 (margins); Eisenstein 2023 (centring).
 
     Args:
-        chosen_rewards: any shape, `(B,)` or `(B, 1)` say; float32, bfloat16, float16 or float64; any
-            strides; differentiable.
+        chosen_rewards: any shape, `(B,)` or `(B, 1)` say; float32, bfloat16, float16 or float64;
+            any strides; differentiable.
         rejected_rewards: the same shape; differentiable.
         margin: a number, or one per pair in the shape of the rewards (no gradient), or None for 0.
         center_coef: weight of the term that keeps the rewards of a pair centred at 0.

@@ -43,7 +43,7 @@ def dpo_loss(
     rejected_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-log sigmoid(beta * (log-ratio of chosen - of rejected)), or another `loss_type`; the rewards.
+    """-log sigmoid(beta * (log-ratio of chosen - of rejected)), or another `loss_type`; rewards.
 
     One pass forms the loss, both rewards and the gradients; backward scales them. The formulas of
     the types, with their sources, are the table of `apt_kernels.reference.dpo_loss`: sigmoid (the

@@ -44,7 +44,7 @@ def _lengths(*shape: int) -> dict[str, torch.Tensor]:
 def _logps(
     *shape: int, dtype: torch.dtype, loss_type: str = "sigmoid", seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
-    """Policy's and reference's, chosen and rejected; averages per token for types that want them."""
+    """Policy's and reference's, chosen and rejected; per token for the types that want it."""
     generator = torch.Generator().manual_seed(seed)
     if loss_type in WITHOUT_REFERENCE:
         logps = -3 * torch.rand((2, *shape), generator=generator).clamp(min=1e-4)

@@ -55,7 +55,7 @@ def _gae_fwd_kernel(
         steps = tl.minimum(tl.load(cu_seqlens_ptr + number + 1), T) - first
         row = row * 0
     after_last = tl.zeros((BLOCK_B, 1), tl.float32)
-    if bootstrap_ptr is not None:  # noqa: SIM102 - Triton compares pointers with None alone
+    if bootstrap_ptr is not None:
         if not PER_STEP:
             after_last = tl.load(bootstrap_ptr + sequence * bootstrap_b, mask=inside, other=0.0).to(
                 tl.float32
@@ -89,7 +89,7 @@ def _gae_fwd_kernel(
         coming = tl.where(any_here != 0, following, carried)
         last = (any_here | seen) == 0
         after = tl.where(last, after_last, 0.0)
-        if bootstrap_ptr is not None:  # noqa: SIM102
+        if bootstrap_ptr is not None:
             if PER_STEP:
                 after = tl.load(
                     bootstrap_ptr + row * bootstrap_b + t * bootstrap_t, mask=counts, other=0.0

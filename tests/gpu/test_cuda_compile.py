@@ -29,6 +29,7 @@ KERNELS_OF = {  # how many kernels each source has: dtypes times variants
     "dpo_loss.cu": 3,
     "bradley_terry_loss.cu": 3,
     "pair_loss.cu": 1,
+    "mlm_mask.cu": 2,
 }
 MAX_REGISTERS = 64  # two blocks of 512 threads on a multiprocessor
 MAX_SHARED_BYTES = 48 << 10

@@ -149,7 +149,9 @@ def _check_accesses():
     def arguments(self, values, options):
         nonlocal memory
         values, options = plain_arguments(self, values, options)
-        given = [*values, *options.values()]
+        given = []
+        for value in (*values, *options.values()):
+            given += value if isinstance(value, (tuple, list)) else (value,)
         memory = _Memory([v for v in given if hasattr(v, "data_ptr")])
         return values, options
 

@@ -76,9 +76,8 @@ def kernel_objects(
     headers = {name: text for name, text in sources.items() if name.endswith(".cuh")}
     kernels = {name: text for name, text in sources.items() if name.endswith(".cu")}
     kernels["launchers.cpp"] = (HERE / "launchers.cpp").read_text()
-    flags = ("-O0",) if patches else ()  # each is built once and runs a few checks
     return [
-        compile_object(name, text, sanitizer, _included(text, headers), flags)
+        compile_object(name, text, sanitizer, _included(text, headers))
         for name, text in kernels.items()
     ]
 
