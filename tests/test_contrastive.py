@@ -160,6 +160,15 @@ def test_the_similarity_of_a_row_with_itself_is_no_class():
     torch.testing.assert_close(grads_of(loss, x), grads_of(plain, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["info_nce", "symmetric", "nt_xent", "sup_con_loss"])
+def test_one_sample_alone_is_right_and_costs_nothing(name):
+    x, y = views(1, 9)
+    loss, accuracy = LOSSES[name](x, y)
+    assert loss.abs() < 1e-6 and accuracy == 1
+    for grad in grads_of(loss, x, y):
+        assert grad.abs().max() < 1e-6
+
+
 def test_sup_con_of_two_views_is_nt_xent():
     x, y = views(30, 12, noise=2.0, dtype=torch.float64)
     loss, accuracy = nt_xent(x, y, temperature=0.1)

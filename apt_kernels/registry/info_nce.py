@@ -20,7 +20,7 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
         yield sample
         yield Sample(f"symmetric_{sample.name}", sample.args, {"symmetric": True, **sample.kwargs})
         query, key = sample.args
-        if len(query):
+        if len(query) and sample.name != "nearly_equal":  # e^-70: beyond the oracle
             others = rows(29, query.shape[1], dtype, seed=9)
             kwargs = {"negatives": others, **sample.kwargs}
             yield Sample(f"negatives_{sample.name}", (query, key), kwargs)
@@ -32,7 +32,7 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     options = {"temperature": 0.01, "reduction": "none", "label_offset": 9}
     yield Sample("label_offset_none", (x, keys), options)
     many = rows(530, 25, dtype, seed=11)
-    options = {"temperature": temperature(0.5), "reduction": "none", "label_offset": 60}
+    options = {"temperature": 0.5, "reduction": "none", "label_offset": 60}
     yield Sample("label_offset_several_tiles", (many, near(many, count=611, first=60)), options)
     yield Sample("more_rows_than_tiles", (many[:70], near(many)), {"label_offset": 448})
     yield Sample("no_keys", (rows(0, 3, dtype), rows(4, 3, dtype)), {"label_offset": 2})

@@ -20,8 +20,10 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     # views of another sample in the same and in another tile than the positive
     for count in (255, 256, 257, 600):
         x = rows(count, 9, dtype, seed=count)
-        kwargs = {"temperature": temperature(0.5), "reduction": "none"}
+        kwargs = {"temperature": 0.5, "reduction": "none"}
         yield Sample(f"{count}_samples", (x, near(x)), kwargs)
+        kwargs = {"temperature": temperature(0.5)}
+        yield Sample(f"{count}_samples_mean", (x, near(x)), kwargs)
 
 
 def of_length(length: int) -> Sample:

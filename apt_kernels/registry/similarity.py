@@ -68,14 +68,14 @@ def pairs(dtype: torch.dtype) -> Iterator[Sample]:
     zero_too = y.detach().clone()
     zero_too[2:4] = 0
     zero_rows = (zero.requires_grad_(), zero_too.requires_grad_())
-    yield Sample("zero_rows", zero_rows, {"temperature": temperature(0.2)})
+    yield Sample("zero_rows", zero_rows, {"temperature": 0.2})
     nothing = torch.zeros(3, 5, dtype=dtype).requires_grad_()
     yield Sample("all_zero", (nothing, nothing.detach().clone().requires_grad_()))
     small = (x.detach() * 1e-3).requires_grad_()
     long = (y.detach() * 100).requires_grad_()
     yield Sample("short_and_long_rows", (small, long), {"temperature": 0.3})
     equal = torch.ones(5, 8, dtype=dtype)
-    yield Sample("equal_embeddings", (equal, equal.clone()), {"temperature": temperature(0.3)})
+    yield Sample("equal_embeddings", (equal, equal.clone()), {"temperature": 0.3})
     wide = rows(8, 40, dtype, seed=7)
     mild = {"temperature": 0.3}
     yield Sample("sliced", (wide[1:, 3:20], wide[:7, 22:39]), mild)
@@ -91,9 +91,9 @@ def pairs(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("no_rows_none", (none, rows(0, 6, dtype)), {"reduction": "none"})
     # several tiles, and bfloat16 products where the processor has them
     many = rows(530, 25, dtype, seed=8)
-    several = {"temperature": temperature(0.5), "reduction": "none"}
+    several = {"temperature": 0.5, "reduction": "none"}
     yield Sample("several_tiles", (many, near(many)), several)
-    yield Sample("several_tiles_mean", (many, near(many)), {"temperature": 0.2})
+    yield Sample("several_tiles_mean", (many, near(many)), {"temperature": temperature(0.5)})
     yield Sample("several_tiles_sharp", (many, near(many)), {"temperature": 0.02})
 
 
