@@ -35,12 +35,12 @@ OUTPUT = Path("out/dpo_demo")
 PROMPT = "A movie review:\n"
 SETTINGS = {
     "source": "rotten_tomatoes",
-    "train_pairs": 320,
+    "train_pairs": 480,
     "held_out_pairs": 96,
     "max_length": 48,
     "batch_size": 8,
-    "trained_layers": 4,
-    "learning_rate": 1e-4,
+    "trained_layers": 6,
+    "learning_rate": 1.5e-4,
     "warmup_steps": 5,
     "beta": 0.1,
     "seed": 0,
