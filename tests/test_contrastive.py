@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import SOURCES, assert_same, peer_results
 
 import apt_kernels
 from apt_kernels import info_nce, nt_xent, siglip_loss, sup_con_loss
+from peers import SOURCES, assert_same, peer_results
 
 NATIVE = "native" in apt_kernels.backends()["operations"]["nt_xent"]["cpu"]
 needs_native = pytest.mark.skipif(not NATIVE, reason="the extension is not built")

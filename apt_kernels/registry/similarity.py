@@ -81,7 +81,7 @@ def pairs(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("sliced", (wide[1:, 3:20], wide[:7, 22:39]), mild)
     yield Sample("every_other_column", (wide[::2, ::2], wide[1::2, 1::2]), mild)
     yield Sample("transposed", (wide.t(), wide.t().flip(0)), mild)
-    yield Sample("expanded", (wide[:1].expand(4, 40), wide[:4]), mild)
+    yield Sample("expanded", (wide[4:5].expand(4, 40), wide[:4]), mild)
     yield Sample("frozen_first", (x.detach(), y))
     yield Sample("frozen_second", (x, y.detach()), {"temperature": temperature(0.2)})
     yield Sample("frozen", (x.detach(), y.detach()))
