@@ -27,8 +27,8 @@ def operations_table() -> str:
         return "yes" if (ROOT / pattern).exists() else "–"
 
     for name, op in sorted(OPS.items()):
-        layers = (f"csrc/cpu/{name}.cpp", f"csrc/cuda/{name}.cu", f"apt_kernels/triton/{name}.py")
-        cells = " | ".join(there(layer) for layer in layers)
+        layers = ("csrc/bindings/{}.cpp", "csrc/cuda/{}.cu", "apt_kernels/triton/{}.py")
+        cells = " | ".join(there(layer.format(name)) for layer in layers)
         lines.append(f"| `{name}` | {op.summary} | {cells} | {op.source} |")
     return "\n".join(lines)
 
