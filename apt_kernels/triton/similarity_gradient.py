@@ -20,7 +20,9 @@ from apt_kernels.triton.similarity import (
     products,
     rounded_to_tf32,
     scale_of,
+    scaled,
     tiles,
+    unit_rows,
 )
 
 SOFTMAX, SIGMOID, SUP_CON = 0, 1, 2
@@ -59,17 +61,17 @@ def _similarity_bwd_kernel(
     own_ptr, own_inverse_ptr, own_stride, own_step,
     temperature_ptr, bias_ptr, grad_ptr,
     N: tl.int32, M: tl.int32, D, label_offset: tl.int32, self_offset: tl.int32,
-    temperature: tl.float32, bias: tl.float32,
+    scale: tl.float32, bias: tl.float32,
     LOSS: tl.constexpr, WEIGHTS: tl.constexpr, TRIANGLE: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(temperature_ptr, temperature)
+    scale = scale_of(temperature_ptr, scale)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr).to(tl.float32)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < N
-    a_factor = factors(a_inverse_ptr, row, live)
+    a_factor, a_rest = factors(a_inverse_ptr, N, row, live)
     weight = tl.zeros([BLOCK_M], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32)
     share = tl.zeros([BLOCK_M], tl.float32)
@@ -89,16 +91,17 @@ def _similarity_bwd_kernel(
     part = part.to(tl.int64)
     grad = tl.zeros([BLOCK_M, PART], tl.float32)
     along = tl.zeros([BLOCK_M], tl.float32)  # the gradient's product with the unit row
+    positive = tl.zeros([BLOCK_M], tl.float32)  # the positive's coefficient; see the end
     for start in range(0, M, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         column_live = column < M
-        b_factor = factors(b_inverse_ptr, column, column_live)
+        b_factor, b_rest = factors(b_inverse_ptr, M, column, column_live)
         raw = products(
             a_ptr, a_stride, a_step, row, a_factor, b_ptr, b_stride, b_step, column, b_factor, D,
             BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
+        d = scaled(raw, a_factor, a_rest, b_factor, b_rest)
         raw = raw * a_factor[:, None]
-        d = raw * b_factor[None, :]
         own = at_offset(row, column, label_offset, TRIANGLE)
         column_weight = tl.zeros([BLOCK_N], tl.float32)
         column_share = tl.zeros([BLOCK_N], tl.float32)
@@ -107,7 +110,8 @@ def _similarity_bwd_kernel(
                 column_weight = tl.load(column_weight_ptr + column, mask=column_live, other=0.0)
             x = d * scale + bias
             both = weight[:, None] + column_weight[None, :]
-            coefficient = both * tl.where(own, -sigmoid(-x), sigmoid(x))
+            coefficient = both * sigmoid(x)
+            of_positive = -both * sigmoid(-x)
         else:
             coefficient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if WEIGHTS != 2:
@@ -122,13 +126,15 @@ def _similarity_bwd_kernel(
                 p = tl.exp((d - column_top[None, :]) * scale - column_log_sum[None, :])
                 coefficient += column_weight[None, :] * p
             both = (weight * share)[:, None] + (column_weight * column_share)[None, :]
+            of_positive = -both  # the share of the other classes: p - 1 without its cancellation
             if LOSS == _SUP_CON:
                 other = tl.load(column_labels_ptr + column, mask=column_live, other=0)
                 same = label[:, None] == other[None, :]
                 coefficient = tl.where(same, coefficient - both, coefficient)
-            else:  # the share of the other classes: p - 1 without its cancellation
-                coefficient = tl.where(own, -both, coefficient)
-        out = at_offset(row, column, self_offset, False) | (~column_live)[None, :]
+        of_positive = tl.where(own & column_live[None, :], of_positive, 0.0)
+        positive += tl.sum(of_positive, 1)
+        along += tl.sum(of_positive * d, 1)
+        out = own | at_offset(row, column, self_offset, False) | (~column_live)[None, :]
         coefficient = tl.where(out | (~live)[:, None], 0.0, coefficient)
         # Rounded as the product will see it, so that both sums are of the same coefficients.
         coefficient = coefficient * b_factor[None, :]
@@ -144,17 +150,22 @@ def _similarity_bwd_kernel(
             along += tl.sum(c.to(tl.float32) * raw, 1)
             grad = tl.dot(c, b, grad, input_precision=GRADIENT_PRECISION)
     written = live[:, None] & part_live[None, :]
+    # The positive comes in last: beside it the many small coefficients would lose digits.
+    own = row + label_offset
+    if TRIANGLE:
+        own = tl.where(own < M, own, row - label_offset)
+    unit, _ = unit_rows(
+        b_ptr, b_inverse_ptr, b_stride, b_step, M, own, live & (own >= 0) & (own < M), part, D
+    )
+    grad += positive[:, None] * unit
     if own_ptr is not None:  # a positive that is no column
-        own_factor = factors(own_inverse_ptr, row, live)
-        at = own_ptr + row.to(tl.int64)[:, None] * own_stride + part[None, :] * own_step
-        x = tl.load(at, mask=written & (own_factor != 0)[:, None], other=0.0).to(tl.float32)
-        grad -= (weight * share * own_factor)[:, None] * x
-        positive = tl.load(stats_ptr + row.to(tl.int64) * WIDTH + 3, mask=live, other=0.0)
-        along -= weight * share * positive
+        positive = -weight * share
+        along += positive * tl.load(stats_ptr + row.to(tl.int64) * WIDTH + 3, mask=live, other=0.0)
+        unit, _ = unit_rows(own_ptr, own_inverse_ptr, own_stride, own_step, N, row, live, part, D)
+        grad += positive[:, None] * unit
     if a_inverse_ptr is not None:
-        at = a_ptr + row.to(tl.int64)[:, None] * a_stride + part[None, :] * a_step
-        x = tl.load(at, mask=written & (a_factor != 0)[:, None], other=0.0).to(tl.float32)
-        grad = (grad - (along * a_factor)[:, None] * x) * a_factor[:, None]
+        unit, _ = unit_rows(a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, part, D)
+        grad = (grad - along[:, None] * unit) * a_factor[:, None]
     at = grad_ptr + row.to(tl.int64)[:, None] * D + part[None, :]
     tl.store(at, (grad * scale).to(grad_ptr.dtype.element_ty), mask=written)
 
@@ -196,7 +207,7 @@ def gradient(
         _similarity_bwd_kernel[(triton.cdiv(N, t.rows), triton.cdiv(D, t.part))](
             weights, stats, labels, column_weights, column_stats, column_labels, *a.arguments(),
             *b.arguments(), *own_arguments, temperatures, biases, grad, N, b.count, D,
-            label_offset, self_offset, temperature, bias,
+            label_offset, self_offset, 1.0 / temperature, bias,
             LOSS=loss, WEIGHTS=(weights is not None) + 2 * (column_weights is not None),
             TRIANGLE=triangle, WIDTH=1 if some_stats is None else some_stats.shape[1],
             PART=t.part, PRECISION=precision(a.x), GRADIENT_PRECISION=gradient_precision(a.x),
