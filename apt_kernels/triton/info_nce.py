@@ -9,6 +9,7 @@ from apt_kernels.triton.similarity import (
     INFINITY,
     NOWHERE,
     ROWS,
+    row_products,
     scale_of,
     side,
     unit_rows,
@@ -72,13 +73,11 @@ def _row_products_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < N
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, D, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        a, _ = unit_rows(a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, column, D)
-        b, _ = unit_rows(b_ptr, b_inverse_ptr, b_stride, b_step, N, row, live, column, D)
-        total += a * b
-    tl.store(out_ptr + row, tl.sum(total, 1), mask=live)
+    d = row_products(
+        a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, b_ptr, b_inverse_ptr, b_stride,
+        b_step, N, row, live, D, ROWS, BLOCK,
+    )  # fmt: skip
+    tl.store(out_ptr + row, d, mask=live)
 
 
 # What: the gradient of the rows of b, each the positive of the row of a and nothing else.
@@ -104,8 +103,8 @@ def _own_bwd_kernel(
             b, factor = unit_rows(b_ptr, b_inverse_ptr, b_stride, b_step, N, row, live, column, D)
             grad = (grad - positive[:, None] * b) * factor[:, None]
         grad = (grad * coefficient[:, None]).to(grad_ptr.dtype.element_ty)
-        at = grad_ptr + row.to(tl.int64)[:, None] * D + column[None, :]
-        tl.store(at, grad, mask=live[:, None] & (column < D)[None, :])
+        to = grad_ptr + row.to(tl.int64)[:, None] * D + column[None, :]
+        tl.store(to, grad, mask=live[:, None] & (column < D)[None, :])
 
 
 def softmax_results(running, positive, temperatures, temperature, slopes):

@@ -57,13 +57,14 @@ class Tiles:
 
 
 def tiles(x: Tensor, gradient: bool = False) -> Tiles:
-    """Square tiles, so that a triangle of them is one."""
-    depth = 64 if x.element_size() == 2 else 32
-    depth = min(depth, max(16, triton.next_power_of_2(x.shape[1])))
-    part = min(128, max(16, triton.next_power_of_2(x.shape[1])))
+    """The largest that fit in the registers. Square forward, so that a triangle of them is one."""
+    width = max(16, triton.next_power_of_2(x.shape[1]))
+    half = x.element_size() == 2
+    depth, part = min(64 if half else 16, width), min(128, width)
     if gradient:
-        return Tiles(rows=64, columns=64, depth=depth, part=part, warps=4, stages=2)
-    return Tiles(rows=64, columns=64, depth=depth, part=part, warps=4, stages=3)
+        columns = 64 if half else 32
+        return Tiles(rows=64, columns=columns, depth=depth, part=part, warps=8, stages=2)
+    return Tiles(rows=64, columns=64, depth=depth, part=part, warps=8, stages=3)
 
 
 def precision(x: Tensor) -> str:
@@ -162,6 +163,21 @@ def unit_rows(x_ptr, inverse_ptr, stride, step, count, row, live, column, D):
     at = x_ptr + row.to(tl.int64)[:, None] * stride + column.to(tl.int64)[None, :] * step
     x = tl.load(at, mask=(factor != 0)[:, None] & (column < D)[None, :], other=0.0)
     return x.to(tl.float32) * factor[:, None], factor
+
+
+@triton.jit
+def row_products(
+    a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, b_ptr, b_inverse_ptr, b_stride, b_step, M,
+    other, here, D, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """u . v of one unit row of b for each of a; 0 where either is not there."""
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        a, _ = unit_rows(a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, column, D)
+        b, _ = unit_rows(b_ptr, b_inverse_ptr, b_stride, b_step, M, other, here, column, D)
+        total += a * b
+    return tl.sum(total, 1)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from apt_kernels.triton.similarity import (
     precision,
     products,
     rounded_to_tf32,
+    row_products,
     scale_of,
     scaled,
     tiles,
@@ -91,7 +92,6 @@ def _similarity_bwd_kernel(
     part = part.to(tl.int64)
     grad = tl.zeros([BLOCK_M, PART], tl.float32)
     along = tl.zeros([BLOCK_M], tl.float32)  # the gradient's product with the unit row
-    positive = tl.zeros([BLOCK_M], tl.float32)  # the positive's coefficient; see the end
     for start in range(0, M, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         column_live = column < M
@@ -101,17 +101,12 @@ def _similarity_bwd_kernel(
             BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         d = scaled(raw, a_factor, a_rest, b_factor, b_rest)
-        raw = raw * a_factor[:, None]
-        own = at_offset(row, column, label_offset, TRIANGLE)
         column_weight = tl.zeros([BLOCK_N], tl.float32)
         column_share = tl.zeros([BLOCK_N], tl.float32)
         if LOSS == _SIGMOID:
             if WEIGHTS != 1:
                 column_weight = tl.load(column_weight_ptr + column, mask=column_live, other=0.0)
-            x = d * scale + bias
-            both = weight[:, None] + column_weight[None, :]
-            coefficient = both * sigmoid(x)
-            of_positive = -both * sigmoid(-x)
+            coefficient = (weight[:, None] + column_weight[None, :]) * sigmoid(d * scale + bias)
         else:
             coefficient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if WEIGHTS != 2:
@@ -125,16 +120,13 @@ def _similarity_bwd_kernel(
                     column_weight = tl.where(column_share > 0, column_weight, 0.0)
                 p = tl.exp((d - column_top[None, :]) * scale - column_log_sum[None, :])
                 coefficient += column_weight[None, :] * p
-            both = (weight * share)[:, None] + (column_weight * column_share)[None, :]
-            of_positive = -both  # the share of the other classes: p - 1 without its cancellation
             if LOSS == _SUP_CON:
+                both = (weight * share)[:, None] + (column_weight * column_share)[None, :]
                 other = tl.load(column_labels_ptr + column, mask=column_live, other=0)
                 same = label[:, None] == other[None, :]
                 coefficient = tl.where(same, coefficient - both, coefficient)
-        of_positive = tl.where(own & column_live[None, :], of_positive, 0.0)
-        positive += tl.sum(of_positive, 1)
-        along += tl.sum(of_positive * d, 1)
-        out = own | at_offset(row, column, self_offset, False) | (~column_live)[None, :]
+        out = at_offset(row, column, label_offset, TRIANGLE)
+        out = out | at_offset(row, column, self_offset, False) | (~column_live)[None, :]
         coefficient = tl.where(out | (~live)[:, None], 0.0, coefficient)
         # Rounded as the product will see it, so that both sums are of the same coefficients.
         coefficient = coefficient * b_factor[None, :]
@@ -143,21 +135,38 @@ def _similarity_bwd_kernel(
         b = tl.load(b_row[:, None] + part[None, :] * b_step, mask=b_mask, other=0.0)
         if b_ptr.dtype.element_ty == tl.float16:
             c = rounded_to_tf32(coefficient)
-            along += tl.sum(c * raw, 1)
+            along += tl.sum(c * raw, 1) * a_factor
             grad = tl.dot(c, b.to(tl.float32), grad, input_precision=GRADIENT_PRECISION)
         else:
             c = coefficient.to(b_ptr.dtype.element_ty)
-            along += tl.sum(c.to(tl.float32) * raw, 1)
+            along += tl.sum(c.to(tl.float32) * raw, 1) * a_factor
             grad = tl.dot(c, b, grad, input_precision=GRADIENT_PRECISION)
     written = live[:, None] & part_live[None, :]
     # The positive comes in last: beside it the many small coefficients would lose digits.
-    own = row + label_offset
-    if TRIANGLE:
-        own = tl.where(own < M, own, row - label_offset)
-    unit, _ = unit_rows(
-        b_ptr, b_inverse_ptr, b_stride, b_step, M, own, live & (own >= 0) & (own < M), part, D
-    )
-    grad += positive[:, None] * unit
+    if LOSS != _SUP_CON:
+        own = row + label_offset
+        if TRIANGLE:
+            own = tl.where(own < M, own, row - label_offset)
+        here = live & (own >= 0) & (own < M)
+        d = row_products(
+            a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, b_ptr, b_inverse_ptr, b_stride,
+            b_step, M, own, here, D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        if LOSS == _SIGMOID:
+            if WEIGHTS != 1:
+                weight += tl.load(column_weight_ptr + own, mask=here, other=0.0)
+            positive = -weight * sigmoid(-(d * scale + bias))
+        else:  # the share of the other classes: p - 1 without its cancellation
+            positive = -weight * share
+            if WEIGHTS != 1:
+                other_weight, _, other_share, _ = _load_side(
+                    column_weight_ptr, column_stats_ptr, own, here, WIDTH
+                )
+                positive -= other_weight * other_share
+        positive = tl.where(here, positive, 0.0)
+        along += positive * d
+        unit, _ = unit_rows(b_ptr, b_inverse_ptr, b_stride, b_step, M, own, here, part, D)
+        grad += positive[:, None] * unit
     if own_ptr is not None:  # a positive that is no column
         positive = -weight * share
         along += positive * tl.load(stats_ptr + row.to(tl.int64) * WIDTH + 3, mask=live, other=0.0)
