@@ -1,6 +1,6 @@
 """Fused kernels for preference training and self-supervised pretraining, on the CPU and the GPU."""
 
-from .dispatch import backends
+from .dispatch import backends, empty_cache
 from .ops.bradley_terry_loss import BradleyTerryLoss, bradley_terry_loss
 from .ops.dpo_loss import DPOLoss, dpo_loss
 from .ops.ema_update_ import ema_update_
@@ -34,6 +34,7 @@ __all__ = [
     "bradley_terry_loss",
     "dpo_loss",
     "ema_update_",
+    "empty_cache",
     "gae",
     "group_advantages",
     "info_nce",

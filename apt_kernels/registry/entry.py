@@ -52,6 +52,7 @@ class Benchmark:
     peers: Callable[[], dict[str, Callable]] | None = None
     comparable: bool = True  # the same values: checked before time is taken
     compiled: bool = True  # compare with torch.compile(eager) as well
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
