@@ -5,7 +5,16 @@ import triton
 import triton.language as tl
 
 from apt_kernels.triton import rows
-from apt_kernels.triton.similarity import INFINITY, NOWHERE, factors, scale_of, side
+from apt_kernels.triton.similarity import (
+    INFINITY,
+    NOWHERE,
+    ROWS,
+    row_products,
+    scale_of,
+    side,
+    unit_rows,
+    width_block,
+)
 from apt_kernels.triton.similarity_gradient import gradient
 from apt_kernels.triton.similarity_softmax import softmax_statistics
 
@@ -19,9 +28,9 @@ STATS = 4  # a row: the largest d, the share of the other classes, log of the su
 @triton.jit(do_not_specialize=["N"])
 def _softmax_results_kernel(
     running_ptr, positive_ptr, temperature_ptr, losses_ptr, right_ptr, slopes_ptr, stats_ptr,
-    N: tl.int32, temperature: tl.float32, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.int32, scale: tl.float32, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(temperature_ptr, temperature)
+    scale = scale_of(temperature_ptr, scale)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = row < N
     plane = N.to(tl.int64)
@@ -41,7 +50,7 @@ def _softmax_results_kernel(
     share = tl.where(gap >= 0, 1.0, e) / (1.0 + e)
     share = tl.where(gap == gap, share, gap)
     tl.store(losses_ptr + row, loss, mask=live)
-    tl.store(right_ptr + row, (alone | (positive > m)).to(tl.float32), mask=live)
+    tl.store(right_ptr + row, tl.where(alone | (positive > m), 1.0, 0.0), mask=live)
     if slopes_ptr is not None:
         mean = tl.where(alone, 0.0, m - positive + weighted / total)
         tl.store(slopes_ptr + row, share * mean, mask=live)
@@ -49,57 +58,53 @@ def _softmax_results_kernel(
     at = stats_ptr + row.to(tl.int64) * WIDTH
     tl.store(at, top, mask=live)
     tl.store(at + 1, share, mask=live)
-    tl.store(at + 2, loss + (positive - top) * scale, mask=live)
+    # not loss + positive - top: of large numbers the difference would have lost the digits
+    others = tl.where(alone, 0.0, total * tl.exp((m - top) * scale))
+    tl.store(at + 2, tl.log(others + tl.exp((positive - top) * scale)), mask=live)
     tl.store(at + 3, positive, mask=live)
 
 
 # What: the products of the unit rows of two matrices, row by row. Passes: one.
-# Bytes: 2 D elements a row read. Parallelism: one program a row. Accuracy: float32.
-@triton.jit
+# Bytes: 2 D elements a row read. Parallelism: blocks of rows. Accuracy: float32.
+@triton.jit(do_not_specialize=["N"])
 def _row_products_kernel(
-    a_ptr, a_inverse_ptr, a_stride, a_step, b_ptr, b_inverse_ptr, b_stride, b_step, out_ptr, D,
-    BLOCK: tl.constexpr,
+    a_ptr, a_inverse_ptr, a_stride, a_step, b_ptr, b_inverse_ptr, b_stride, b_step, out_ptr,
+    N: tl.int32, D, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    a_factor = factors(a_inverse_ptr, row, row >= 0)
-    b_factor = factors(b_inverse_ptr, row, row >= 0)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, D, BLOCK):
-        column = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask = (column < D) & (a_factor != 0) & (b_factor != 0)
-        a = tl.load(a_ptr + row * a_stride + column * a_step, mask=mask, other=0.0)
-        b = tl.load(b_ptr + row * b_stride + column * b_step, mask=mask, other=0.0)
-        total += a.to(tl.float32) * b.to(tl.float32)
-    tl.store(out_ptr + row, tl.sum(total, 0) * a_factor * b_factor)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < N
+    d = row_products(
+        a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, b_ptr, b_inverse_ptr, b_stride,
+        b_step, N, row, live, D, ROWS, BLOCK,
+    )  # fmt: skip
+    tl.store(out_ptr + row, d, mask=live)
 
 
 # What: the gradient of the rows of b, each the positive of the row of a and nothing else.
-# Passes: one. Bytes: 2 D elements a row read, D written. Parallelism: one program a row.
+# Passes: one. Bytes: 2 D elements a row read, D written. Parallelism: blocks of rows.
 # Accuracy: float32.
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _own_bwd_kernel(
     weight_ptr, stats_ptr, a_ptr, a_inverse_ptr, a_stride, a_step, b_ptr, b_inverse_ptr, b_stride,
-    b_step, temperature_ptr, grad_ptr, D, temperature: tl.float32, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    b_step, temperature_ptr, grad_ptr, N: tl.int32, D, scale: tl.float32, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(temperature_ptr, temperature)
-    row = tl.program_id(0).to(tl.int64)
-    share = tl.load(stats_ptr + row * WIDTH + 1)
-    positive = tl.load(stats_ptr + row * WIDTH + 3)
-    coefficient = -tl.load(weight_ptr + row) * share * scale
-    a_factor = factors(a_inverse_ptr, row, row >= 0)
-    b_factor = factors(b_inverse_ptr, row, row >= 0)
+    scale = scale_of(temperature_ptr, scale)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < N
+    at = stats_ptr + row.to(tl.int64) * WIDTH
+    share = tl.load(at + 1, mask=live, other=0.0)
+    positive = tl.load(at + 3, mask=live, other=0.0)
+    coefficient = -tl.load(weight_ptr + row, mask=live, other=0.0) * share * scale
     for start in range(0, D, BLOCK):
-        column = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask = column < D
-        at = a_ptr + row * a_stride + column * a_step
-        a = tl.load(at, mask=mask & (a_factor != 0), other=0.0).to(tl.float32)
-        grad = coefficient * a_factor * a
+        column = start + tl.arange(0, BLOCK)
+        grad, _ = unit_rows(a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, column, D)
         if b_inverse_ptr is not None:
-            at = b_ptr + row * b_stride + column * b_step
-            b = tl.load(at, mask=mask & (b_factor != 0), other=0.0).to(tl.float32)
-            grad = (grad - coefficient * positive * b_factor * b) * b_factor
-        tl.store(grad_ptr + row * D + column, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+            b, factor = unit_rows(b_ptr, b_inverse_ptr, b_stride, b_step, N, row, live, column, D)
+            grad = (grad - positive[:, None] * b) * factor[:, None]
+        grad = (grad * coefficient[:, None]).to(grad_ptr.dtype.element_ty)
+        to = grad_ptr + row.to(tl.int64)[:, None] * D + column[None, :]
+        tl.store(to, grad, mask=live[:, None] & (column < D)[None, :])
 
 
 def softmax_results(running, positive, temperatures, temperature, slopes):
@@ -112,13 +117,9 @@ def softmax_results(running, positive, temperatures, temperature, slopes):
         with rows.device_of(running):
             _softmax_results_kernel[(triton.cdiv(N, BLOCK),)](
                 running, positive, temperatures, losses, right, row_slopes if slopes else None,
-                stats, N, temperature, WIDTH=STATS, BLOCK=BLOCK,
+                stats, N, 1.0 / temperature, WIDTH=STATS, BLOCK=BLOCK,
             )  # fmt: skip
     return losses, right, row_slopes, stats
-
-
-def _width_block(x):
-    return min(1024, max(16, triton.next_power_of_2(x.shape[1])))
 
 
 def _one_dtype(query, negatives):
@@ -154,9 +155,9 @@ def info_nce_fwd(
         if a.count:
             own = side(key, normalize)
             with rows.device_of(query):
-                _row_products_kernel[(a.count,)](
-                    *a.arguments(), *own.arguments(), positive, query.shape[1],
-                    BLOCK=_width_block(query),
+                _row_products_kernel[(triton.cdiv(a.count, ROWS),)](
+                    *a.arguments(), *own.arguments(), positive, a.count, query.shape[1],
+                    ROWS=ROWS, BLOCK=width_block(query),
                 )  # fmt: skip
     losses, right, slopes, stats = softmax_results(
         running, positive, temperatures, temperature, need_slopes
@@ -216,9 +217,10 @@ def _with_negatives(
         grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
         if own.count:
             with rows.device_of(key):
-                _own_bwd_kernel[(own.count,)](
+                _own_bwd_kernel[(triton.cdiv(own.count, ROWS),)](
                     grad_losses, stats, *a.arguments(), *own.arguments(), temperatures, grad_key,
-                    key.shape[1], temperature, WIDTH=STATS, BLOCK=_width_block(key),
+                    own.count, key.shape[1], 1.0 / temperature, WIDTH=STATS, ROWS=ROWS,
+                    BLOCK=width_block(key),
                 )  # fmt: skip
     if need_negatives:
         grad_negatives = gradient(

@@ -14,6 +14,7 @@ from apt_kernels.triton.similarity import (
     precision,
     products,
     scale_of,
+    scaled,
     side,
     tiles,
 )
@@ -40,16 +41,16 @@ def _sigmoid_losses_kernel(
     a_ptr, a_inverse_ptr, a_stride, a_step, b_ptr, b_inverse_ptr, b_stride, b_step,
     temperature_ptr, bias_ptr, positive_ptr, part_ptr,
     N: tl.int32, M: tl.int32, D, label_offset: tl.int32, count: tl.int32, per_split: tl.int32,
-    temperature: tl.float32, bias: tl.float32,
+    scale: tl.float32, bias: tl.float32,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(temperature_ptr, temperature)
+    scale = scale_of(temperature_ptr, scale)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr).to(tl.float32)
     split = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < N
-    a_factor = factors(a_inverse_ptr, row, live)
+    a_factor, a_rest = factors(a_inverse_ptr, N, row, live)
     loss = tl.zeros([BLOCK_M], tl.float32)
     slope = tl.zeros([BLOCK_M], tl.float32)
     bias_slope = tl.zeros([BLOCK_M], tl.float32)
@@ -57,12 +58,12 @@ def _sigmoid_losses_kernel(
     for t in range(split * per_split, tl.minimum(count, (split + 1) * per_split)):
         column = t * BLOCK_N + tl.arange(0, BLOCK_N)
         column_live = column < M
-        b_factor = factors(b_inverse_ptr, column, column_live)
+        b_factor, b_rest = factors(b_inverse_ptr, M, column, column_live)
         d = products(
             a_ptr, a_stride, a_step, row, a_factor, b_ptr, b_stride, b_step, column, b_factor, D,
             BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
-        d = d * a_factor[:, None] * b_factor[None, :]
+        d = scaled(d, a_factor, a_rest, b_factor, b_rest)
         own = at_offset(row, column, label_offset, False) & live[:, None] & column_live[None, :]
         if tl.sum(own.to(tl.int32)) > 0:
             here = tl.max(own.to(tl.int32), 1) > 0
@@ -105,7 +106,7 @@ def _sigmoid_results_kernel(
         best = tl.maximum(best, tl.load(at + 3 * plane, mask=live, other=0.0))
     positive = tl.load(positive_ptr + row, mask=live, other=0.0)
     tl.store(losses_ptr + row, loss, mask=live)
-    tl.store(right_ptr + row, (positive > best).to(tl.float32), mask=live)
+    tl.store(right_ptr + row, tl.where(positive > best, 1.0, 0.0), mask=live)
     if slopes_ptr is not None:
         tl.store(slopes_ptr + row, slope, mask=live)
         tl.store(bias_slopes_ptr + row, bias_slope, mask=live)
@@ -131,7 +132,7 @@ def siglip_loss_fwd(
     with rows.device_of(query):
         _sigmoid_losses_kernel[(row_blocks, splits)](
             *a.arguments(), *b.arguments(), temperatures, biases, positive, part, N, M,
-            query.shape[1], label_offset, count, per_split, temperature, logit_bias,
+            query.shape[1], label_offset, count, per_split, 1.0 / temperature, logit_bias,
             PRECISION=precision(query), **t.blocks(), **t.launch(),
         )  # fmt: skip
         _sigmoid_results_kernel[(triton.cdiv(N, BLOCK),)](

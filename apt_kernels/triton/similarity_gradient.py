@@ -19,8 +19,11 @@ from apt_kernels.triton.similarity import (
     precision,
     products,
     rounded_to_tf32,
+    row_products,
     scale_of,
+    scaled,
     tiles,
+    unit_rows,
 )
 
 SOFTMAX, SIGMOID, SUP_CON = 0, 1, 2
@@ -59,17 +62,17 @@ def _similarity_bwd_kernel(
     own_ptr, own_inverse_ptr, own_stride, own_step,
     temperature_ptr, bias_ptr, grad_ptr,
     N: tl.int32, M: tl.int32, D, label_offset: tl.int32, self_offset: tl.int32,
-    temperature: tl.float32, bias: tl.float32,
+    scale: tl.float32, bias: tl.float32,
     LOSS: tl.constexpr, WEIGHTS: tl.constexpr, TRIANGLE: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(temperature_ptr, temperature)
+    scale = scale_of(temperature_ptr, scale)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr).to(tl.float32)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < N
-    a_factor = factors(a_inverse_ptr, row, live)
+    a_factor, a_rest = factors(a_inverse_ptr, N, row, live)
     weight = tl.zeros([BLOCK_M], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32)
     share = tl.zeros([BLOCK_M], tl.float32)
@@ -92,22 +95,18 @@ def _similarity_bwd_kernel(
     for start in range(0, M, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         column_live = column < M
-        b_factor = factors(b_inverse_ptr, column, column_live)
+        b_factor, b_rest = factors(b_inverse_ptr, M, column, column_live)
         raw = products(
             a_ptr, a_stride, a_step, row, a_factor, b_ptr, b_stride, b_step, column, b_factor, D,
             BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
-        raw = raw * a_factor[:, None]
-        d = raw * b_factor[None, :]
-        own = at_offset(row, column, label_offset, TRIANGLE)
+        d = scaled(raw, a_factor, a_rest, b_factor, b_rest)
         column_weight = tl.zeros([BLOCK_N], tl.float32)
         column_share = tl.zeros([BLOCK_N], tl.float32)
         if LOSS == _SIGMOID:
             if WEIGHTS != 1:
                 column_weight = tl.load(column_weight_ptr + column, mask=column_live, other=0.0)
-            x = d * scale + bias
-            both = weight[:, None] + column_weight[None, :]
-            coefficient = both * tl.where(own, -sigmoid(-x), sigmoid(x))
+            coefficient = (weight[:, None] + column_weight[None, :]) * sigmoid(d * scale + bias)
         else:
             coefficient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if WEIGHTS != 2:
@@ -121,14 +120,13 @@ def _similarity_bwd_kernel(
                     column_weight = tl.where(column_share > 0, column_weight, 0.0)
                 p = tl.exp((d - column_top[None, :]) * scale - column_log_sum[None, :])
                 coefficient += column_weight[None, :] * p
-            both = (weight * share)[:, None] + (column_weight * column_share)[None, :]
             if LOSS == _SUP_CON:
+                both = (weight * share)[:, None] + (column_weight * column_share)[None, :]
                 other = tl.load(column_labels_ptr + column, mask=column_live, other=0)
                 same = label[:, None] == other[None, :]
                 coefficient = tl.where(same, coefficient - both, coefficient)
-            else:  # the share of the other classes: p - 1 without its cancellation
-                coefficient = tl.where(own, -both, coefficient)
-        out = at_offset(row, column, self_offset, False) | (~column_live)[None, :]
+        out = at_offset(row, column, label_offset, TRIANGLE)
+        out = out | at_offset(row, column, self_offset, False) | (~column_live)[None, :]
         coefficient = tl.where(out | (~live)[:, None], 0.0, coefficient)
         # Rounded as the product will see it, so that both sums are of the same coefficients.
         coefficient = coefficient * b_factor[None, :]
@@ -137,24 +135,46 @@ def _similarity_bwd_kernel(
         b = tl.load(b_row[:, None] + part[None, :] * b_step, mask=b_mask, other=0.0)
         if b_ptr.dtype.element_ty == tl.float16:
             c = rounded_to_tf32(coefficient)
-            along += tl.sum(c * raw, 1)
+            along += tl.sum(c * raw, 1) * a_factor
             grad = tl.dot(c, b.to(tl.float32), grad, input_precision=GRADIENT_PRECISION)
         else:
             c = coefficient.to(b_ptr.dtype.element_ty)
-            along += tl.sum(c.to(tl.float32) * raw, 1)
+            along += tl.sum(c.to(tl.float32) * raw, 1) * a_factor
             grad = tl.dot(c, b, grad, input_precision=GRADIENT_PRECISION)
     written = live[:, None] & part_live[None, :]
+    # The positive comes in last: beside it the many small coefficients would lose digits.
+    if LOSS != _SUP_CON:
+        own = row + label_offset
+        if TRIANGLE:
+            own = tl.where(own < M, own, row - label_offset)
+        here = live & (own >= 0) & (own < M)
+        d = row_products(
+            a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, b_ptr, b_inverse_ptr, b_stride,
+            b_step, M, own, here, D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        if LOSS == _SIGMOID:
+            if WEIGHTS != 1:
+                weight += tl.load(column_weight_ptr + own, mask=here, other=0.0)
+            positive = -weight * sigmoid(-(d * scale + bias))
+        else:  # the share of the other classes: p - 1 without its cancellation
+            positive = -weight * share
+            if WEIGHTS != 1:
+                other_weight, _, other_share, _ = _load_side(
+                    column_weight_ptr, column_stats_ptr, own, here, WIDTH
+                )
+                positive -= other_weight * other_share
+        positive = tl.where(here, positive, 0.0)
+        along += positive * d
+        unit, _ = unit_rows(b_ptr, b_inverse_ptr, b_stride, b_step, M, own, here, part, D)
+        grad += positive[:, None] * unit
     if own_ptr is not None:  # a positive that is no column
-        own_factor = factors(own_inverse_ptr, row, live)
-        at = own_ptr + row.to(tl.int64)[:, None] * own_stride + part[None, :] * own_step
-        x = tl.load(at, mask=written & (own_factor != 0)[:, None], other=0.0).to(tl.float32)
-        grad -= (weight * share * own_factor)[:, None] * x
-        positive = tl.load(stats_ptr + row.to(tl.int64) * WIDTH + 3, mask=live, other=0.0)
-        along -= weight * share * positive
+        positive = -weight * share
+        along += positive * tl.load(stats_ptr + row.to(tl.int64) * WIDTH + 3, mask=live, other=0.0)
+        unit, _ = unit_rows(own_ptr, own_inverse_ptr, own_stride, own_step, N, row, live, part, D)
+        grad += positive[:, None] * unit
     if a_inverse_ptr is not None:
-        at = a_ptr + row.to(tl.int64)[:, None] * a_stride + part[None, :] * a_step
-        x = tl.load(at, mask=written & (a_factor != 0)[:, None], other=0.0).to(tl.float32)
-        grad = (grad - (along * a_factor)[:, None] * x) * a_factor[:, None]
+        unit, _ = unit_rows(a_ptr, a_inverse_ptr, a_stride, a_step, N, row, live, part, D)
+        grad = (grad - along[:, None] * unit) * a_factor[:, None]
     at = grad_ptr + row.to(tl.int64)[:, None] * D + part[None, :]
     tl.store(at, (grad * scale).to(grad_ptr.dtype.element_ty), mask=written)
 
@@ -196,7 +216,7 @@ def gradient(
         _similarity_bwd_kernel[(triton.cdiv(N, t.rows), triton.cdiv(D, t.part))](
             weights, stats, labels, column_weights, column_stats, column_labels, *a.arguments(),
             *b.arguments(), *own_arguments, temperatures, biases, grad, N, b.count, D,
-            label_offset, self_offset, temperature, bias,
+            label_offset, self_offset, 1.0 / temperature, bias,
             LOSS=loss, WEIGHTS=(weights is not None) + 2 * (column_weights is not None),
             TRIANGLE=triangle, WIDTH=1 if some_stats is None else some_stats.shape[1],
             PART=t.part, PRECISION=precision(a.x), GRADIENT_PRECISION=gradient_precision(a.x),

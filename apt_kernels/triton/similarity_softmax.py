@@ -19,6 +19,7 @@ from apt_kernels.triton.similarity import (
     precision,
     products,
     scale_of,
+    scaled,
     tiles,
 )
 
@@ -63,7 +64,7 @@ def _label_statistics(d, same, AXIS: tl.constexpr):
     best = tl.max(tl.where(positive, d, -INFINITY), AXIS)
     best_negative = tl.max(tl.where(same, -INFINITY, d), AXIS)
     total = tl.sum(tl.where(positive, d, 0.0), AXIS)
-    return best, best_negative, total, tl.sum(positive.to(tl.float32), AXIS)
+    return best, best_negative, total, tl.sum(tl.where(positive, 1.0, 0.0), AXIS)
 
 
 @triton.jit
@@ -93,17 +94,17 @@ def _scores_kernel(
     labels_ptr, column_labels_ptr, temperature_ptr, positive_ptr, column_positive_ptr,
     row_part_ptr, column_part_ptr,
     N: tl.int32, M: tl.int32, D, label_offset: tl.int32, self_offset: tl.int32,
-    first: tl.int32, count: tl.int32, per_split: tl.int32, temperature: tl.float32,
+    first: tl.int32, count: tl.int32, per_split: tl.int32, scale: tl.float32,
     TRIANGLE: tl.constexpr, COLUMNS: tl.constexpr, SLOPES: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(temperature_ptr, temperature)
+    scale = scale_of(temperature_ptr, scale)
     block = tl.program_id(0)
     split = tl.program_id(1)
     row_block = block if TRIANGLE else first + block
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_live = row < N
-    a_factor = factors(a_inverse_ptr, row, row_live)
+    a_factor, a_rest = factors(a_inverse_ptr, N, row, row_live)
     m = tl.full([BLOCK_M], -INFINITY, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M], tl.float32)
@@ -117,22 +118,21 @@ def _scores_kernel(
     blocks = tl.cdiv(N, BLOCK_M)
     for t in range(split * per_split, tl.minimum(count, (split + 1) * per_split)):
         column_block = t
-        used = True
-        if TRIANGLE:  # the tile `distance` blocks to the right, around the end
-            distance = first + t
-            column_block = (row_block + distance) % blocks
-            # half way around, a pair of blocks would come twice
-            used = (2 * distance != blocks) | (row_block < distance)
+        if TRIANGLE:  # the tile so many blocks to the right, around the end
+            column_block = (row_block + first + t) % blocks
         column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
         column_live = column < M
-        b_factor = factors(b_inverse_ptr, column, column_live)
+        used = column_live
+        if TRIANGLE:  # half way around, a pair of blocks would come twice
+            used = used & ((2 * (first + t) != blocks) | (row_block < first + t))
+        b_factor, b_rest = factors(b_inverse_ptr, M, column, column_live)
         d = products(
             a_ptr, a_stride, a_step, row, a_factor, b_ptr, b_stride, b_step, column, b_factor, D,
             BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
-        d = d * a_factor[:, None] * b_factor[None, :]
+        d = scaled(d, a_factor, a_rest, b_factor, b_rest)
         own = at_offset(row, column, label_offset, TRIANGLE)
-        own = own & row_live[:, None] & (column_live & used)[None, :]
+        own = own & row_live[:, None] & used[None, :]
         if tl.sum(own.to(tl.int32)) > 0:
             value = tl.where(own, d, 0.0)
             here = tl.max(own.to(tl.int32), 1) > 0
@@ -143,7 +143,7 @@ def _scores_kernel(
                     here = here & (column_block != row_block)
                 tl.store(column_positive_ptr + column, tl.sum(value, 0), mask=here)
         out = own | at_offset(row, column, self_offset, False)
-        out = out | (~row_live)[:, None] | (~(column_live & used))[None, :]
+        out = out | (~row_live)[:, None] | (~used)[None, :]
         d = tl.where(out, -INFINITY, d)
         tile_m, tile_total, tile_weighted = _softmax(d, scale, 1, SLOPES)
         m, total, weighted = _combine(m, total, weighted, tile_m, tile_total, tile_weighted, scale)
@@ -183,10 +183,10 @@ def _scores_kernel(
 # Bytes: 4 PLANES a slot read. Parallelism: blocks of rows. Accuracy: float32.
 @triton.jit(do_not_specialize=["N", "slots"])
 def _merge_kernel(
-    part_ptr, running_ptr, temperature_ptr, N: tl.int32, slots: tl.int32, temperature: tl.float32,
+    part_ptr, running_ptr, temperature_ptr, N: tl.int32, slots: tl.int32, scale: tl.float32,
     PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(temperature_ptr, temperature)
+    scale = scale_of(temperature_ptr, scale)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = row < N
     plane = N.to(tl.int64)
@@ -273,7 +273,7 @@ def softmax_statistics(
                 *a.arguments(), *b.arguments(), labels, column_labels, temperatures, positive,
                 positive if column_positive is None else column_positive, row_part, column_part,
                 N, M, a.x.shape[1], label_offset, self_offset, first, count, per_split,
-                temperature, TRIANGLE=triangle, COLUMNS=both, SLOPES=slopes, PLANES=planes,
+                1.0 / temperature, TRIANGLE=triangle, COLUMNS=both, SLOPES=slopes, PLANES=planes,
                 PRECISION=precision(a.x), **t.blocks(), **t.launch(),
             )  # fmt: skip
             _merge(row_part, splits, running, temperatures, temperature)
@@ -286,5 +286,5 @@ def softmax_statistics(
 def _merge(part, slots, running, temperatures, temperature):
     planes, N = running.shape
     _merge_kernel[(triton.cdiv(N, MERGE_BLOCK),)](
-        part, running, temperatures, N, slots, temperature, PLANES=planes, BLOCK=MERGE_BLOCK
+        part, running, temperatures, N, slots, 1.0 / temperature, PLANES=planes, BLOCK=MERGE_BLOCK
     )

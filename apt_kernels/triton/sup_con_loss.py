@@ -17,9 +17,9 @@ STATS = 3  # of a row: the largest d, 1 / positives or 0, log of the sum
 @triton.jit(do_not_specialize=["N"])
 def _sup_con_results_kernel(
     running_ptr, temperature_ptr, losses_ptr, right_ptr, slopes_ptr, stats_ptr, N: tl.int32,
-    temperature: tl.float32, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    scale: tl.float32, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(temperature_ptr, temperature)
+    scale = scale_of(temperature_ptr, scale)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = row < N
     plane = N.to(tl.int64)
@@ -35,7 +35,7 @@ def _sup_con_results_kernel(
     gap = m - positives / tl.where(anchor, number, 1.0)
     log_sum = tl.log(total)
     tl.store(losses_ptr + row, tl.where(anchor, gap * scale + log_sum, 0.0), mask=live)
-    tl.store(right_ptr + row, (anchor & (best > best_negative)).to(tl.float32), mask=live)
+    tl.store(right_ptr + row, tl.where(anchor & (best > best_negative), 1.0, 0.0), mask=live)
     if slopes_ptr is not None:
         tl.store(slopes_ptr + row, tl.where(anchor, gap + weighted / total, 0.0), mask=live)
     at = stats_ptr + row.to(tl.int64) * WIDTH
@@ -64,7 +64,7 @@ def sup_con_loss_fwd(
         with rows.device_of(features):
             _sup_con_results_kernel[(triton.cdiv(N, BLOCK),)](
                 running, temperatures, losses, right, slopes if need_slopes else None, stats, N,
-                temperature, WIDTH=STATS, BLOCK=BLOCK,
+                1.0 / temperature, WIDTH=STATS, BLOCK=BLOCK,
             )  # fmt: skip
     return losses, right, slopes, stats
 

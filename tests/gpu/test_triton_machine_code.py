@@ -92,6 +92,30 @@ def _heads(dtype, N=300, D=576, V=50257):
         yield from offline.launches(launcher, *arguments)
 
 
+def _contrastive(dtype, N=4096, D=128):
+    x, t = torch.zeros(N, D, dtype=dtype), torch.ones(())
+    w, labels = torch.zeros(N), torch.zeros(N, dtype=torch.long)
+    stats, sup_con_stats = torch.zeros(N, 4), torch.zeros(N, 3)
+    views, softmax = (x[: N // 2], x[N // 2 :]), (None, None, 0.1, True)
+    queue, sigmoid = (x, None, 0.1, True), (t, 1.0, t, 0.0, True, 0)
+    alone = (None, None, t, 1.0, True, 0)
+    for launcher, arguments in (
+        (kernels.nt_xent_fwd, (*views, t, 1.0, True, True)),
+        (kernels.nt_xent_bwd, (w, *views, t, 1.0, True, stats)),
+        (kernels.info_nce_fwd, (x, x, *softmax, True, 0, None, False)),
+        (kernels.info_nce_bwd,
+         (w, w, x, x, *softmax, 0, None, stats, stats, True, True, False)),
+        (kernels.info_nce_fwd, (x, x, *queue, False, 0, None, False)),
+        (kernels.info_nce_bwd,
+         (w, None, x, x, *queue, 0, None, stats, stats, True, True, True)),
+        (kernels.siglip_loss_fwd, (x, x, *sigmoid, True)),
+        (kernels.siglip_loss_bwd, (w, None, x, x, *sigmoid, True, True)),
+        (kernels.sup_con_loss_fwd, (x, labels, *alone, True)),
+        (kernels.sup_con_loss_bwd, (w, None, x, labels, *alone, sup_con_stats, None)),
+    ):  # fmt: skip
+        yield from offline.launches(launcher, *arguments)
+
+
 def _distinct(launches):
     """One launch of each specialisation, by what would be compiled."""
     found = {}
@@ -151,6 +175,18 @@ def test_product_kernels(target, dtype):
     assert products >= 4
 
 
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_contrastive_kernels(target, dtype):
+    products = 0
+    for launch, machine in _compiled(lambda: _contrastive(DTYPES[dtype]), target):
+        if "PRECISION" in launch.arguments:
+            products += 1
+            assert machine.count(TENSOR_CORE[target]), launch.name
+            assert machine.count(WIDE_COPY[target[:2]]), launch.name
+    assert products >= 10
+
+
 def test_no_compilation_for_new_lengths():
     """Launches of other lengths are specialised in the same way: the same code runs them."""
 
@@ -171,6 +207,7 @@ def test_no_compilation_for_new_lengths():
             [_rows(dtype, V=V, K=K) for V, K in ((50257, 3), (32000, 16), (151936, 1))],
             [_small(dtype, B=B) for B in (5000, 8192, 70001)],
             [_heads(dtype, N=N, V=V) for N, V in ((300, 50257), (4096, 32000), (9001, 151936))],
+            [_contrastive(dtype, N=N) for N in (4096, 10000, 70002)],
         ):
             wanted = specialisations(first)
             for other in others:
@@ -182,4 +219,6 @@ def test_no_waiting_for_the_device():
     with FakeTensorMode():
         names = {launch.name for launch in _heads(torch.bfloat16)}
         names |= {launch.name for launch in _rows(torch.bfloat16)}
+        names |= {launch.name for launch in _contrastive(torch.bfloat16)}
+    assert "_similarity_bwd_kernel" in names
     assert {"live_rows_kernel", "grad_weight_kernel", "_token_logprobs_bwd_kernel"} <= names

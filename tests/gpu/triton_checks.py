@@ -3,6 +3,8 @@
 `kernels` is any namespace of launchers, so that tests can also pass one with a bug in it.
 """
 
+import math
+import mmap
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +29,13 @@ class Case:
 
 def _generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(sum(map(ord, name)))
+
+
+def sparse(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of untouched memory: pages come into being, as zeros, when they are written."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _compare(actual, plain, exact, names):

@@ -199,15 +199,11 @@ def _patch_language_once_a_launch():
     interpreter._patch_lang, executor.__call__ = patch, launch
 
 
-_installed = False
-
-
 def install():
     """Mends the interpreter of this process; a second call does nothing."""
-    global _installed
-    if _installed:
+    if getattr(Builder, "is_mended", False):
         return
-    _installed = True
+    Builder.is_mended = True
     np.seterr(all="ignore")  # a kernel's -inf - -inf is as silent here as on a GPU
     _repair_casts()
     _repair_arithmetic()

@@ -5,16 +5,10 @@ the cases say what they are there for; the registry's samples run over the same 
 test_ops.py.
 """
 
-import importlib
-import mmap
 import os
-import shutil
-import sys
-from pathlib import Path
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_interpreter.py instead"
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -248,15 +242,8 @@ def test_products_done(masked, monkeypatch):
         assert done == wanted
 
 
-def _sparse(shape, dtype):
-    """A tensor of untouched memory: pages come into being, as zeros, when they are written."""
-    size = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 def test_offsets_beyond_32_bits():
-    far = _sparse((2, 2**31 + 24), torch.bfloat16)
+    far = checks.sparse((2, 2**31 + 24), torch.bfloat16)
     V = 45
     near = torch.randn(2, 1, V).bfloat16()
     logits = far[:, -V - 3 : -3].unsqueeze(1)  # the second row begins beyond 2^32 elements
@@ -275,7 +262,7 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(*grads) and grads[0].any()
 
     N, D, V = 2**16 + 5, 2**15, 7  # the last rows of hidden begin beyond 2^31 elements
-    hidden, mask = _sparse((N, D), torch.bfloat16), torch.zeros(N, dtype=torch.bool)
+    hidden, mask = checks.sparse((N, D), torch.bfloat16), torch.zeros(N, dtype=torch.bool)
     mask[-3:] = True
     hidden[-3:] = torch.randn(3, D).bfloat16()
     weight, ids = torch.randn(V, D).bfloat16(), torch.randint(0, V, (N,))
@@ -361,29 +348,6 @@ SEEDED = [
     ("takes the last of equals", "linear_cross_entropy", "part_top > top", "part_top >= top",
      _check(*_cross, "equal_logits")),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def seeded(tmp_path, monkeypatch):
-    """A function that gives a copy of the kernels with one text of one file replaced."""
-
-    def seed(stem, text, replacement):
-        folder = tmp_path / "bugged"
-        ignored = shutil.ignore_patterns("__py*")
-        shutil.copytree(Path(kernels.__file__).parent, folder, ignore=ignored)
-        for file in folder.glob("*.py"):
-            source = file.read_text().replace("apt_kernels.triton", "bugged")
-            if file.stem == stem:
-                assert text in source, "the kernel has changed: seed the bug anew"
-                source = source.replace(text, replacement)
-            file.write_text(source)
-        monkeypatch.syspath_prepend(tmp_path)
-        importlib.invalidate_caches()
-        return importlib.import_module("bugged")
-
-    yield seed
-    for name in [name for name in sys.modules if name.split(".")[0] == "bugged"]:
-        del sys.modules[name]
 
 
 @pytest.mark.parametrize("bug", SEEDED, ids=lambda bug: bug[0].replace(" ", "_"))
