@@ -8,9 +8,12 @@ from .ops.gae import gae
 from .ops.group_advantages import group_advantages
 from .ops.kl_penalty import kl_penalty
 from .ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from .ops.linear_dpo_loss import LinearDPOLoss, linear_dpo_loss
+from .ops.linear_policy_loss import linear_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.mlm_mask import mlm_mask
-from .ops.policy_loss import PolicyLoss, policy_loss
+from .ops.policy_loss import policy_loss
+from .ops.policy_modules import LinearPolicyLoss, PolicyLoss
 from .ops.queue_push_ import queue_push_
 from .ops.sequence_logps import sequence_logps
 from .ops.token_logprobs import token_logprobs
@@ -20,6 +23,8 @@ __all__ = [
     "BradleyTerryLoss",
     "DPOLoss",
     "LinearCrossEntropy",
+    "LinearDPOLoss",
+    "LinearPolicyLoss",
     "PolicyLoss",
     "ValueLoss",
     "backends",
@@ -30,6 +35,8 @@ __all__ = [
     "group_advantages",
     "kl_penalty",
     "linear_cross_entropy",
+    "linear_dpo_loss",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "mlm_mask",
     "policy_loss",
