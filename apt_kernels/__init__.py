@@ -1,6 +1,7 @@
 """Fused kernels for preference training and self-supervised pretraining, on the CPU and the GPU."""
 
 from .dispatch import backends
+from .masking_collator import MaskingCollator
 from .ops.bradley_terry_loss import BradleyTerryLoss, bradley_terry_loss
 from .ops.dpo_loss import DPOLoss, dpo_loss
 from .ops.ema_update_ import ema_update_
@@ -25,6 +26,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearDPOLoss",
     "LinearPolicyLoss",
+    "MaskingCollator",
     "PolicyLoss",
     "ValueLoss",
     "backends",
