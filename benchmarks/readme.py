@@ -9,7 +9,7 @@ import csv
 import sys
 from pathlib import Path
 
-from apt_kernels.registry import OPS
+from apt_kernels.registry import OPS, Op
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -23,12 +23,14 @@ def operations_table() -> str:
         "|---|---|---|---|---|---|",
     ]
 
-    def there(pattern: str) -> str:
-        return "yes" if (ROOT / pattern).exists() else "–"
+    def there(op: Op, layer: str) -> str:
+        """Whether all its kernels are: those of other operations, for a composition."""
+        stems = {name.rpartition("_")[0] for name in op.kernels} - {op.name.rstrip("_")}
+        return "yes" if all((ROOT / layer.format(s)).exists() for s in stems or {op.name}) else "–"
 
     for name, op in sorted(OPS.items()):
         layers = ("csrc/bindings/{}.cpp", "csrc/cuda/{}.cu", "apt_kernels/triton/{}.py")
-        cells = " | ".join(there(layer.format(name)) for layer in layers)
+        cells = " | ".join(there(op, layer) for layer in layers)
         lines.append(f"| `{name}` | {op.summary} | {cells} | {op.source} |")
     return "\n".join(lines)
 

@@ -40,8 +40,8 @@ MIX = {  # instructions by kind: NVIDIA's names, AMD's names
     "barrier": (r"BAR", r"s_barrier"),
 }
 FIELDS = (
-    "operation", "kernel", "call", "dtype", "variant", "target", "registers", "spilled", "shared", "code",
-    *MIX, "triton",
+    "operation", "kernel", "call", "dtype", "variant", "target", "registers", "spilled", "shared",
+    "code", *MIX, "triton",
 )  # fmt: skip
 
 
