@@ -31,12 +31,13 @@ BY_NAME = {
 }
 PAIRS = (
     "temperature", "none", "scale_100", "no_similar_column", "unnormalised_large", "67_by_31",
-    "zero_rows", "short_and_long_rows", "equal_embeddings", "sliced", "every_other_column",
-    "transposed", "expanded", "frozen_first", "frozen_second", "temperature_alone", "1_by_7",
+    "zero_rows", "short_and_long_rows", "equal_embeddings", "frozen_first", "frozen_second",
+    "temperature_alone", "1_by_7",
 )  # fmt: skip
+STRIDED = ("sliced", "every_other_column", "transposed", "expanded")
 SAMPLES = {
     "info_nce": (
-        *PAIRS, *(f"symmetric_{name}" for name in PAIRS[:7]), "negatives_67_by_31",
+        *PAIRS, *STRIDED, *(f"symmetric_{name}" for name in PAIRS[:6]), "negatives_67_by_31",
         "negatives_scale_100", "negatives_zero_rows", "negatives_unnormalised", "label_offset_9",
         "label_offset_none", "more_rows_than_tiles", "no_keys", "queue_sharp", "queue_slice",
         "queue_of_float32", "no_negatives", "no_rows_negatives",
@@ -367,6 +368,6 @@ def test_seeded_bugs_are_noticed(bug, seeded, monkeypatch, no_backend_left):
 
 def test_a_copy_without_a_bug_passes(seeded, monkeypatch, no_backend_left):
     same = seeded("rows", "ALIGN", "ALIGN")
-    for check in dict.fromkeys(check for *_, check in SEEDED):
+    for check in (_even, _queue, _siglip, _labels):  # the others' samples are run above
         with monkeypatch.context() as patch:
             check(same, patch)
