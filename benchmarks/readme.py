@@ -6,6 +6,7 @@ python benchmarks/readme.py        rewrites them in README.md
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -23,14 +24,16 @@ def operations_table() -> str:
         "|---|---|---|---|---|---|",
     ]
 
-    def there(op: Op, layer: str) -> str:
-        """Whether all its kernels are: those of other operations, for a composition."""
-        stems = {name.rpartition("_")[0] for name in op.kernels} - {op.name.rstrip("_")}
-        return "yes" if all((ROOT / layer.format(s)).exists() for s in stems or {op.name}) else "–"
+    native = "".join(path.read_text() for path in (ROOT / "csrc/bindings").glob("*.cpp"))
+    cuda = (ROOT / "csrc/bindings_cuda.cpp").read_text()
+    triton = (ROOT / "apt_kernels/triton/__init__.py").read_text()
+
+    def there(op: Op, bound: str) -> str:
+        """Whether all its kernels are bound or exported (a composition has those of others)."""
+        return "yes" if all(re.search(rf"\b{name}\b", bound) for name in op.kernels) else "–"
 
     for name, op in sorted(OPS.items()):
-        layers = ("csrc/bindings/{}.cpp", "csrc/cuda/{}.cu", "apt_kernels/triton/{}.py")
-        cells = " | ".join(there(op, layer) for layer in layers)
+        cells = " | ".join(there(op, bound) for bound in (native, cuda, triton))
         lines.append(f"| `{name}` | {op.summary} | {cells} | {op.source} |")
     return "\n".join(lines)
 

@@ -99,7 +99,7 @@ def _open_clip() -> dict:
     return {"open_clip": loss}
 
 
-def _benchmark(count: int, width: int) -> Benchmark:
+def _benchmark(count: int, width: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Benchmark:
     def make(dtype: torch.dtype) -> Sample:
         x = rows(count, width, dtype)
         return Sample("", (x, near(x)), {"temperature": 0.07, "symmetric": True})
@@ -113,7 +113,10 @@ def _benchmark(count: int, width: int) -> Benchmark:
         # all pairs, 2 N^2 D flops forward and 6 N^2 D backward, are the larger floor.
         bytes_moved=lambda s: 2 * s.args[0].nbytes,
         backward_bytes_moved=lambda s: 4 * s.args[0].nbytes,
+        flops=lambda s: 2 * count * count * width,
+        backward_flops=lambda s: 6 * count * count * width,
         peers=_open_clip,
+        devices=devices,
     )
 
 
@@ -127,5 +130,10 @@ OP = Op(
     rejected=rejected,
     source="van den Oord 2018, Radford 2021",
     summary="CLIP's and MoCo's loss without the matrix of similarities",
-    benchmarks=(_benchmark(64, 128), _benchmark(4096, 128), _benchmark(4096, 768)),
+    benchmarks=(
+        _benchmark(64, 128),
+        _benchmark(4096, 128),
+        _benchmark(4096, 768),
+        _benchmark(65536, 512, devices=("cuda",)),
+    ),
 )

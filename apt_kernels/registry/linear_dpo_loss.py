@@ -153,6 +153,8 @@ def _benchmark(pairs: int, length: int, features: int, vocab: int, frozen: bool)
         backward_bytes_moved=lambda s: (
             (1 + s.args[1].requires_grad) * s.args[1].numel() * s.args[1].element_size()
         ),
+        flops=lambda s: 4 * pairs * length * features * vocab,
+        backward_flops=lambda s: (8 if frozen else 12) * pairs * length * features * vocab,
     )
 
 

@@ -256,6 +256,8 @@ def _benchmark(rows: int, length: int, features: int, vocab: int, frozen: bool) 
             (1 + s.args[1].requires_grad) * s.args[1].numel() * s.args[1].element_size()
         ),
         backward_bytes_moved=lambda s: 0,
+        flops=lambda s: 2 * rows * length * features * vocab,
+        backward_flops=lambda s: (2 if frozen else 4) * rows * length * features * vocab,
     )
 
 

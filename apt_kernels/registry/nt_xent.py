@@ -68,6 +68,8 @@ def _benchmark(count: int, width: int) -> Benchmark:
         # the pairs of 2 N rows, 4 N^2 D flops forward and 12 N^2 D backward, are the larger floor.
         bytes_moved=lambda s: 2 * s.args[0].nbytes,
         backward_bytes_moved=lambda s: 4 * s.args[0].nbytes,
+        flops=lambda s: 4 * count * count * width,
+        backward_flops=lambda s: 12 * count * count * width,
         peers=_lightly,
     )
 

@@ -84,6 +84,8 @@ def _benchmark(count: int, width: int) -> Benchmark:
         # as info_nce: the products of all pairs are the larger floor
         bytes_moved=lambda s: 2 * s.args[0].nbytes,
         backward_bytes_moved=lambda s: 4 * s.args[0].nbytes,
+        flops=lambda s: 2 * count * count * width,
+        backward_flops=lambda s: 6 * count * count * width,
         peers=_open_clip,
     )
 

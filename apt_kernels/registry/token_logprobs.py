@@ -156,7 +156,7 @@ def peers() -> dict[str, Callable]:
     return found | {"TRL": selective_log_softmax}
 
 
-def _benchmark(rows: int, vocab: int) -> Benchmark:
+def _benchmark(rows: int, vocab: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Benchmark:
     def make(dtype: torch.dtype) -> Sample:
         x = _logits(rows, vocab, dtype=dtype).requires_grad_()
         return Sample("", (x, _ids(rows, vocab=vocab)))
@@ -170,6 +170,7 @@ def _benchmark(rows: int, vocab: int) -> Benchmark:
         bytes_moved=lambda s: s.args[0].numel() * s.args[0].element_size(),
         backward_bytes_moved=lambda s: 2 * s.args[0].numel() * s.args[0].element_size(),
         peers=peers,
+        devices=devices,
     )
 
 
@@ -183,5 +184,10 @@ OP = Op(
     rejected=rejected,
     source="Milakov & Gimelshein 2018",
     summary="log-softmax gathered at token ids, and the entropy",
-    benchmarks=(_benchmark(1024, 32000), _benchmark(512, 151936)),
+    benchmarks=(
+        _benchmark(1024, 32000),
+        _benchmark(512, 151936),
+        _benchmark(8192, 128256, devices=("cuda",)),
+        _benchmark(8192, 151936, devices=("cuda",)),
+    ),
 )
