@@ -25,10 +25,6 @@ GPUS = {
     "A100 80 GB": (2.04e12, 312e12),
     "RTX 4090": (1.008e12, 165e12),
 }
-    "H100 SXM": (3.35e12, 989e12),
-    "A100 80 GB": (2.04e12, 312e12),
-    "RTX 4090": (1.008e12, 165e12),
-}
 # What their authors publish for the same shape: (operation, shape, pass) -> words.
 LAUNCH = 3e-6  # seconds; shapes that take less are a matter of launches
 PUBLISHED = {
@@ -107,8 +103,8 @@ def estimates_table() -> str:
     lines = [
         "**Estimate from counted traffic and products, not measured.** The larger of the bytes over"
         "\nthe memory's bandwidth and the products over the matrix units' throughput (bfloat16 where"
-        "\nthe operation takes it), milliseconds. No kernel reaches it; a good one comes near. Shapes"
-        "\nof less than 3 microseconds on the H100 are left out: launches decide there.\n",
+        "\nthe operation takes it), milliseconds. No kernel reaches it; a good one comes near."
+        "\nShapes of less than 3 microseconds on the H100 are left out: launches decide there.\n",
         f"| operation | shape | dtype | pass | {' | '.join(GPUS)} | others |",
         "|---|---|---|---|" + "---|" * (len(GPUS) + 1),
     ]
