@@ -25,8 +25,8 @@ GPUS = {
     "A100 80 GB": (2.04e12, 312e12),
     "RTX 4090": (1.008e12, 165e12),
 }
-# What their authors publish for the same shape: (operation, shape, pass) -> words.
 LAUNCH = 3e-6  # seconds; shapes that take less are a matter of launches
+# What their authors publish for the same shape: (operation, shape, pass) -> words.
 PUBLISHED = {
     ("token_logprobs", "8192 x 151936", "forward"): "TRL's hub kernel, H100: 0.89 ms",
     ("token_logprobs", "8192 x 128256", "forward+backward"): "QuACK, H100: 2.27 ms",
@@ -104,7 +104,7 @@ def estimates_table() -> str:
         "**Estimate from counted traffic and products, not measured.** The larger of the bytes over"
         "\nthe memory's bandwidth and the products over the matrix units' throughput (bfloat16 where"
         "\nthe operation takes it), milliseconds. No kernel reaches it; a good one comes near."
-        "\nShapes of less than 3 microseconds on the H100 are left out: launches decide there.\n",
+        "\nShapes below 3 microseconds on the H100 are left out: launches decide there.\n",
         f"| operation | shape | dtype | pass | {' | '.join(GPUS)} | others |",
         "|---|---|---|---|" + "---|" * (len(GPUS) + 1),
     ]
