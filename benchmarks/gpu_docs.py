@@ -101,9 +101,9 @@ def _milliseconds(moved: int, flops: int) -> list[str]:
 def estimates_table() -> str:
     """The larger of bytes / bandwidth and flops / throughput, at the shapes of the benchmarks."""
     lines = [
-        "**Estimate from counted traffic and products, not measured.** The larger of the bytes over"
-        "\nthe memory's bandwidth and the products over the matrix units' throughput (bfloat16 where"
-        "\nthe operation takes it), milliseconds. No kernel reaches it; a good one comes near."
+        "**Estimate from counted traffic and products, not measured.** The larger of the bytes"
+        "\nover the memory's bandwidth and the products over the matrix units' throughput (bfloat16 where"
+        "\nit is taken), milliseconds. No kernel reaches it; a good one comes near."
         "\nShapes below 3 microseconds on the H100 are left out: launches decide there.\n",
         f"| operation | shape | dtype | pass | {' | '.join(GPUS)} | others |",
         "|---|---|---|---|" + "---|" * (len(GPUS) + 1),
