@@ -102,8 +102,8 @@ def estimates_table() -> str:
     """The larger of bytes / bandwidth and flops / throughput, at the shapes of the benchmarks."""
     lines = [
         "**Estimate from counted traffic and products, not measured.** The larger of the bytes"
-        "\nover the memory's bandwidth and the products over the matrix units' throughput (bfloat16 where"
-        "\nit is taken), milliseconds. No kernel reaches it; a good one comes near."
+        "\nover the memory's bandwidth and the products over the matrix units' throughput (bfloat16"
+        "\nwhere it is taken), milliseconds. No kernel reaches it; a good one comes near."
         "\nShapes below 3 microseconds on the H100 are left out: launches decide there.\n",
         f"| operation | shape | dtype | pass | {' | '.join(GPUS)} | others |",
         "|---|---|---|---|" + "---|" * (len(GPUS) + 1),
