@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from apt_kernels import linear_token_logprobs, token_logprobs
 
+from .hidden_states import real_positions, takes_positions
 from .model_access import FSDPModule, as_autocast, base_model, logits_of, without_wrapper
 
 PROBED_TOKENS = 8
@@ -77,9 +78,7 @@ class NextTokenScorer:
         self.vocabulary_size: int | None = None  # known after the first call
         inner = base_model(model)
         accepted = inspect.signature(inner.forward).parameters
-        adapters = getattr(without_wrapper(model), "peft_config", None) or {}
-        prompt_learning = any(getattr(a, "is_prompt_learning", False) for a in adapters.values())
-        self._takes_positions = "position_ids" in accepted and not prompt_learning
+        self._takes_positions = takes_positions(model)
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
         self._head = self._find_head(inner) if use_hidden_states else None
         self._head_is_checked = False
@@ -142,7 +141,7 @@ class NextTokenScorer:
     def _call(self, model: nn.Module, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         options = dict(self._options)
         if attention_mask is not None and self._takes_positions:
-            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = real_positions(attention_mask)
         # Adapters that learn a prompt put virtual tokens in front
         return logits_of(model(ids, attention_mask=attention_mask, **options))[:, -ids.shape[1] :]
 

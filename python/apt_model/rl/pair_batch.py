@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,14 @@ class PairBatch:
         attention_mask: `(2, B, S)`, 1 = real token, or None where all are.
         counted: `(2, B, S)`, True at the tokens whose log-probabilities count.
         ref_logps: `(2, B)`, precomputed, or None.
+        margins: `(1, B)`, by how much the chosen answers are better, or None.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     counted: Tensor
     ref_logps: Tensor | None
+    margins: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -38,8 +40,21 @@ class PairBatch:
             count = min(parts, self.pairs)
             return [None] * count if tensor is None else tensor.tensor_split(count, dim=1)
 
-        fields = (self.input_ids, self.attention_mask, self.counted, self.ref_logps)
+        fields = (
+            self.input_ids, self.attention_mask, self.counted, self.ref_logps, self.margins
+        )  # fmt: skip
         return [PairBatch(*part) for part in zip(*map(split, fields), strict=True)]
+
+    def with_margins(self, margin: float | Sequence[float] | Tensor) -> PairBatch:
+        """Returns the batch with margins: a number, or one a pair, `(B,)` or `(B, 1)`."""
+        given = isinstance(margin, Tensor)
+        margins = margin.detach() if given else torch.as_tensor(margin, dtype=torch.float64)
+        if margins.shape not in ((), (self.pairs,), (self.pairs, 1)):
+            raise ValueError(
+                f"margin must be a number or ({self.pairs},) numbers, got {tuple(margins.shape)}"
+            )
+        margins = margins.to(self.input_ids.device, torch.float64)
+        return replace(self, margins=margins.reshape(1, -1).expand(1, self.pairs))
 
     def sequences(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Returns ids, attention mask and counted tokens as `(2B, S)`, the chosen rows first."""
