@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from apt_model.rl import RewardModelTrainer
+from apt_model.rl import GRPOTrainer, RewardModelTrainer
+from test_grpo_trainer import sampled, tiny_model
 from test_reward_model import pairs, reward_model
 from trainer_checks import assert_same_parameters
 
@@ -40,7 +41,23 @@ def reward_steps(wrap, rank):
     return model, [trainer.train_step(**batch) for _ in range(2)]
 
 
-RUNS = {"reward": reward_steps}
+def grpo_steps(wrap, rank):
+    policy, reference = tiny_model(0), tiny_model(1)
+    policy = wrapped(policy, wrap, policy.lm_head)
+    if wrap == "fsdp2":
+        reference = wrapped(reference, wrap, reference.lm_head)
+    trainer = GRPOTrainer(
+        policy,
+        config={"learning_rate": 0.01, "group_size": 2, "use_critic": True},
+        ref_policy_model=reference,
+        gradient_accumulation_steps=2 if wrap else 1,
+    )
+    rows = {None: slice(0, 10), 0: slice(0, 4), 1: slice(4, 10)}[rank]
+    batch = {k: v[rows] for k, v in sampled(rows=10).items()}
+    return policy, [trainer.train_step(**batch) for _ in range(3)]
+
+
+RUNS = {"reward": reward_steps, "grpo": grpo_steps}
 
 
 def run_all(rank, folder):

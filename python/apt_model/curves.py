@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -89,3 +90,11 @@ class Curves:
             axes.set_xlabel("step", fontsize=8)
             axes.grid(alpha=0.3)
         return figure
+
+
+def read_numbers(values: Mapping[str, Tensor], groups: Sequence[Any] = ()) -> dict[str, float]:
+    """Returns 0-dim tensors, summed over the process groups, as numbers: one read of the device."""
+    stacked = torch.stack([value.detach().double() for value in values.values()])
+    for group in groups:
+        dist.all_reduce(stacked, group=group)
+    return dict(zip(values, stacked.tolist(), strict=True))

@@ -1,13 +1,17 @@
 """Reinforcement learning from preferences and rewards."""
 
 from .dpo_trainer import DPOConfig, DPOTrainer, create_dpo_trainer
+from .grpo_trainer import GRPOConfig, GRPOTrainer, create_grpo_trainer
 from .reward_model import RewardModel, RewardModelTrainer, create_reward_model
 
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "RewardModel",
     "RewardModelTrainer",
     "create_dpo_trainer",
+    "create_grpo_trainer",
     "create_reward_model",
 ]

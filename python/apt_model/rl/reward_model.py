@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..hidden_states import HiddenStates, last_real
+from .batch_checks import check_real_rows
 from .pair_batch import make_pair_batch
-from .reward_source import check_real_rows, rewards_of
+from .reward_source import rewards_of
 from .reward_trainer import RewardModelTrainer
 
 __all__ = ["RewardEnsemble", "RewardModel", "RewardModelTrainer", "create_reward_model"]

@@ -14,8 +14,9 @@ from apt_kernels import bradley_terry_loss
 from ..loop_options import evaluating
 from ..model_access import vocabulary_size, without_wrapper
 from ..training_loop import TrainingLoop, read_numbers
+from .batch_checks import check_real_rows
 from .pair_batch import PairBatch, make_pair_batch
-from .reward_source import check_real_rows, rewards_of
+from .reward_source import rewards_of
 
 
 class RewardModelTrainer(TrainingLoop):

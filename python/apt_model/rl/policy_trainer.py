@@ -1,0 +1,186 @@
+"""What GRPO and PPO share: a policy, what it is compared with, scored by and sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..loop_options import move_modules
+from ..model_access import vocabulary_size
+from ..next_token import NextTokenScorer
+from ..output_head import Scoring, TokenScores, ValueHead
+from ..training_loop import TrainingLoop
+from .kl_control import KLCoefficient
+from .reference_model import ReferenceModel
+from .reward_source import RewardSource
+from .rollout import Rollout, Sampler
+from .sequence_batch import SequenceBatch, make_sequence_batch
+
+COPY = "copy"
+
+
+class PolicyTrainer(TrainingLoop):
+    """The models of a policy trainer and what is asked of them.
+
+    Args:
+        policy_model: called as `model(input_ids, attention_mask=…)`.
+        reward_model: as `RewardSource` takes it, or None.
+        ref_policy_model: a model; "copy": the PEFT adapter disabled, else a frozen copy of the
+            policy; None: nothing.
+        optimizer: None: AdamW. The value head's parameters are added to one that is given.
+        config: checked; has learning_rate, weight_decay, max_grad_norm, max_length, kl_coef and
+            target_kl.
+        device: None: where the policy is.
+        value_head: whether there is one.
+        temperature: of the distribution that is sampled and scored.
+        rollout: samples instead of the policy, see `Sampler`.
+        eos_token_id: what ends a response; None: what the model's configuration says.
+        pad_token_id: what follows it.
+        use_hidden_states: False: always form the logits.
+        backend: of the kernels.
+        **options: `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`, as
+            `TrainingLoop` has them.
+    """
+
+    def __init__(
+        self,
+        policy_model: nn.Module,
+        reward_model: Callable[..., Any] | None,
+        ref_policy_model: nn.Module | str | None,
+        optimizer: Optimizer | None,
+        config: Any,
+        device: torch.device | str | None,
+        *,
+        value_head: bool,
+        temperature: float,
+        rollout: Callable[..., Any] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        use_hidden_states: bool = True,
+        backend: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = config
+        device = move_modules([policy_model], device)
+        modules: dict[str, nn.Module] = {"policy": policy_model}
+        self.value_head = ValueHead(policy_model).wrapped_as(policy_model) if value_head else None
+        if self.value_head is not None:
+            modules["value_head"] = self.value_head
+            if optimizer is not None:  # not as a group of its own: a scheduler may know the groups
+                optimizer.param_groups[0]["params"].extend(self.value_head.parameters())
+        super().__init__(
+            modules,
+            optimizer,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            device=device,
+            max_grad_norm=config.max_grad_norm,
+            **options,
+        )
+        self.policy_model = policy_model
+        self.reward_model = reward_model
+        self._rewards = None if reward_model is None else RewardSource(reward_model)
+        if isinstance(reward_model, nn.Module):
+            move_modules([reward_model], device)
+        self._backend = backend
+        self._policy = NextTokenScorer(policy_model, use_hidden_states, backend)
+        self._reference = self.ref_policy_model = None
+        if isinstance(ref_policy_model, str) and ref_policy_model != COPY:
+            raise ValueError(
+                f"ref_policy_model must be a model or 'copy', got {ref_policy_model!r}"
+            )
+        if ref_policy_model is not None:
+            given = None if ref_policy_model == COPY else ref_policy_model
+            self._reference = ReferenceModel(self._policy, given, self.device)
+            self.ref_policy_model = self._reference.model
+            self.with_state["reference"] = self._reference
+        elif config.target_kl is not None:
+            raise ValueError("target_kl needs a reference: pass ref_policy_model")
+        self._kl = KLCoefficient(config.kl_coef, config.target_kl)
+        self.with_state["kl_coefficient"] = self._kl
+        self._temperature = temperature
+        self._vocabulary_size = vocabulary_size(policy_model)
+        self._sampler = Sampler(
+            self._policy,
+            self.device,
+            max_length=config.max_length,
+            vocabulary_size=self._vocabulary_size,
+            rollout=rollout,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+
+    def get_log_probs(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Returns log p(token t+1 | tokens up to t) under `model`, `(B, S-1)`, differentiable.
+
+        Args:
+            model: the policy, the reference or any other model.
+            input_ids: `(B, S)`.
+            attention_mask: `(B, S)`, 1 = real token; a padded token's log-probability is 0.
+        """
+        scorer = self._policy if model is self.policy_model else self._policy.of_model(model)
+        with self.autocast():
+            return scorer.log_probs(input_ids.to(self.device), attention_mask, None)
+
+    def compute_rewards(
+        self,
+        responses: Tensor,
+        response_masks: Tensor | None = None,
+        response_token_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the reward model's rewards, `(B,)`.
+
+        Args:
+            responses: `(B, S)`.
+            response_masks: `(B, S)`, 1 = real token; None: all are.
+            response_token_mask: `(B, S)`, 1 = token of the response; None: all real ones but the
+                first are.
+        """
+        batch = self._batch(responses, response_masks, response_token_mask=response_token_mask)
+        return self._rewards_of(batch)
+
+    def _rewards_of(self, batch: SequenceBatch) -> Tensor:
+        if self._rewards is None:
+            raise ValueError("there are neither rewards nor a reward model: pass one of them")
+        return self._rewards(batch.input_ids, batch.real, batch.counted.long())
+
+    def _batch(
+        self, responses: Tensor, response_masks: Tensor | None = None, **tokens: Any
+    ) -> SequenceBatch:
+        return make_sequence_batch(
+            responses,
+            response_masks,
+            **tokens,
+            device=self.device,
+            vocabulary_size=self._vocabulary_size,
+        )
+
+    def _sample(
+        self, prompts: Tensor, masks: Tensor | None, max_new_tokens: int, copies: int = 1
+    ) -> Rollout:
+        with self.autocast():
+            return self._sampler(prompts, masks, max_new_tokens, self._temperature, copies)
+
+    def _score(self, batch: SequenceBatch, *, entropy: bool, reference: bool) -> TokenScores:
+        """Scores the responses; the reference may take over what the policy has computed."""
+        how = Scoring(self._temperature, entropy, self.value_head)
+        following = self._reference.following() if reference else nullcontext()
+        with following:
+            return self._policy.score(batch.input_ids, batch.attention_mask, batch.counted, how=how)
+
+    def _reference_logps(self, batch: SequenceBatch) -> Tensor:
+        return self._reference(
+            batch.input_ids, batch.attention_mask, batch.counted, self._temperature
+        )
+
+    def _train_mode(self) -> None:
+        for module in self._modules.values():
+            if not module.training:
+                module.train()
