@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from apt_model.rl import GRPOTrainer, RewardModelTrainer
+from apt_model.rl import GRPOTrainer, RewardModelTrainer, RLHFTrainer
 from test_grpo_trainer import sampled, tiny_model
 from test_reward_model import pairs, reward_model
 from trainer_checks import assert_same_parameters
@@ -57,7 +57,34 @@ def grpo_steps(wrap, rank):
     return policy, [trainer.train_step(**batch) for _ in range(3)]
 
 
-RUNS = {"reward": reward_steps, "grpo": grpo_steps}
+def echo(prompts, masks, max_new_tokens, temperature):
+    """Answers every prompt with itself backwards."""
+    ids, real = torch.cat([prompts, prompts.flip(1)], 1), torch.cat([masks, masks.flip(1)], 1)
+    return ids, real, torch.cat([0 * masks, masks.flip(1)], 1)
+
+
+def rlhf_steps(wrap, rank):
+    policy, reference = tiny_model(0), tiny_model(1)
+    policy = wrapped(policy, wrap, policy.lm_head)
+    if wrap == "fsdp2":
+        reference = wrapped(reference, wrap, reference.lm_head)
+    trainer = RLHFTrainer(
+        policy,
+        lambda ids, masks: (ids * masks).double().sum(1) / 100,
+        reference,
+        config={"learning_rate": 0.01, "whiten_advantages": False, "batch_size": 8},
+        rollout=echo,
+        gradient_accumulation_steps=2 if wrap else 1,
+    )
+    batch = sampled(rows=5)
+    prompts, masks = (batch[name][rows_of(rank)] for name in ("responses", "response_masks"))
+    metrics = [trainer.train_step(prompts, masks) for _ in range(2)]
+    for of_step in metrics:
+        del of_step["explained_variance"]  # of each process, then averaged
+    return policy, metrics
+
+
+RUNS = {"rlhf": rlhf_steps, "reward": reward_steps, "grpo": grpo_steps}
 
 
 def run_all(rank, folder):

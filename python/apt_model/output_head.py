@@ -89,8 +89,8 @@ class ValueHead(nn.Module):
         return self._source[0]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Returns the values `(B, S)` of hidden states `(B, S, H)`."""
-        values = self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1)
+        """Returns the values `(B, S, 1)` of hidden states `(B, S, H)`."""
+        values = self.linear(hidden.to(self.linear.weight.dtype))  # no view: FSDP2 hooks none
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
     def wrapped_as(self, model: nn.Module) -> nn.Module:
@@ -126,7 +126,7 @@ class Scoring:
 
     def values(self, hidden: Tensor) -> Tensor | None:
         """Returns the value `(B, S-1)` before each token but the first, of `(B, S, H)`."""
-        return None if self.value_head is None else self.value_head(hidden)[:, :-1]
+        return None if self.value_head is None else self.value_head(hidden)[:, :-1, 0]
 
 
 LOGPS_ONLY = Scoring()

@@ -161,7 +161,7 @@ class TrainingLoop:
         record = {"step": self.total_steps, **metrics}
         record.update(grad_norm=self._grad_norm, learning_rate=learning_rate)
         self.curves.append(record)
-        self._statistics = {key: metrics[name] for key, name in self.statistics.items()}
+        self._statistics |= {k: metrics[v] for k, v in self.statistics.items() if v in metrics}
         self._log(record)
 
     def count_over_processes(self, count: int | Tensor) -> int | Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apt_kernels import PolicyLoss, group_advantages, policy_loss
 
-from ..config import check_flag, check_number
+from ..config import check_count, check_flag, check_number
 
 ADVANTAGES = ("relative", "normalized", "rank")
 
@@ -130,12 +130,3 @@ class GRPOConfig:
             return tokens.sum()
         rows = tokens.any(-1).sum()
         return rows * tokens.shape[1] if self.aggregation == "dr_grpo" else rows
-
-
-def check_count(config: Any, name: str, *, optional: bool = False) -> None:
-    """Raises ValueError unless the field `name` is an int of at least 1 (or None)."""
-    value = getattr(config, name)
-    if value is None and optional:
-        return
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{type(config).__name__}.{name} must be an int >= 1, got {value!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..loop_options import move_modules
+from ..loop_options import evaluating, move_modules
 from ..model_access import vocabulary_size
 from ..next_token import NextTokenScorer
 from ..output_head import Scoring, TokenScores, ValueHead
@@ -104,6 +104,7 @@ class PolicyTrainer(TrainingLoop):
         self._kl = KLCoefficient(config.kl_coef, config.target_kl)
         self.with_state["kl_coefficient"] = self._kl
         self._temperature = temperature
+        self._remembered: tuple[Tensor | None, Tensor | None] = (None, None)
         self._vocabulary_size = vocabulary_size(policy_model)
         self._sampler = Sampler(
             self._policy,
@@ -143,8 +144,9 @@ class PolicyTrainer(TrainingLoop):
             response_token_mask: `(B, S)`, 1 = token of the response; None: all real ones but the
                 first are.
         """
-        batch = self._batch(responses, response_masks, response_token_mask=response_token_mask)
-        return self._rewards_of(batch)
+        given = {"response_token_mask": response_token_mask}
+        given = given if response_token_mask is not None else {}
+        return self._rewards_of(self._batch(responses, response_masks, **given))
 
     def _rewards_of(self, batch: SequenceBatch) -> Tensor:
         if self._rewards is None:
@@ -154,6 +156,9 @@ class PolicyTrainer(TrainingLoop):
     def _batch(
         self, responses: Tensor, response_masks: Tensor | None = None, **tokens: Any
     ) -> SequenceBatch:
+        if not tokens.keys() & {"response_token_mask", "prompt_lengths"}:
+            of, token_mask = self._remembered
+            tokens = {**tokens, **({"response_token_mask": token_mask} if responses is of else {})}
         return make_sequence_batch(
             responses,
             response_masks,
@@ -161,6 +166,10 @@ class PolicyTrainer(TrainingLoop):
             device=self.device,
             vocabulary_size=self._vocabulary_size,
         )
+
+    def _remember(self, rollout: Rollout) -> None:
+        """Whose tokens are of the prompt is known where these responses come back."""
+        self._remembered = rollout.responses, rollout.token_mask
 
     def _sample(
         self, prompts: Tensor, masks: Tensor | None, max_new_tokens: int, copies: int = 1
@@ -184,3 +193,22 @@ class PolicyTrainer(TrainingLoop):
         for module in self._modules.values():
             if not module.training:
                 module.train()
+
+    @torch.no_grad()
+    def _score_in_parts(
+        self, batch: SequenceBatch, temperature: float | None = None
+    ) -> dict[str, Tensor]:
+        """Gives the batch old_logps, old_values and ref_logps; `config.batch_size` rows at once."""
+        at = self._temperature if temperature is None else temperature
+        found: dict[str, list[Tensor]] = {"old_logps": [], "old_values": [], "ref_logps": []}
+        with evaluating(self.policy_model), self.autocast():
+            for part in batch.chunk(-(-batch.rows // self.config.batch_size)):
+                passed = part.input_ids, part.attention_mask, part.counted
+                with self._reference.following():
+                    how = Scoring(at, value_head=self.value_head)
+                    scores = self._policy.score(*passed, how=how)
+                found["old_logps"].append(scores.logps)
+                found["old_values"].append(scores.values)
+                found["ref_logps"].append(self._reference(*passed, at))
+        batch.columns.update({name: torch.cat(parts) for name, parts in found.items()})
+        return batch.columns

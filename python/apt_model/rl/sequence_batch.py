@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..hidden_states import last_real
 from .batch_checks import check_vocabulary, checked_ids, checked_mask, checked_prompt_lengths
 
 
@@ -45,7 +48,7 @@ class SequenceBatch:
         """`(N, S-1)`: which log-probabilities count."""
         return self.counted[:, 1:]
 
-    def select(self, rows: Tensor) -> SequenceBatch:
+    def select(self, rows: Tensor | slice) -> SequenceBatch:
         """Returns some of the rows."""
         mask = self.attention_mask
         return SequenceBatch(
@@ -143,3 +146,24 @@ def complete_rows(rows: int, size: int) -> int:
 def group_variances(rewards: Tensor, size: int) -> Tensor:
     """Returns the unbiased variance of each group of `size` rewards; 0 for groups of one."""
     return rewards.view(-1, size).var(dim=1, correction=min(1, size - 1))
+
+
+def at_last_token(rewards: Tensor, tokens: Tensor) -> Tensor:
+    """Returns rewards `(N,)` at each row's last token that counts, `(N, T)`, 0 elsewhere."""
+    placed = rewards.new_zeros(tokens.shape)
+    return placed.scatter(1, last_real(tokens).unsqueeze(1), rewards.unsqueeze(1))
+
+
+def minibatches(batch: SequenceBatch, size: int, groups: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Returns the rows of each minibatch of at most `size`, shuffled.
+
+    Every process of the process groups has as many minibatches, so that all make as many updates.
+    """
+    device, parts = batch.input_ids.device, -(-batch.rows // size)
+    for group in groups:
+        most = torch.tensor(parts, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        parts = int(most)
+    if batch.rows < parts:
+        raise ValueError(f"{batch.rows} rows here, but {parts} minibatches in another process")
+    return torch.randperm(batch.rows).to(device).tensor_split(parts)
