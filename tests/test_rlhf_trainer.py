@@ -146,7 +146,9 @@ def test_steps_equal_the_papers_in_plain_pytorch(name, options):
     for _ in range(2):
         expected = paper_step(
             plain, reference, head, theirs,
-            temperature=options.get("temperature", 1.0), scale=options.get("reward_scale", 1.0), value_clip=options.get("value_clip", 0.2),
+            temperature=options.get("temperature", 1.0),
+            scale=options.get("reward_scale", 1.0),
+            value_clip=options.get("value_clip", 0.2),
         )  # fmt: skip
         metrics = trainer.train_step(PROMPTS, MASKS)
         assert set(RETURNED + MORE) <= set(metrics)
@@ -343,6 +345,21 @@ def test_autocast(name):
     metrics = trainer.train_step(PROMPTS, MASKS)
     assert metrics["entropy"] == pytest.approx(plain["entropy"], rel=0.05)
     assert metrics["entropy"] != plain["entropy"]
+
+
+def test_evaluation():
+    policy, reference = tiny_llama(), tiny_llama(1)
+    trainer = trainer_of(policy, reference, eos_token_id=[], max_new_tokens=4)
+    state = torch.get_rng_state()
+    metrics = trainer.eval_step(PROMPTS[1:2])
+    assert torch.equal(torch.get_rng_state(), state) and trainer.total_steps == 0
+    ids, masks, logps = trainer.generate_responses(PROMPTS[1:2], None, 4, 1e-6)
+    assert metrics["mean_reward"] == reward(ids, masks).item()
+    logps, ref = (
+        paper_scores(model, None, ids[0], 5)[0].sum().item() for model in (policy, reference)
+    )
+    assert metrics["sequence_kl"] == pytest.approx(logps - ref, abs=1e-9)
+    assert metrics["response_length"] == 4 and policy.training
 
 
 # Refusals

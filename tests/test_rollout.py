@@ -107,6 +107,15 @@ def test_a_response_ends_at_an_end_token(name):
         assert (rest == 1).all()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_likeliest_tokens(name):
+    model, ids = MODELS[name](), PROMPT
+    with torch.no_grad():
+        for _ in range(5):
+            ids = torch.cat([ids, logits_of(model, ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(sampler(model, eos_token_id=[])(PROMPT, None, 5, 0.0).responses, ids)
+
+
 def test_a_cache_is_used_and_settings_and_modes_are_kept():
     model = calm_llama()
     model.train()

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from apt_kernels import kl_penalty
+
+from ..curves import read_numbers
 from ..loop_options import evaluating, move_modules
 from ..model_access import vocabulary_size
 from ..next_token import NextTokenScorer
@@ -144,8 +147,7 @@ class PolicyTrainer(TrainingLoop):
             response_token_mask: `(B, S)`, 1 = token of the response; None: all real ones but the
                 first are.
         """
-        given = {"response_token_mask": response_token_mask}
-        given = given if response_token_mask is not None else {}
+        given = {} if response_token_mask is None else {"response_token_mask": response_token_mask}
         return self._rewards_of(self._batch(responses, response_masks, **given))
 
     def _rewards_of(self, batch: SequenceBatch) -> Tensor:
@@ -180,14 +182,11 @@ class PolicyTrainer(TrainingLoop):
     def _score(self, batch: SequenceBatch, *, entropy: bool, reference: bool) -> TokenScores:
         """Scores the responses; the reference may take over what the policy has computed."""
         how = Scoring(self._temperature, entropy, self.value_head)
-        following = self._reference.following() if reference else nullcontext()
-        with following:
-            return self._policy.score(batch.input_ids, batch.attention_mask, batch.counted, how=how)
+        with self._reference.following() if reference else nullcontext():
+            return self._policy.score(*batch.sequences(), how=how)
 
     def _reference_logps(self, batch: SequenceBatch) -> Tensor:
-        return self._reference(
-            batch.input_ids, batch.attention_mask, batch.counted, self._temperature
-        )
+        return self._reference(*batch.sequences(), self._temperature)
 
     def _train_mode(self) -> None:
         for module in self._modules.values():
@@ -195,20 +194,57 @@ class PolicyTrainer(TrainingLoop):
                 module.train()
 
     @torch.no_grad()
+    def eval_step(
+        self,
+        prompts: Tensor,
+        prompt_masks: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+    ) -> dict[str, float]:
+        """Returns what a response to each prompt is worth, in evaluation mode, without a step.
+
+        Args:
+            prompts: `(B, P)`; padding may be on either side.
+            prompt_masks: `(B, P)`, 1 = real token; None: all are.
+            max_new_tokens: instead of the configuration's.
+            temperature: of the distribution; 0: always the likeliest token.
+
+        Returns:
+            `mean_reward`, `response_length` in tokens and, where there is a reference,
+            `sequence_kl`: log policy - log reference of the response, in nats.
+        """
+        room = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        with self.autocast():
+            rollout = self._sampler(prompts, prompt_masks, room, temperature)
+        batch = self._batch(
+            rollout.responses, rollout.response_masks, response_token_mask=rollout.token_mask
+        )
+        measured = {
+            "mean_reward": self._rewards_of(batch).mean(),
+            "response_length": batch.tokens.sum() / batch.rows,
+        }
+        if self._reference is not None:
+            scored = self._score_in_parts(batch, batch.rows)
+            differences = kl_penalty(scored["old_logps"], scored["ref_logps"], "k1")
+            measured["sequence_kl"] = differences.sum() / batch.rows
+        return read_numbers(measured)
+
+    @torch.no_grad()
     def _score_in_parts(
-        self, batch: SequenceBatch, temperature: float | None = None
+        self, batch: SequenceBatch, rows: int, temperature: float | None = None
     ) -> dict[str, Tensor]:
-        """Gives the batch old_logps, old_values and ref_logps; `config.batch_size` rows at once."""
+        """Gives the batch old_logps, old_values and ref_logps, `rows` rows at once."""
         at = self._temperature if temperature is None else temperature
         found: dict[str, list[Tensor]] = {"old_logps": [], "old_values": [], "ref_logps": []}
         with evaluating(self.policy_model), self.autocast():
-            for part in batch.chunk(-(-batch.rows // self.config.batch_size)):
-                passed = part.input_ids, part.attention_mask, part.counted
-                with self._reference.following():
+            for part in batch.chunk(-(-batch.rows // rows)):
+                with self._reference.following() if self._reference else nullcontext():
                     how = Scoring(at, value_head=self.value_head)
-                    scores = self._policy.score(*passed, how=how)
+                    scores = self._policy.score(*part.sequences(), how=how)
                 found["old_logps"].append(scores.logps)
-                found["old_values"].append(scores.values)
-                found["ref_logps"].append(self._reference(*passed, at))
-        batch.columns.update({name: torch.cat(parts) for name, parts in found.items()})
+                if scores.values is not None:
+                    found["old_values"].append(scores.values)
+                if self._reference is not None:
+                    found["ref_logps"].append(self._reference(*part.sequences(), at))
+        batch.columns.update({name: torch.cat(parts) for name, parts in found.items() if parts})
         return batch.columns

@@ -13,7 +13,6 @@ from apt_kernels import gae, kl_penalty, value_loss
 
 from ..config import read_config, split_options
 from ..curves import read_numbers
-from ..output_head import Scoring
 from .policy_trainer import COPY, PolicyTrainer
 from .rlhf_config import RLHFConfig
 from .sequence_batch import SequenceBatch, at_last_token, checked_logps, minibatches
@@ -92,7 +91,7 @@ class RLHFTrainer(PolicyTrainer):
             rollout = self._sampler(prompts, prompt_masks, max_new_tokens, temperature)
         self._remember(rollout)
         batch = self._batch(rollout.responses, rollout.response_masks)
-        self._score_in_parts(batch, temperature)
+        self._score_in_parts(batch, self.config.batch_size, temperature)
         result = rollout.responses, rollout.response_masks, batch.columns["old_logps"]
         return (*result, rollout.token_mask) if return_token_mask else result
 
@@ -155,7 +154,9 @@ class RLHFTrainer(PolicyTrainer):
         """
         batch = self._batch(responses, response_masks, old_log_probs=old_log_probs, **tokens)
         if old_values is None:
-            old_values = self._score_in_parts(batch.select(slice(None)))["old_values"]
+            old_values = self._score_in_parts(batch.select(slice(None)), self.config.batch_size)[
+                "old_values"
+            ]
         given = {"advantages": advantages, "returns": returns, "old_values": old_values}
         for name, column in given.items():
             batch.columns[name] = checked_logps(name, column, batch)
@@ -196,7 +197,8 @@ class RLHFTrainer(PolicyTrainer):
     @torch.no_grad()
     def _compare_with_reference(self, batch: SequenceBatch, rewards: Tensor) -> dict[str, Tensor]:
         """Gives the batch its advantages and returns; returns shares of what was measured."""
-        columns, tokens = self._score_in_parts(batch), batch.tokens
+        tokens = batch.tokens
+        columns = self._score_in_parts(batch, self.config.batch_size)
         kl = self.compute_kl_penalty(columns["old_logps"], columns["ref_logps"], tokens)
         token_rewards = at_last_token(self.config.reward_scale * rewards, tokens)
         token_rewards = token_rewards - self._kl.value * kl
@@ -227,10 +229,9 @@ class RLHFTrainer(PolicyTrainer):
 
     def _update(self, batch: SequenceBatch) -> dict[str, float]:
         tokens = self.count_over_processes(batch.tokens.sum().double())
-        how = Scoring(self._temperature, entropy=True, value_head=self.value_head)
 
         def share(part: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = self._policy.score(part.input_ids, part.attention_mask, part.counted, how=how)
+            scores = self._score(part, entropy=True, reference=False)
             return self.config.loss(scores, part, tokens, self._backend)
 
         return self.update(batch.chunk(self.gradient_accumulation_steps), share, finish=False)

@@ -85,7 +85,7 @@ class Sampler:
             prompts: `(B, P)`; padding may be on either side.
             prompt_masks: `(B, P)`, 1 = real token; None: all are.
             max_new_tokens: of a response.
-            temperature: of the distribution.
+            temperature: of the distribution; 0: always the likeliest token.
             copies: responses a prompt.
         """
         ids, mask = self._left_padded(prompts, prompt_masks)
@@ -137,12 +137,10 @@ class Sampler:
     ) -> Tensor:
         from transformers import GenerationConfig
 
-        settings = GenerationConfig(
+        settings = GenerationConfig(  # the policy's own distribution: nothing cut
             max_new_tokens=room,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,  # the policy's own distribution: nothing cut
-            top_p=1.0,
+            do_sample=temperature > 0,
+            **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
             eos_token_id=self._end or None,
             pad_token_id=self._pad,
             use_cache=True,
@@ -162,7 +160,8 @@ class Sampler:
         for _ in range(room):
             logits = self._policy.next_logits(ids, mask)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            token = Categorical(logits=logits / temperature).sample()
+            drawn = temperature > 0 and Categorical(logits=logits / temperature).sample()
+            token = drawn if temperature > 0 else logits.argmax(-1)
             ids = torch.cat([ids, token.unsqueeze(1)], 1)
             mask = torch.cat([mask, (~ended).long().unsqueeze(1)], 1)
             ended = ended | self._is_end(token)

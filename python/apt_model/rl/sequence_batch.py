@@ -48,6 +48,10 @@ class SequenceBatch:
         """`(N, S-1)`: which log-probabilities count."""
         return self.counted[:, 1:]
 
+    def sequences(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns ids, attention mask and counted tokens, as scorers take them."""
+        return self.input_ids, self.attention_mask, self.counted
+
     def select(self, rows: Tensor | slice) -> SequenceBatch:
         """Returns some of the rows."""
         mask = self.attention_mask
