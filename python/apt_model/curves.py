@@ -31,6 +31,12 @@ class Curves:
             if len(column) < self.length:
                 column.append(float("nan"))
 
+    def annotate(self, values: Mapping[str, float]) -> None:
+        """Gives the last step more values."""
+        for name, value in values.items():
+            column = self.columns.setdefault(name, array("d", [float("nan")] * self.length))
+            column[-1] = value
+
     def as_lists(self) -> dict[str, list[float | None]]:
         """Returns the columns as JSON can hold them, None where nothing was measured."""
         return {

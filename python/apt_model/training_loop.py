@@ -208,8 +208,7 @@ class TrainingLoop:
         What can change is copied to the CPU, frozen parameters are shared. Holds tensors, numbers
         and strings only: `torch.load(…, weights_only=True)` reads it.
 
-        Args:
-            include_frozen: False: leave frozen parameters out, for runs that load them anyway.
+        Args: include_frozen: False: leave frozen parameters out, for runs that load them anyway.
         """
         return {
             "modules": {k: module_state(m, include_frozen) for k, m in self._modules.items()},
@@ -228,17 +227,11 @@ class TrainingLoop:
         Raises:
             ValueError: the state is of a trainer with other modules or without a scheduler.
         """
-        if set(state["modules"]) != set(self._modules):
-            raise ValueError(
-                f"the state holds the modules {sorted(state['modules'])}, "
-                f"this trainer has {sorted(self._modules)}"
-            )
         if (state["scheduler"] is None) != (self.scheduler is None):
             raise ValueError("the state and this trainer must both have a scheduler, or neither")
         for name, part in self.with_state.items():
             part.load_state_dict(state[name])
-        for name, module in self._modules.items():
-            load_module_state(module, state["modules"][name])
+        self.load_modules(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -247,3 +240,11 @@ class TrainingLoop:
         set_random_state(state["random_state"], self.device)
         self.total_steps = state["total_steps"]
         self._statistics = dict(state["statistics"])
+
+    def load_modules(self, state: Mapping[str, Any]) -> None:
+        """Loads the part `modules` of a state; frozen parameters may be missing."""
+        if set(state) != set(self._modules):
+            theirs, ours = sorted(state), sorted(self._modules)
+            raise ValueError(f"the state holds the modules {theirs}, this trainer has {ours}")
+        for name, module in self._modules.items():
+            load_module_state(module, state[name])

@@ -14,6 +14,10 @@ from ..loop_options import device_of, evaluating
 from ..model_access import without_wrapper
 
 
+class RewardError(RuntimeError):
+    """A reward model or function raised; the message says what."""
+
+
 class RewardSource:
     """Rewards of sequences by a model or a function, in evaluation mode and without gradients.
 
@@ -41,7 +45,7 @@ class RewardSource:
         """Returns the rewards `(B,)` where `ids` are.
 
         Raises:
-            RuntimeError: the reward model raised. ValueError: its rewards are not one finite
+            RewardError: the reward model raised. ValueError: its rewards are not one finite
                 number a row (finite is checked where looking does not wait).
         """
         home = ids.device
@@ -52,7 +56,7 @@ class RewardSource:
             with evaluating(self.model) if self._is_module else nullcontext():
                 output = self.model(ids, masks, **options)
         except Exception as error:
-            raise RuntimeError(
+            raise RewardError(
                 f"the reward model failed on {len(ids)} sequences: {type(error).__name__}: {error}"
             ) from error
         return checked_rewards("the reward model's rewards", output, len(ids), home)
