@@ -71,7 +71,7 @@ def run_job(options: Namespace, job: Job) -> dict[str, Any]:
         print(f"continuing after step {trainer.total_steps}", file=sys.stderr)
     if evaluation is not None:
         evaluation.start()
-    total = options.epochs * batches.per_epoch
+    total, started_at = options.epochs * batches.per_epoch, trainer.total_steps
     finished = run_steps(
         trainer, batches, total, checkpoint, options.checkpoint_every, job.shown,
         evaluation=evaluation, train_step=job.train_step,
@@ -79,7 +79,7 @@ def run_job(options: Namespace, job: Job) -> dict[str, Any]:
     held_out = [name for name in trainer.curves.columns if name.startswith("held_out_")]
     if trainer.curves.length:
         trainer.plot_curves(output / "curves.png", [*trainer.monitored, *held_out])
-    if finished:
+    if finished and (trainer.total_steps > started_at or not (output / "model").exists()):
         if evaluation is not None:
             evaluation.load_best(trainer)
         replace_folder(output / "model", job.save)
