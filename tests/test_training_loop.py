@@ -247,3 +247,27 @@ def test_curves_survive_columns_that_come_late(tmp_path):
         restored.save_png(tmp_path / "curves.png", ["reward"])
     with pytest.raises(ValueError, match="any step"):
         Curves().save_png(tmp_path / "curves.png")
+
+
+def test_a_metric_that_is_not_finite_is_refused():
+    trainer = Regression(linear())
+    before = trainer.model.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="size nan"):
+        trainer.update(
+            [ROWS], lambda part: (trainer.model(part).sum(), {"size": part.sum() * torch.nan})
+        )
+    assert torch.equal(trainer.model.weight, before) and trainer.total_steps == 0
+
+
+def test_a_step_of_several_updates_is_counted_once():
+    trainer = Regression(linear(), scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
+    for _ in range(3):
+        metrics = trainer.update(
+            [ROWS],
+            lambda part: (trainer.model(part).square().sum(), {"size": part.sum()}),
+            finish=False,
+        )
+    assert trainer.total_steps == 0 and not trainer.curves.columns
+    trainer.finish_step({**metrics, "more": 1.0})
+    assert trainer.total_steps == 1 and trainer.curves.columns["more"].tolist() == [1.0]
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.05

@@ -125,3 +125,12 @@ def check_flag(config: Any, name: str, *, optional: bool = False) -> None:
         raise ValueError(
             f"{type(config).__name__}.{name} must be True or False{none}, got {value!r}"
         )
+
+
+def check_count(config: Any, name: str, *, optional: bool = False) -> None:
+    """Raises ValueError unless the field `name` is an int of at least 1 (or None)."""
+    value = getattr(config, name)
+    if value is None and optional:
+        return
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{type(config).__name__}.{name} must be an int >= 1, got {value!r}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -29,6 +30,12 @@ class Curves:
         for column in self.columns.values():
             if len(column) < self.length:
                 column.append(float("nan"))
+
+    def annotate(self, values: Mapping[str, float]) -> None:
+        """Gives the last step more values."""
+        for name, value in values.items():
+            column = self.columns.setdefault(name, array("d", [float("nan")] * self.length))
+            column[-1] = value
 
     def as_lists(self) -> dict[str, list[float | None]]:
         """Returns the columns as JSON can hold them, None where nothing was measured."""
@@ -89,3 +96,11 @@ class Curves:
             axes.set_xlabel("step", fontsize=8)
             axes.grid(alpha=0.3)
         return figure
+
+
+def read_numbers(values: Mapping[str, Tensor], groups: Sequence[Any] = ()) -> dict[str, float]:
+    """Returns 0-dim tensors, summed over the process groups, as numbers: one read of the device."""
+    stacked = torch.stack([value.detach().double() for value in values.values()])
+    for group in groups:
+        dist.all_reduce(stacked, group=group)
+    return dict(zip(values, stacked.tolist(), strict=True))

@@ -54,7 +54,7 @@ def main() -> int:
     """Runs the demo; returns 0, 1 where the target is missed, 130 where it was interrupted."""
     start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"SmolLM2-135M on {_machine(device)}", flush=True)
+    print(f"SmolLM2-135M on {machine_name(device)}", flush=True)
     model, tokenizer = load_model(device)
     train, held_out = load_preferences(tokenizer)
     trained = train_last_layers(model, SETTINGS["trained_layers"])
@@ -165,7 +165,7 @@ def _begin(
     model = trainer.policy_model
     results = {
         "settings": SETTINGS,
-        "machine": _machine(trainer.device),
+        "machine": machine_name(trainer.device),
         "torch": torch.__version__,
         "apt_kernels": apt_kernels.backends(),
         "comparison": {
@@ -204,7 +204,8 @@ def _report(results: dict[str, Any]) -> int:
     return 0
 
 
-def _machine(device: torch.device) -> str:
+def machine_name(device: torch.device) -> str:
+    """Returns what a run was made on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,37 +25,13 @@ from torch import Tensor, nn
 
 from apt_kernels import linear_token_logprobs, token_logprobs
 
+from .hidden_states import real_positions, takes_positions
 from .model_access import FSDPModule, as_autocast, base_model, logits_of, without_wrapper
+from .output_head import LOGPS_ONLY, OutputHead, Scoring, TokenScores
 
 PROBED_TOKENS = 8
-SMALL, LARGE = 2.0**-10, 2.0**20  # where tanh is the identity, and where it has reached its bound
-PROBES = (LARGE, SMALL, 1.0, -7.0, 40.0, 0.3)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest logit; float32 may be TF32
 HALF_TOLERANCE = 0.03  # four roundings of a bfloat16 logit
-
-
-@dataclass
-class OutputHead:
-    """The layer that makes logits, and what the model does to them afterwards."""
-
-    layer: nn.Linear
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def is_unchanged(self) -> bool:
-        """Returns whether the layer still is a plain linear layer, no adapter or patch on it."""
-        kind = type(self.layer)
-        plain = kind is nn.Linear or (issubclass(kind, FSDPModule) and nn.Linear in kind.__bases__)
-        return plain and "forward" not in vars(self.layer)
-
-    @contextmanager
-    def answering(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """The layer computes `forward(hidden)` within this context."""
-        self.layer.forward = forward
-        try:
-            yield
-        finally:
-            del self.layer.forward
 
 
 class NextTokenScorer:
@@ -77,9 +52,7 @@ class NextTokenScorer:
         self.vocabulary_size: int | None = None  # known after the first call
         inner = base_model(model)
         accepted = inspect.signature(inner.forward).parameters
-        adapters = getattr(without_wrapper(model), "peft_config", None) or {}
-        prompt_learning = any(getattr(a, "is_prompt_learning", False) for a in adapters.values())
-        self._takes_positions = "position_ids" in accepted and not prompt_learning
+        self._takes_positions = takes_positions(model)
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
         self._head = self._find_head(inner) if use_hidden_states else None
         self._head_is_checked = False
@@ -112,6 +85,7 @@ class NextTokenScorer:
         attention_mask: Tensor | None = None,
         mask: Tensor | None = None,
         token_ids: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """Returns log p(token t+1 | tokens up to t), `(B, S-1)`, 0 where `mask` is false.
 
@@ -120,13 +94,29 @@ class NextTokenScorer:
             attention_mask: `(B, S)`, 1 = real token; None: all are. Positions count real tokens.
             mask: `(B, S)`, bool: the tokens to score; None: all but the first.
             token_ids: `(B, S)`: the tokens to score instead of `input_ids`.
+            temperature: the logits are divided by it.
         """
+        how = Scoring(temperature)
+        return self.score(input_ids, attention_mask, mask, token_ids, how).logps
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        how: Scoring = LOGPS_ONLY,
+    ) -> TokenScores:
+        """Returns log-probabilities and, of the same pass, entropies and values; see `__call__`."""
         token_ids = input_ids if token_ids is None else token_ids
         if self._head is not None and not self._head_is_checked and input_ids.shape[1] > 1:
             self._check_head(input_ids[:1, :PROBED_TOKENS])
-        if self._head is not None:
-            return self._from_hidden(input_ids, attention_mask, mask, token_ids)
-        return self._from_logits(input_ids, attention_mask, mask, token_ids)
+        score = self._from_logits if self._head is None else self._from_hidden
+        return score(input_ids, attention_mask, mask, token_ids, how)
+
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Returns the logits `(B, V)` after the last column, so padding must be on the left."""
+        return self._call(self.model, input_ids, attention_mask)[:, -1]
 
     def log_probs(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
@@ -142,25 +132,47 @@ class NextTokenScorer:
     def _call(self, model: nn.Module, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         options = dict(self._options)
         if attention_mask is not None and self._takes_positions:
-            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = real_positions(attention_mask)
         # Adapters that learn a prompt put virtual tokens in front
         return logits_of(model(ids, attention_mask=attention_mask, **options))[:, -ids.shape[1] :]
 
     def _from_logits(
-        self, ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None, token_ids: Tensor
-    ) -> Tensor:
-        logits = self._call(self.model, ids, attention_mask)
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        mask: Tensor | None,
+        token_ids: Tensor,
+        how: Scoring,
+    ) -> TokenScores:
+        valued: list[Tensor] = []
+        source = how.value_source
+        hook = source and source.register_forward_pre_hook(lambda _, args: valued.append(args[0]))
+        try:
+            logits = self._call(self.model, ids, attention_mask)
+        finally:
+            if hook:
+                hook.remove()
         self.vocabulary_size = logits.shape[-1]
-        return token_logprobs(
+        logps = token_logprobs(
             logits[:, :-1],
             token_ids[:, 1:],
+            temperature=how.temperature,
             mask=None if mask is None else mask[:, 1:],
+            return_entropy=how.entropy,
             backend=self.backend,
         )
+        logps, entropy = logps if how.entropy else (logps, None)
+        hidden = (valued[0] if valued else logits)[:, -ids.shape[1] :]
+        return TokenScores(logps, entropy, how.values(hidden))
 
     def _from_hidden(
-        self, ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None, token_ids: Tensor
-    ) -> Tensor:
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        mask: Tensor | None,
+        token_ids: Tensor,
+        how: Scoring,
+    ) -> TokenScores:
         # Targets are shifted, not the hidden states: a slice of those would be one more copy
         targets = torch.cat([token_ids[:, 1:], token_ids.new_zeros(len(ids), 1)], dim=1)
         scored = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -168,30 +180,36 @@ class NextTokenScorer:
         head, found = self._head, []
 
         def score(hidden: Tensor) -> Tensor:
-            hidden, weight, bias = as_autocast(hidden, head.layer.weight, head.layer.bias)
+            hidden = hidden[:, -targets.shape[1] :]
+            narrowed, weight, bias = as_autocast(hidden, head.layer.weight, head.layer.bias)
             logps = linear_token_logprobs(
-                hidden[:, -targets.shape[1] :],
+                narrowed,
                 weight,
                 targets,
                 bias=bias,
+                temperature=how.temperature,
                 softcap=head.softcap,
                 logit_scale=head.logit_scale,
                 mask=scored,
+                return_entropy=how.entropy,
                 backend=self.backend,
             )
-            found.append(logps)
+            logps, entropy = logps if how.entropy else (logps, None)
+            entropy = None if entropy is None else entropy[:, :-1]
+            found.append(TokenScores(logps, entropy, how.values(hidden)))
             return logps.unsqueeze(-1).clone()  # FSDP2 hooks no views
 
         with head.answering(score):
             output = self._call(self.model, ids, attention_mask)
         if len(found) != 1:
             raise ValueError(f"its output embedding ran {len(found)} times in one forward pass")
-        logps = found[0]
+        scores = found[0]
         if self.model is not without_wrapper(self.model) or isinstance(self.model, FSDPModule):
             # Their backward hooks sit on the model's output: it must be part of the graph
-            logps = logps + 0 * output.squeeze(-1)
+            scores.logps = scores.logps + 0 * output.squeeze(-1)
         self.vocabulary_size = head.layer.weight.shape[0]
-        return logps[:, :-1]
+        scores.logps = scores.logps[:, :-1]
+        return scores
 
     @torch.no_grad()
     def _check_head(self, ids: Tensor) -> None:
@@ -200,8 +218,10 @@ class NextTokenScorer:
         logits = self._same_random_state(ids, lambda: self._call(self.model, ids, None))
         expected = token_logprobs(logits[:, :-1], ids[:, 1:], backend=self.backend)
         try:
-            self._probe_scale_and_cap(ids)
-            logps = self._same_random_state(ids, lambda: self._from_hidden(ids, None, None, ids))
+            call = partial(self._call, self.model, ids, None)
+            self._head.probe(lambda: self._same_random_state(ids, call), ids.device)
+            score = partial(self._from_hidden, ids, None, None, ids, Scoring())
+            logps = self._same_random_state(ids, lambda: score().logps)
         except Exception as error:
             return self._give_up(f"its head cannot be replaced: {type(error).__name__}: {error}")
         dtype = self._head.layer.weight.dtype
@@ -214,21 +234,6 @@ class NextTokenScorer:
             )
         if not bool(((logps - expected).abs() <= tolerance).all()) and expected.isfinite().all():
             self._give_up("the log-probabilities of its hidden states differ from its logits'")
-
-    def _probe_scale_and_cap(self, ids: Tensor) -> None:
-        probes = torch.tensor(PROBES, dtype=torch.float64, device=ids.device)
-        with self._head.answering(lambda hidden: probes.expand(*hidden.shape[:-1], -1).clone()):
-            answer = self._same_random_state(ids, lambda: self._call(self.model, ids, None))
-        answer, probes = answer[0, -1].to("cpu", torch.float64), probes.cpu()
-        bound, scale = float(answer[0]), float(answer[1]) / SMALL
-        scale = 1.0 if abs(scale - 1) < 1e-6 else scale
-        softcap = bound if abs(bound) < 0.5 * abs(scale) * LARGE else None
-        self._head.logit_scale, self._head.softcap = scale, softcap
-        ours, theirs, every = scale * probes[1:], answer[1:], torch.arange(len(PROBES) - 1)
-        ours = token_logprobs(ours.expand(len(every), -1), every, softcap=softcap)
-        theirs = token_logprobs(theirs.expand(len(every), -1), every)
-        if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
-            raise ValueError("it changes its logits by more than a scale and a tanh cap")
 
     def _same_random_state(self, ids: Tensor, call: Callable[[], Tensor]) -> Tensor:
         """Returns `call()` and leaves the random state as it was, so dropout is alike each time."""

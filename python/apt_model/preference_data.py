@@ -29,33 +29,35 @@ class PreferencePair:
     rejected: tuple[int, ...]
 
 
-def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, str] | BadRow]]:
+def read_rows(
+    path: str | os.PathLike[str], fields: Sequence[str] = FIELDS
+) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """Yields each line's number and its row, or the `BadRow` that says what is wrong with it."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield number, _checked_row(line)
+                    yield number, _checked_row(line, fields)
                 except BadRow as error:
                     yield number, BadRow(f"{os.fspath(path)}:{number}: {error}")
 
 
-def _checked_row(line: bytes) -> dict[str, str]:
+def _checked_row(line: bytes, fields: Sequence[str]) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:  # of JSON or of UTF-8
         raise BadRow(f"not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise BadRow(f"must be an object with {', '.join(FIELDS)}, got {type(row).__name__}")
-    for field in FIELDS:
+        raise BadRow(f"must be an object with {', '.join(fields)}, got {type(row).__name__}")
+    for field in fields:
         if field not in row:
             raise BadRow(f"has no {field!r}")
         if not isinstance(row[field], str):
             raise BadRow(f"{field!r} must be a string, got {type(row[field]).__name__}")
-    for field in FIELDS[1:]:
+    for field in fields[1:]:
         if not row[field].strip():
             raise BadRow(f"{field!r} is empty")
-    if row["chosen"] == row["rejected"]:
+    if row.get("chosen", 0) == row.get("rejected", 1):
         raise BadRow("'chosen' and 'rejected' are the same")
     return row
 
@@ -90,7 +92,7 @@ class PairTokenizer:
 
     def __call__(self, prompt: str, chosen: str, rejected: str) -> PreferencePair:
         """Returns the tokens; raises `BadRow` where nothing is left to prefer."""
-        ids = self._prompt_ids(prompt)[-self._max_prompt_length :]
+        ids = self.prompt_ids(prompt)[-self._max_prompt_length :]
         room = self._max_length - len(ids)
         answers = [self._answer_ids(text)[:room] for text in (chosen, rejected)]
         if answers[0] == answers[1]:
@@ -99,7 +101,8 @@ class PairTokenizer:
             raise BadRow("an answer of one token needs a prompt")
         return PreferencePair(tuple(ids), *map(tuple, answers))
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Returns the tokens of a prompt, whole."""
         if self._chat_template:
             prompt = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -107,6 +110,11 @@ class PairTokenizer:
         ids = self._tokenizer(prompt, add_special_tokens=not self._chat_template)["input_ids"]
         ended = bool(ids) and ids[-1] == self._tokenizer.eos_token_id and not self._chat_template
         return ids[:-1] if ended else ids
+
+    def sequence(self, prompt: str, answer: str) -> list[int]:
+        """Returns the tokens of prompt and answer, cut as those of a pair."""
+        ids = self.prompt_ids(prompt)[-self._max_prompt_length :]
+        return [*ids, *self._answer_ids(answer)][: self._max_length]
 
     def _answer_ids(self, answer: str) -> list[int]:
         end = self._tokenizer.eos_token_id
@@ -121,11 +129,28 @@ def load_pairs(
     fail_on_bad_row: bool = False,
     report: Callable[[str], Any] = lambda message: print(message, file=sys.stderr),
 ) -> list[PreferencePair]:
-    """Returns the pairs of a file of JSON lines.
+    """Returns the pairs of a file of JSON lines: `load_rows` of prompt, chosen and rejected."""
+
+    def use(row: dict[str, Any]) -> PreferencePair:
+        return tokenize(*(row[field] for field in FIELDS))
+
+    return load_rows(path, use, FIELDS, fail_on_bad_row=fail_on_bad_row, report=report)
+
+
+def load_rows(
+    path: str | os.PathLike[str],
+    use: Callable[[dict[str, Any]], Any],
+    fields: Sequence[str],
+    *,
+    fail_on_bad_row: bool = False,
+    report: Callable[[str], Any] = lambda message: print(message, file=sys.stderr),
+) -> list[Any]:
+    """Returns what `use` makes of the rows of a file of JSON lines.
 
     Args:
-        path: rows of `prompt`, `chosen` and `rejected`, all strings; other fields are ignored.
-        tokenize: makes the pairs.
+        path: rows that hold `fields`, all strings, not empty but for the first.
+        use: makes something of a row; a `BadRow` it raises is given the line's number.
+        fields: what each row must hold; it may hold others.
         fail_on_bad_row: True: the first row that cannot be used raises `BadRow`; False: such rows
             are left out, and `report` is told the line and the reason.
         report: called with one message a row.
@@ -133,13 +158,13 @@ def load_pairs(
     Raises:
         BadRow: see `fail_on_bad_row`; also where no row is left.
     """
-    pairs, skipped = [], 0
-    for number, row in read_rows(path):
+    used, skipped = [], 0
+    for number, row in read_rows(path, fields):
         try:
             if isinstance(row, BadRow):
                 raise row
             try:
-                pairs.append(tokenize(*(row[field] for field in FIELDS)))
+                used.append(use(row))
             except BadRow as error:
                 raise BadRow(f"{os.fspath(path)}:{number}: {error}") from None
         except BadRow as error:
@@ -150,9 +175,9 @@ def load_pairs(
                 report(f"{error} (row skipped)")
     if skipped > REPORTED_ROWS:
         report(f"{os.fspath(path)}: {skipped - REPORTED_ROWS} more rows skipped")
-    if not pairs:
+    if not used:
         raise BadRow(f"{os.fspath(path)}: no row can be used")
-    return pairs
+    return used
 
 
 def collate(pairs: Sequence[PreferencePair]) -> dict[str, Tensor]:
@@ -171,21 +196,30 @@ class ShuffledBatches:
     """Batches of every epoch, each in an order of its own that only the seed decides.
 
     Args:
-        pairs: at least one.
+        pairs: at least one, or rows of another kind.
         batch_size: pairs a batch; the last one of an epoch may be smaller.
         seed: of the orders.
+        make_batch: makes a batch of some of them; None: `collate`.
     """
 
-    def __init__(self, pairs: Sequence[PreferencePair], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Any],
+        batch_size: int,
+        seed: int,
+        make_batch: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+    ) -> None:
         self._pairs = pairs
+        self._make_batch = make_batch
         self._batch_size = batch_size
         self._seed = seed
         self.per_epoch = -(-len(pairs) // batch_size)
 
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
+    def __getitem__(self, step: int) -> dict[str, Any]:
         """Returns the batch of step `step`, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.per_epoch)
         generator = torch.Generator().manual_seed(self._seed + epoch)
         order = torch.randperm(len(self._pairs), generator=generator).tolist()
         start = position * self._batch_size
-        return collate([self._pairs[i] for i in order[start : start + self._batch_size]])
+        rows = [self._pairs[i] for i in order[start : start + self._batch_size]]
+        return (self._make_batch or collate)(rows)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from .curves import Curves
+from .curves import Curves, read_numbers
 from .loop_options import (
     data_parallel_groups,
     move_modules,
@@ -97,6 +97,7 @@ class TrainingLoop:
         self,
         micro_batches: Sequence[Any],
         share: Callable[[Any], tuple[Tensor, dict[str, Tensor]]],
+        finish: bool = True,
     ) -> dict[str, float]:
         """Makes one optimizer step and returns its loss and metrics as Python numbers.
 
@@ -104,9 +105,10 @@ class TrainingLoop:
             micro_batches: what `share` is called with, one after the other.
             share: returns the micro-batch's share of the loss and of each metric: divided by the
                 counts of the whole update (`count_over_processes`), so that the shares add up.
+            finish: False: a training step of several updates; `finish_step` comes after the last.
 
         Raises:
-            FloatingPointError: the loss or a gradient is NaN or infinite; nothing was changed.
+            FloatingPointError: the loss, a metric or a gradient is not finite; nothing was changed.
         """
         self._zero_grad()
         totals: dict[str, Tensor] = {}
@@ -119,10 +121,13 @@ class TrainingLoop:
                     self._scaler.scale(loss * self._processes).backward()
                 for name, value in {"loss": loss, **metrics}.items():
                     totals[name] = totals.get(name, 0) + value.detach()
-            return self._step(totals)
+            metrics = self._step(totals)
         except BaseException:
             self._zero_grad()
             raise
+        if finish:
+            self.finish_step(metrics)
+        return metrics
 
     def _step(self, totals: dict[str, Tensor]) -> dict[str, float]:
         self._scaler.unscale_(self.optimizer)
@@ -132,35 +137,38 @@ class TrainingLoop:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         totals["grad_norm"] = norm / self._processes  # it is that of all, the others are shares
-        metrics = read_numbers(totals, self._data_parallel_groups)
-        norm = metrics.pop("grad_norm")
+        norm = (metrics := read_numbers(totals, self._data_parallel_groups)).pop("grad_norm")
         overflowed = self._scaler.is_enabled() and not math.isfinite(norm)
-        if not math.isfinite(metrics["loss"]) or not (math.isfinite(norm) or overflowed):
+        if not all(map(math.isfinite, metrics.values())) or not (math.isfinite(norm) or overflowed):
             self._scaler.update()  # else it would refuse to unscale the next step's gradients
             raise FloatingPointError(
-                f"step {self.total_steps + 1} has the loss {metrics['loss']} and the gradient norm "
-                f"{norm}; no parameter was changed"
+                f"step {self.total_steps + 1} has the gradient norm {norm} and "
+                f"{', '.join(f'{k} {v}' for k, v in metrics.items())}; no parameter was changed"
             )
         self._scaler.step(self.optimizer)  # not when it overflowed: then the scale becomes smaller
         self._scaler.update()
+        self._grad_norm, self._overflowed = norm, overflowed
+        return metrics
+
+    def finish_step(self, metrics: Mapping[str, float]) -> None:
+        """Counts a training step: scheduler, record, statistics; of the last update's gradient."""
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(metrics["loss"])
-        elif self.scheduler is not None and not overflowed:
+        elif self.scheduler is not None and not self._overflowed:
             self.scheduler.step()
         self.total_steps += 1
         record = {"step": self.total_steps, **metrics}
-        record.update(grad_norm=norm, learning_rate=learning_rate)
+        record.update(grad_norm=self._grad_norm, learning_rate=learning_rate)
         self.curves.append(record)
-        self._statistics = {key: metrics[name] for key, name in self.statistics.items()}
+        self._statistics |= {k: metrics[v] for k, v in self.statistics.items() if v in metrics}
         self._log(record)
-        return metrics
 
-    def count_over_processes(self, count: int) -> int | Tensor:
+    def count_over_processes(self, count: int | Tensor) -> int | Tensor:
         """Returns the sum of `count` over the data-parallel processes, on the device (no read)."""
         if not self._data_parallel_groups:
             return count
-        total = torch.tensor(float(count), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device) + count
         for group in self._data_parallel_groups:
             dist.all_reduce(total, group=group)
         return total.float()
@@ -200,8 +208,7 @@ class TrainingLoop:
         What can change is copied to the CPU, frozen parameters are shared. Holds tensors, numbers
         and strings only: `torch.load(…, weights_only=True)` reads it.
 
-        Args:
-            include_frozen: False: leave frozen parameters out, for runs that load them anyway.
+        Args: include_frozen: False: leave frozen parameters out, for runs that load them anyway.
         """
         return {
             "modules": {k: module_state(m, include_frozen) for k, m in self._modules.items()},
@@ -220,17 +227,11 @@ class TrainingLoop:
         Raises:
             ValueError: the state is of a trainer with other modules or without a scheduler.
         """
-        if set(state["modules"]) != set(self._modules):
-            raise ValueError(
-                f"the state holds the modules {sorted(state['modules'])}, "
-                f"this trainer has {sorted(self._modules)}"
-            )
         if (state["scheduler"] is None) != (self.scheduler is None):
             raise ValueError("the state and this trainer must both have a scheduler, or neither")
         for name, part in self.with_state.items():
             part.load_state_dict(state[name])
-        for name, module in self._modules.items():
-            load_module_state(module, state["modules"][name])
+        self.load_modules(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -240,10 +241,10 @@ class TrainingLoop:
         self.total_steps = state["total_steps"]
         self._statistics = dict(state["statistics"])
 
-
-def read_numbers(values: Mapping[str, Tensor], groups: Sequence[Any] = ()) -> dict[str, float]:
-    """Returns 0-dim tensors, summed over the process groups, as numbers: one read of the device."""
-    stacked = torch.stack([value.detach().double() for value in values.values()])
-    for group in groups:
-        dist.all_reduce(stacked, group=group)
-    return dict(zip(values, stacked.tolist(), strict=True))
+    def load_modules(self, state: Mapping[str, Any]) -> None:
+        """Loads the part `modules` of a state; frozen parameters may be missing."""
+        if set(state) != set(self._modules):
+            theirs, ours = sorted(state), sorted(self._modules)
+            raise ValueError(f"the state holds the modules {theirs}, this trainer has {ours}")
+        for name, module in self._modules.items():
+            load_module_state(module, state[name])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from .evaluation import Evaluation, write_whole
 from .training_loop import TrainingLoop
 
 
@@ -36,16 +36,7 @@ class Checkpoint:
     def save(self, trainer: TrainingLoop) -> None:
         """Writes all but the frozen parameters; the file is either the old or the new one."""
         state = {"settings": self.settings, "trainer": trainer.state_dict(include_frozen=False)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            with open(unfinished, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, self.path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(self.path, lambda file: torch.save(state, file))
 
     def load(self, trainer: TrainingLoop) -> bool:
         """Continues from the file and returns True; returns False where there is none.
@@ -102,8 +93,10 @@ def run_steps(
     checkpoint_every: int,
     shown: Mapping[str, str],
     description: str = "training",
+    evaluation: Evaluation | None = None,
+    train_step: Callable[..., Mapping[str, float]] | None = None,
 ) -> bool:
-    """Trains up to `total_steps` with a progress bar; returns whether it got there.
+    """Trains up to `total_steps` with a progress bar; returns whether it got there or stagnates.
 
     Writes the checkpoint every `checkpoint_every` steps, at the end, and when asked to stop by
     SIGINT or SIGTERM, which ends the run after the step under way.
@@ -116,18 +109,27 @@ def run_steps(
         checkpoint_every: steps; 0: only at the end or when stopped.
         shown: the metrics on the bar, by the names they have there.
         description: of the bar.
+        evaluation: what is measured as the training goes.
+        train_step: instead of the trainer's.
     """
     from tqdm import tqdm
+
+    step = trainer.train_step if train_step is None else train_step
+
+    def stagnates() -> bool:
+        return evaluation is not None and evaluation.stagnates
 
     with (
         StopRequest().listening() as stop,
         tqdm(total=total_steps, initial=trainer.total_steps, desc=description) as bar,
     ):
-        while trainer.total_steps < total_steps and not stop.came:
-            metrics = trainer.train_step(**batches[trainer.total_steps])
+        while trainer.total_steps < total_steps and not stop.came and not stagnates():
+            metrics = step(**batches[trainer.total_steps])
             bar.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items()})
             bar.update()
+            if evaluation is not None:
+                evaluation.after_step(trainer, trainer.total_steps == total_steps)
             if checkpoint_every and trainer.total_steps % checkpoint_every == 0:
                 checkpoint.save(trainer)
         checkpoint.save(trainer)
-    return trainer.total_steps >= total_steps
+    return trainer.total_steps >= total_steps or stagnates()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .batch_checks import check_vocabulary, checked_ids, checked_mask, checked_prompt_lengths
 
 
 @dataclass
@@ -19,12 +21,14 @@ class PairBatch:
         attention_mask: `(2, B, S)`, 1 = real token, or None where all are.
         counted: `(2, B, S)`, True at the tokens whose log-probabilities count.
         ref_logps: `(2, B)`, precomputed, or None.
+        margins: `(1, B)`, by how much the chosen answers are better, or None.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     counted: Tensor
     ref_logps: Tensor | None
+    margins: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -38,8 +42,21 @@ class PairBatch:
             count = min(parts, self.pairs)
             return [None] * count if tensor is None else tensor.tensor_split(count, dim=1)
 
-        fields = (self.input_ids, self.attention_mask, self.counted, self.ref_logps)
+        fields = (
+            self.input_ids, self.attention_mask, self.counted, self.ref_logps, self.margins
+        )  # fmt: skip
         return [PairBatch(*part) for part in zip(*map(split, fields), strict=True)]
+
+    def with_margins(self, margin: float | Sequence[float] | Tensor) -> PairBatch:
+        """Returns the batch with margins: a number, or one a pair, `(B,)` or `(B, 1)`."""
+        given = isinstance(margin, Tensor)
+        margins = margin.detach() if given else torch.as_tensor(margin, dtype=torch.float64)
+        if margins.shape not in ((), (self.pairs,), (self.pairs, 1)):
+            raise ValueError(
+                f"margin must be a number or ({self.pairs},) numbers, got {tuple(margins.shape)}"
+            )
+        margins = margins.to(self.input_ids.device, torch.float64)
+        return replace(self, margins=margins.reshape(1, -1).expand(1, self.pairs))
 
     def sequences(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Returns ids, attention mask and counted tokens as `(2B, S)`, the chosen rows first."""
@@ -83,20 +100,20 @@ def make_pair_batch(
         ValueError: names the argument that does not fit.
     """
     sides = [
-        _checked_ids("chosen_ids", chosen_ids, device),
-        _checked_ids("rejected_ids", rejected_ids, device),
+        checked_ids("chosen_ids", chosen_ids, device),
+        checked_ids("rejected_ids", rejected_ids, device),
     ]
     pairs = len(sides[0])
     if len(sides[1]) != pairs:
         raise ValueError(f"rejected_ids must have {pairs} rows as chosen_ids, got {len(sides[1])}")
     masks = [
-        _checked_mask(f"{side}_mask", mask, ids)
+        checked_mask(f"{side}_mask", mask, ids)
         for side, mask, ids in zip(
             ("chosen", "rejected"), (chosen_mask, rejected_mask), sides, strict=True
         )
     ]
     answers = [
-        _checked_mask(f"{side}_response_mask", mask, ids)
+        checked_mask(f"{side}_response_mask", mask, ids)
         for side, mask, ids in zip(
             ("chosen", "rejected"),
             (chosen_response_mask, rejected_response_mask),
@@ -107,7 +124,7 @@ def make_pair_batch(
     if prompt_lengths is not None:
         if answers != [None, None]:
             raise ValueError("give prompt_lengths or response masks, not both")
-        lengths = _checked_prompt_lengths(prompt_lengths, pairs, device)
+        lengths = checked_prompt_lengths(prompt_lengths, pairs, device)
     width = max(ids.shape[1] for ids in sides)
     all_real = masks == [None, None] and sides[0].shape == sides[1].shape
     counted = []
@@ -122,50 +139,13 @@ def make_pair_batch(
         masks[index] = F.pad(real, (0, width - ids.shape[1]))
     input_ids = torch.stack(sides)
     if vocabulary_size is not None and input_ids.device.type == "cpu":
-        _check_vocabulary(input_ids, vocabulary_size)
+        check_vocabulary("chosen_ids and rejected_ids", input_ids, vocabulary_size)
     return PairBatch(
         input_ids,
         None if all_real else torch.stack(masks).long(),
         torch.stack(counted),
         _checked_ref_logps(ref_chosen_logps, ref_rejected_logps, pairs, device),
     )
-
-
-def _checked_ids(name: str, ids: Tensor, device: torch.device | str) -> Tensor:
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-        came = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"{name} must be a tensor (B, S) of integers, not empty, got {came}")
-    return ids.to(device, torch.long)
-
-
-def _checked_mask(name: str, mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"{name} must be a tensor {tuple(ids.shape)} as its ids, got {came}")
-    return mask.to(ids.device) != 0
-
-
-def _checked_prompt_lengths(
-    lengths: int | Sequence[int] | Tensor, pairs: int, device: torch.device | str
-) -> Tensor:
-    lengths = torch.as_tensor(lengths)
-    if lengths.is_floating_point() or lengths.shape not in ((), (pairs,)):
-        raise ValueError(
-            f"prompt_lengths must be an integer or ({pairs},) integers, "
-            f"got {tuple(lengths.shape)} {lengths.dtype}"
-        )
-    return lengths.to(device).expand(pairs)
-
-
-def _check_vocabulary(ids: Tensor, size: int) -> None:
-    low, high = ids.aminmax()
-    if low < 0 or high >= size:
-        raise ValueError(
-            f"chosen_ids and rejected_ids must be in [0, {size}), the policy's vocabulary, "
-            f"got {int(low)} to {int(high)}"
-        )
 
 
 def _checked_ref_logps(

@@ -46,7 +46,13 @@ class ReferenceModel:
         self._prefix = SharedPrefix.of(without_wrapper(policy.model), self._copied)
         self._scorer = policy if self.model is None else policy.of_model(self.model)
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, mask: Tensor) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        mask: Tensor,
+        temperature: float = 1.0,
+    ) -> Tensor:
         """Returns the log-probabilities `(B, S-1)` as `NextTokenScorer` does."""
         if any(parameter.requires_grad for parameter in self._shared):
             raise RuntimeError(
@@ -54,7 +60,9 @@ class ReferenceModel:
                 "the reference shares them: make the trainer afterwards, or pass a reference model"
             )
         with torch.no_grad(), self._active():
-            logps = self._prefix.run(lambda: self._scorer(input_ids, attention_mask, mask))
+            logps = self._prefix.run(
+                lambda: self._scorer(input_ids, attention_mask, mask, temperature=temperature)
+            )
         sizes = self._policy.vocabulary_size, self._scorer.vocabulary_size
         if None not in sizes and sizes[0] != sizes[1]:
             raise ValueError(

@@ -1,0 +1,186 @@
+"""What the commands that train have in common: a folder and files in, a trained folder out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .evaluation import Evaluation
+from .preference_data import ShuffledBatches
+from .training_loop import TrainingLoop
+from .training_run import Checkpoint, run_steps
+
+NOT_SETTINGS = (
+    "run", "output", "restart", "device", "checkpoint_every", "bad_rows", "tensorboard",
+)  # fmt: skip
+
+
+@dataclass
+class Job:
+    """What one command trains.
+
+    Attributes:
+        trainer: of it.
+        rows: what is trained on.
+        make_batch: makes the arguments of a step of some rows; None: `collate`.
+        shown: the metrics on the progress bar, by the names they have there.
+        measure: returns held-out figures; None: there are none.
+        key: the figure that decides which state is best.
+        higher_is_better: of that figure.
+        save: writes the trained model into a folder.
+        counts: more of the summary.
+        train_step: instead of the trainer's.
+    """
+
+    trainer: TrainingLoop
+    rows: Sequence[Any]
+    make_batch: Callable[[Sequence[Any]], dict[str, Any]] | None
+    shown: Mapping[str, str]
+    measure: Callable[[], Mapping[str, float]] | None
+    key: str
+    higher_is_better: bool
+    save: Callable[[Path], None]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    train_step: Callable[..., Mapping[str, float]] | None = None
+
+
+def run_job(options: Namespace, job: Job) -> dict[str, Any]:
+    """Trains as the options of the command say; returns what is written to `summary.json`."""
+    trainer, output = job.trainer, options.output
+    batches = ShuffledBatches(job.rows, options.batch_size, options.seed, job.make_batch)
+    checkpoint = Checkpoint(output / "checkpoint.pt", settings_of(options))
+    evaluation = None
+    if job.measure is not None:
+        evaluation = Evaluation(
+            job.measure, job.key, job.higher_is_better, options.eval_every, options.patience,
+            output / "best.pt",
+        )  # fmt: skip
+        trainer.with_state["evaluation"] = evaluation
+    if not options.restart and checkpoint.load(trainer):
+        print(f"continuing after step {trainer.total_steps}", file=sys.stderr)
+    if evaluation is not None:
+        evaluation.start()
+    total, started_at = options.epochs * batches.per_epoch, trainer.total_steps
+    finished = run_steps(
+        trainer, batches, total, checkpoint, options.checkpoint_every, job.shown,
+        evaluation=evaluation, train_step=job.train_step,
+    )  # fmt: skip
+    held_out = [name for name in trainer.curves.columns if name.startswith("held_out_")]
+    if trainer.curves.length:
+        trainer.plot_curves(output / "curves.png", [*trainer.monitored, *held_out])
+    if finished and (trainer.total_steps > started_at or not (output / "model").exists()):
+        if evaluation is not None:
+            evaluation.load_best(trainer)
+        replace_folder(output / "model", job.save)
+    summary = {
+        "finished": finished,
+        **job.counts,
+        "before": evaluation.before if evaluation else {},
+        "after": evaluation.best if evaluation and finished else {},
+        "held_out": evaluation.records if evaluation else [],
+        "total_steps": trainer.total_steps,
+        "last_step": trainer.get_statistics(),
+        "settings": checkpoint.settings,
+        "curves": trainer.curves.as_lists(),
+    }
+    unfinished = output / f".summary.json.{os.getpid()}"
+    unfinished.write_text(json.dumps(summary, indent=2))
+    os.replace(unfinished, output / "summary.json")
+    return summary
+
+
+def check_options(options: Namespace) -> None:
+    """Raises for numbers that cannot be, and for folders and files that are not there."""
+    for name in ("epochs", "batch_size", "max_length", "max_new_tokens", "group_size"):
+        if getattr(options, name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("warmup_steps", "checkpoint_every", "eval_every", "patience"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+    if options.patience and options.eval_data is None:
+        raise ValueError("--patience needs --eval")
+    for name in ("model", "reference_model", "reward_model"):
+        folder = getattr(options, name, None)
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder")
+    for file in (options.data, options.eval_data):
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"{file} is not a file")
+
+
+def settings_of(options: Namespace) -> dict[str, Any]:
+    """Returns what the run depends on: a checkpoint of anything else must not be continued."""
+    settings = {
+        name: os.fspath(value.resolve()) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in NOT_SETTINGS
+    }
+    settings["data_sha256"] = hashlib.sha256(options.data.read_bytes()).hexdigest()
+    return settings
+
+
+def trainer_options(options: Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments that every trainer has."""
+    return {
+        "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "autocast_dtype": None if options.autocast == "none" else options.autocast,
+        "scheduler": partial(_warmup, steps=options.warmup_steps) if options.warmup_steps else None,
+        "log": _tensorboard(options.tensorboard),
+    }
+
+
+def _warmup(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
+
+
+def _tensorboard(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--tensorboard needs the package tensorboard: {error}") from None
+    return SummaryWriter(os.fspath(folder))
+
+
+def pretrained(options: Namespace, kind: str, folder: Path | None = None) -> Any:
+    """Returns `transformers.<kind>` of a folder; None: that of the model, which may be GGUF."""
+    import transformers
+
+    gguf = {"gguf_file": options.gguf_file} if options.gguf_file and folder is None else {}
+    dtype = {} if kind == "AutoTokenizer" else {"dtype": getattr(torch, options.dtype)}
+    loader = getattr(transformers, kind)
+    return loader.from_pretrained(options.model if folder is None else folder, **gguf, **dtype)
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a name beside `path` and renames what it made, so none is half written."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    write(unfinished)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(unfinished, path)
+
+
+def mean_over_parts(
+    rows: Sequence[Any], batch_size: int, measure: Callable[[Sequence[Any]], Mapping[str, float]]
+) -> dict[str, float]:
+    """Returns the means over rows of what `measure` returns of parts of them; nothing for none."""
+    totals: dict[str, float] = {}
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        for name, value in measure(part).items():
+            totals[name] = totals.get(name, 0.0) + value * len(part)
+    return {name: total / len(rows) for name, total in totals.items()}

@@ -1,0 +1,250 @@
+"""What GRPO and PPO share: a policy, what it is compared with, scored by and sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apt_kernels import kl_penalty
+
+from ..curves import read_numbers
+from ..loop_options import evaluating, move_modules
+from ..model_access import vocabulary_size
+from ..next_token import NextTokenScorer
+from ..output_head import Scoring, TokenScores, ValueHead
+from ..training_loop import TrainingLoop
+from .kl_control import KLCoefficient
+from .reference_model import ReferenceModel
+from .reward_source import RewardSource
+from .rollout import Rollout, Sampler
+from .sequence_batch import SequenceBatch, make_sequence_batch
+
+COPY = "copy"
+
+
+class PolicyTrainer(TrainingLoop):
+    """The models of a policy trainer and what is asked of them.
+
+    Args:
+        policy_model: called as `model(input_ids, attention_mask=…)`.
+        reward_model: as `RewardSource` takes it, or None.
+        ref_policy_model: a model; "copy": the PEFT adapter disabled, else a frozen copy of the
+            policy; None: nothing.
+        optimizer: None: AdamW. The value head's parameters are added to one that is given.
+        config: checked; has learning_rate, weight_decay, max_grad_norm, max_length, kl_coef and
+            target_kl.
+        device: None: where the policy is.
+        value_head: whether there is one.
+        temperature: of the distribution that is sampled and scored.
+        rollout: samples instead of the policy, see `Sampler`.
+        eos_token_id: what ends a response; None: what the model's configuration says.
+        pad_token_id: what follows it.
+        use_hidden_states: False: always form the logits.
+        backend: of the kernels.
+        **options: `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`, as
+            `TrainingLoop` has them.
+    """
+
+    def __init__(
+        self,
+        policy_model: nn.Module,
+        reward_model: Callable[..., Any] | None,
+        ref_policy_model: nn.Module | str | None,
+        optimizer: Optimizer | None,
+        config: Any,
+        device: torch.device | str | None,
+        *,
+        value_head: bool,
+        temperature: float,
+        rollout: Callable[..., Any] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        use_hidden_states: bool = True,
+        backend: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = config
+        device = move_modules([policy_model], device)
+        modules: dict[str, nn.Module] = {"policy": policy_model}
+        self.value_head = ValueHead(policy_model).wrapped_as(policy_model) if value_head else None
+        if self.value_head is not None:
+            modules["value_head"] = self.value_head
+            if optimizer is not None:  # not as a group of its own: a scheduler may know the groups
+                optimizer.param_groups[0]["params"].extend(self.value_head.parameters())
+        super().__init__(
+            modules,
+            optimizer,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            device=device,
+            max_grad_norm=config.max_grad_norm,
+            **options,
+        )
+        self.policy_model = policy_model
+        self.reward_model = reward_model
+        self._rewards = None if reward_model is None else RewardSource(reward_model)
+        if isinstance(reward_model, nn.Module):
+            move_modules([reward_model], device)
+        self._backend = backend
+        self._policy = NextTokenScorer(policy_model, use_hidden_states, backend)
+        self._reference = self.ref_policy_model = None
+        if isinstance(ref_policy_model, str) and ref_policy_model != COPY:
+            raise ValueError(
+                f"ref_policy_model must be a model or 'copy', got {ref_policy_model!r}"
+            )
+        if ref_policy_model is not None:
+            given = None if ref_policy_model == COPY else ref_policy_model
+            self._reference = ReferenceModel(self._policy, given, self.device)
+            self.ref_policy_model = self._reference.model
+            self.with_state["reference"] = self._reference
+        elif config.target_kl is not None:
+            raise ValueError("target_kl needs a reference: pass ref_policy_model")
+        self._kl = KLCoefficient(config.kl_coef, config.target_kl)
+        self.with_state["kl_coefficient"] = self._kl
+        self._temperature = temperature
+        self._remembered: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._vocabulary_size = vocabulary_size(policy_model)
+        self._sampler = Sampler(
+            self._policy,
+            self.device,
+            max_length=config.max_length,
+            vocabulary_size=self._vocabulary_size,
+            rollout=rollout,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+
+    def get_log_probs(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Returns log p(token t+1 | tokens up to t) under `model`, `(B, S-1)`, differentiable.
+
+        Args:
+            model: the policy, the reference or any other model.
+            input_ids: `(B, S)`.
+            attention_mask: `(B, S)`, 1 = real token; a padded token's log-probability is 0.
+        """
+        scorer = self._policy if model is self.policy_model else self._policy.of_model(model)
+        with self.autocast():
+            return scorer.log_probs(input_ids.to(self.device), attention_mask, None)
+
+    def compute_rewards(
+        self,
+        responses: Tensor,
+        response_masks: Tensor | None = None,
+        response_token_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the reward model's rewards, `(B,)`.
+
+        Args:
+            responses: `(B, S)`.
+            response_masks: `(B, S)`, 1 = real token; None: all are.
+            response_token_mask: `(B, S)`, 1 = token of the response; None: all real ones but the
+                first are.
+        """
+        given = {} if response_token_mask is None else {"response_token_mask": response_token_mask}
+        return self._rewards_of(self._batch(responses, response_masks, **given))
+
+    def _rewards_of(self, batch: SequenceBatch) -> Tensor:
+        if self._rewards is None:
+            raise ValueError("there are neither rewards nor a reward model: pass one of them")
+        return self._rewards(batch.input_ids, batch.real, batch.counted.long())
+
+    def _batch(
+        self, responses: Tensor, response_masks: Tensor | None = None, **tokens: Any
+    ) -> SequenceBatch:
+        if not tokens.keys() & {"response_token_mask", "prompt_lengths"}:
+            of, token_mask = self._remembered
+            tokens = {**tokens, **({"response_token_mask": token_mask} if responses is of else {})}
+        return make_sequence_batch(
+            responses,
+            response_masks,
+            **tokens,
+            device=self.device,
+            vocabulary_size=self._vocabulary_size,
+        )
+
+    def _remember(self, rollout: Rollout) -> None:
+        """Whose tokens are of the prompt is known where these responses come back."""
+        self._remembered = rollout.responses, rollout.token_mask
+
+    def _sample(
+        self, prompts: Tensor, masks: Tensor | None, max_new_tokens: int, copies: int = 1
+    ) -> Rollout:
+        with self.autocast():
+            return self._sampler(prompts, masks, max_new_tokens, self._temperature, copies)
+
+    def _score(self, batch: SequenceBatch, *, entropy: bool, reference: bool) -> TokenScores:
+        """Scores the responses; the reference may take over what the policy has computed."""
+        how = Scoring(self._temperature, entropy, self.value_head)
+        with self._reference.following() if reference else nullcontext():
+            return self._policy.score(*batch.sequences(), how=how)
+
+    def _reference_logps(self, batch: SequenceBatch) -> Tensor:
+        return self._reference(*batch.sequences(), self._temperature)
+
+    def _train_mode(self) -> None:
+        for module in self._modules.values():
+            if not module.training:
+                module.train()
+
+    @torch.no_grad()
+    def eval_step(
+        self,
+        prompts: Tensor,
+        prompt_masks: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+    ) -> dict[str, float]:
+        """Returns what a response to each prompt is worth, in evaluation mode, without a step.
+
+        Args:
+            prompts: `(B, P)`; padding may be on either side.
+            prompt_masks: `(B, P)`, 1 = real token; None: all are.
+            max_new_tokens: instead of the configuration's.
+            temperature: of the distribution; 0: always the likeliest token.
+
+        Returns:
+            `mean_reward`, `response_length` in tokens and, where there is a reference,
+            `sequence_kl`: log policy - log reference of the response, in nats.
+        """
+        room = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        with self.autocast():
+            rollout = self._sampler(prompts, prompt_masks, room, temperature)
+        batch = self._batch(
+            rollout.responses, rollout.response_masks, response_token_mask=rollout.token_mask
+        )
+        measured = {
+            "mean_reward": self._rewards_of(batch).mean(),
+            "response_length": batch.tokens.sum() / batch.rows,
+        }
+        if self._reference is not None:
+            scored = self._score_in_parts(batch, batch.rows)
+            differences = kl_penalty(scored["old_logps"], scored["ref_logps"], "k1")
+            measured["sequence_kl"] = differences.sum() / batch.rows
+        return read_numbers(measured)
+
+    @torch.no_grad()
+    def _score_in_parts(
+        self, batch: SequenceBatch, rows: int, temperature: float | None = None
+    ) -> dict[str, Tensor]:
+        """Gives the batch old_logps, old_values and ref_logps, `rows` rows at once."""
+        at = self._temperature if temperature is None else temperature
+        found: dict[str, list[Tensor]] = {"old_logps": [], "old_values": [], "ref_logps": []}
+        with evaluating(self.policy_model), self.autocast():
+            for part in batch.chunk(-(-batch.rows // rows)):
+                with self._reference.following() if self._reference else nullcontext():
+                    how = Scoring(at, value_head=self.value_head)
+                    scores = self._policy.score(*part.sequences(), how=how)
+                found["old_logps"].append(scores.logps)
+                if scores.values is not None:
+                    found["old_values"].append(scores.values)
+                if self._reference is not None:
+                    found["ref_logps"].append(self._reference(*part.sequences(), at))
+        batch.columns.update({name: torch.cat(parts) for name, parts in found.items() if parts})
+        return batch.columns

@@ -1,0 +1,129 @@
+"""The options of the RLHF trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apt_kernels import PolicyLoss, ValueLoss, gae, kl_penalty, policy_loss, value_loss
+
+from ..config import check_count, check_flag, check_number
+from ..output_head import TokenScores
+from .sequence_batch import SequenceBatch
+
+
+@dataclass
+class RLHFConfig:
+    """The options of `RLHFTrainer`; impossible values raise ValueError.
+
+    Attributes:
+        ppo_epochs: passes over what was sampled; recommended 4-8.
+        clip_epsilon: how far the ratio may move from 1; recommended 0.1-0.3.
+        value_loss_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus.
+        kl_coef: weight of the per-token KL penalty in the rewards; recommended 0.01-0.2.
+        reward_scale: factor of the reward model's rewards.
+        batch_size: rows of a PPO minibatch, one optimizer step each.
+        max_length: of prompt and response together, in tokens.
+        learning_rate: of the AdamW that is made without an optimizer; recommended 1e-6-1e-5.
+        gamma: discount of a token, in [0, 1].
+        gae_lambda: decay of the trace, in [0, 1].
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
+        target_kl: adapts `kl_coef` to this divergence, in nats a token; None: it stays.
+        kl_estimator: of the penalty, as `apt_kernels.kl_penalty`.
+        value_clip: how far values may move from those at sampling time; None: any far.
+        dual_clip: as `apt_kernels.policy_loss`.
+        whiten_advantages: bring them to mean 0 and variance 1 over the response tokens.
+        temperature: of the distribution that is sampled and trained.
+        max_new_tokens: of a response in `train_step`.
+        weight_decay: of the AdamW that is made without an optimizer.
+    """
+
+    ppo_epochs: int = 4
+    clip_epsilon: float = 0.2
+    value_loss_coef: float = 0.1
+    entropy_coef: float = 0.01
+    kl_coef: float = 0.1
+    reward_scale: float = 1.0
+    batch_size: int = 4
+    max_length: int = 512
+    learning_rate: float = 1e-5
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    max_grad_norm: float | None = 1.0
+    target_kl: float | None = None
+    kl_estimator: str = "k1"
+    value_clip: float | None = 0.2
+    dual_clip: float | None = None
+    whiten_advantages: bool = True
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ValueError where an option cannot be, the kernels being asked for their own."""
+        for name in ("ppo_epochs", "batch_size", "max_length", "max_new_tokens"):
+            check_count(self, name)
+        check_number(self, "clip_epsilon", above=0, below=1)
+        for name in ("value_loss_coef", "entropy_coef", "kl_coef", "learning_rate", "weight_decay"):
+            check_number(self, name, at_least=0)
+        for name in ("reward_scale", "temperature"):
+            check_number(self, name, above=0)
+        for name in ("gamma", "gae_lambda"):
+            check_number(self, name, at_least=0)
+        for name in ("max_grad_norm", "target_kl", "value_clip", "dual_clip"):
+            check_number(self, name, above=0, optional=True)
+        check_flag(self, "whiten_advantages")
+        if self.target_kl is not None and self.kl_coef == 0:
+            raise ValueError("RLHFConfig.target_kl adapts kl_coef, which must not be 0 then")
+        nothing = torch.zeros(0, 0)
+        gae(nothing, nothing, gamma=self.gamma, gae_lambda=self.gae_lambda)
+        kl_penalty(nothing, nothing, self.kl_estimator)
+        PolicyLoss(clip_low=self.clip_epsilon, dual_clip=self.dual_clip)
+        ValueLoss(self.value_clip)
+
+    def loss(
+        self, scores: TokenScores, batch: SequenceBatch, tokens: Tensor | int,
+        backend: str | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Returns the loss of PPO and metrics: the batch's share of those of all `tokens`.
+
+        Args:
+            scores: of the policy, with entropies and values.
+            batch: with the columns old_logps, advantages, returns and old_values.
+            tokens: how many response tokens all shares together have.
+            backend: of the kernels.
+        """
+        columns, mask = batch.columns, batch.tokens
+        loss, of_policy = policy_loss(
+            scores.logps,
+            columns["old_logps"],
+            columns["advantages"],
+            mask,
+            clip_low=self.clip_epsilon,
+            clip_high=self.clip_epsilon,
+            dual_clip=self.dual_clip,
+            entropy=scores.entropy,
+            entropy_coef=self.entropy_coef,
+            normalizer=tokens,
+            backend=backend,
+        )
+        of_values, _ = value_loss(
+            scores.values,
+            columns["returns"],
+            mask,
+            old_values=None if self.value_clip is None else columns["old_values"],
+            clip_range=self.value_clip,
+            normalizer=tokens,
+            backend=backend,
+        )
+        loss = loss + self.value_loss_coef * of_values
+        weight = mask.sum().double() / tokens
+        means = {k: of_policy[k] * weight for k in ("entropy", "clip_fraction", "approx_kl")}
+        metrics = {"ppo_loss": loss, "policy_loss": of_policy["policy_loss"]}
+        return loss, {**metrics, "value_loss": of_values, **means}

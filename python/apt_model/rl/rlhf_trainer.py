@@ -1,0 +1,249 @@
+"""PPO from human feedback (Ouyang et al. 2022) of causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apt_kernels import gae, kl_penalty, value_loss
+
+from ..config import read_config, split_options
+from ..curves import read_numbers
+from .policy_trainer import COPY, PolicyTrainer
+from .rlhf_config import RLHFConfig
+from .sequence_batch import SequenceBatch, at_last_token, checked_logps, minibatches
+
+
+class RLHFTrainer(PolicyTrainer):
+    """Trains a policy on its own responses: reward at their end, KL penalty at each token, PPO.
+
+    Args:
+        policy_model: called as `model(input_ids, attention_mask=…)`; Hugging Face, PEFT, DDP- or
+            FSDP2-wrapped or any other. Dropout is left as it is: 0 is recommended.
+        reward_model: a model or function, see `RewardSource`.
+        ref_policy_model: None: the PEFT adapter disabled, else a frozen copy of the policy.
+        optimizer: None: AdamW. The value head's parameters are added to one that is given.
+        config: None, a mapping or an `RLHFConfig`.
+        device: None: where the policy is.
+        max_grad_norm: replaces the configuration's.
+        **options: `rollout`, `eos_token_id`, `pad_token_id`, `use_hidden_states`, `backend`, as
+            `PolicyTrainer`; `gradient_accumulation_steps`, `autocast_dtype`, `scheduler` (one step
+            of it a training step), `log`, as `TrainingLoop` has them.
+    """
+
+    monitored = ("mean_reward", "mean_kl", "ppo_loss", "entropy")
+    statistics: ClassVar = {"mean_reward": "mean_reward", "mean_kl": "mean_kl"}
+
+    def __init__(
+        self,
+        policy_model: nn.Module,
+        reward_model: Callable[..., Any],
+        ref_policy_model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        config: RLHFConfig | Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        *,
+        max_grad_norm: float | None = None,
+        **options: Any,
+    ) -> None:
+        overrides = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
+        config = read_config(config, RLHFConfig, overrides)
+        super().__init__(
+            policy_model,
+            reward_model,
+            COPY if ref_policy_model is None else ref_policy_model,
+            optimizer,
+            config,
+            device,
+            value_head=True,
+            temperature=config.temperature,
+            **options,
+        )
+
+    @torch.no_grad()
+    def generate_responses(
+        self,
+        prompts: Tensor,
+        prompt_masks: Tensor | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        *,
+        return_token_mask: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Returns `(responses, response_masks, log_probs)`, sampled from the policy.
+
+        Args:
+            prompts: `(B, P)`; padding may be on either side.
+            prompt_masks: `(B, P)`, 1 = real token; None: all are.
+            max_new_tokens: a response ends there, or with its end token.
+            temperature: of the distribution.
+            return_token_mask: also return the mask of response tokens, `(B, S)`, as the last.
+
+        Returns:
+            `(B, S)` ids, prompts included; `(B, S)`, 1 = real token; `(B, S-1)` log-probabilities
+            of all tokens but the first, 0 where they are not of the response.
+        """
+        with self.autocast():
+            rollout = self._sampler(prompts, prompt_masks, max_new_tokens, temperature)
+        self._remember(rollout)
+        batch = self._batch(rollout.responses, rollout.response_masks)
+        self._score_in_parts(batch, self.config.batch_size, temperature)
+        result = rollout.responses, rollout.response_masks, batch.columns["old_logps"]
+        return (*result, rollout.token_mask) if return_token_mask else result
+
+    def compute_kl_penalty(
+        self, log_probs: Tensor, ref_log_probs: Tensor, masks: Tensor | None = None
+    ) -> Tensor:
+        """Returns the estimate of KL(policy || reference) at each token, `(B, T)`, 0 if masked."""
+        return kl_penalty(
+            log_probs, ref_log_probs, self.config.kl_estimator, mask=masks, backend=self._backend
+        )
+
+    def compute_advantages(
+        self, rewards: Tensor, values: Tensor, masks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns `(advantages, returns)`, `(B, T)` each, over the response tokens alone.
+
+        Args:
+            rewards: `(B, T)`, or `(B,)`: at each row's last token that counts.
+            values: `(B, T)`, before each token.
+            masks: `(B, T)`, 1 = token of the response.
+        """
+        rewards = at_last_token(rewards, masks) if rewards.dim() == 1 else rewards
+        return gae(
+            rewards,
+            values.detach(),
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+            mask=masks,
+            whiten=self.config.whiten_advantages,
+            backend=self._backend,
+        )
+
+    def ppo_step(
+        self,
+        responses: Tensor,
+        response_masks: Tensor | None,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+        *,
+        old_values: Tensor | None = None,
+        **tokens: Any,
+    ) -> dict[str, float]:
+        """Makes the epochs of PPO on what was sampled: one training step.
+
+        Args:
+            responses: `(B, S)`, prompts included.
+            response_masks: `(B, S)`, 1 = real token; None: all are.
+            old_log_probs: `(B, S-1)`, at sampling time.
+            advantages: `(B, S-1)`.
+            returns: `(B, S-1)`.
+            old_values: `(B, S-1)`, at sampling time; None: those of the value head as it is.
+            **tokens: `response_token_mask` or `prompt_lengths`, as `make_sequence_batch`; without
+                them those of `generate_responses` where `responses` is what it returned last, else
+                every real token but the first.
+
+        Returns:
+            The means over all updates of `ppo_loss, policy_loss, value_loss, entropy,
+            clip_fraction, approx_kl`; and `explained_variance` before them.
+        """
+        batch = self._batch(responses, response_masks, old_log_probs=old_log_probs, **tokens)
+        if old_values is None:
+            old_values = self._score_in_parts(batch.select(slice(None)), self.config.batch_size)[
+                "old_values"
+            ]
+        given = {"advantages": advantages, "returns": returns, "old_values": old_values}
+        for name, column in given.items():
+            batch.columns[name] = checked_logps(name, column, batch)
+        metrics = self._ppo(batch)
+        self.finish_step(metrics)
+        return {name: value for name, value in metrics.items() if name != "loss"}
+
+    def train_step(self, prompts: Tensor, prompt_masks: Tensor | None = None) -> dict[str, float]:
+        """Samples a response to each prompt, scores it and makes the epochs of PPO.
+
+        Args:
+            prompts: `(B, P)`; padding may be on either side.
+            prompt_masks: `(B, P)`, 1 = real token; None: all are.
+
+        Returns:
+            `mean_reward` (as the reward model gives it), `mean_kl` (to the reference, in nats a
+            token), `ppo_loss, policy_loss, value_loss, entropy`, means over all updates; also
+            `sequence_kl` (in nats a response), `response_length, kl_coef, learning_rate` and the
+            others of `ppo_step`.
+
+        Raises:
+            ValueError: an argument, a reward or a prompt does not fit; no parameter was changed.
+            FloatingPointError: a loss or a gradient is not finite; that update was not made.
+        """
+        rollout = self._sample(prompts, prompt_masks, self.config.max_new_tokens)
+        batch = self._batch(
+            rollout.responses, rollout.response_masks, response_token_mask=rollout.token_mask
+        )
+        rewards = self._rewards_of(batch)
+        measured = self._compare_with_reference(batch, rewards)
+        metrics = {**read_numbers(measured, self._data_parallel_groups), **self._ppo(batch)}
+        metrics["kl_coef"] = self._kl.value
+        self._kl.follow(metrics["mean_kl"])
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self.finish_step(metrics)
+        return {**{k: v for k, v in metrics.items() if k != "loss"}, "learning_rate": rate}
+
+    @torch.no_grad()
+    def _compare_with_reference(self, batch: SequenceBatch, rewards: Tensor) -> dict[str, Tensor]:
+        """Gives the batch its advantages and returns; returns shares of what was measured."""
+        tokens = batch.tokens
+        columns = self._score_in_parts(batch, self.config.batch_size)
+        kl = self.compute_kl_penalty(columns["old_logps"], columns["ref_logps"], tokens)
+        token_rewards = at_last_token(self.config.reward_scale * rewards, tokens)
+        token_rewards = token_rewards - self._kl.value * kl
+        columns["advantages"], columns["returns"] = self.compute_advantages(
+            token_rewards, columns["old_values"], tokens
+        )
+        rows = self.count_over_processes(batch.rows)
+        length = tokens.sum().double()
+        return {
+            "mean_reward": rewards.sum() / rows,
+            "mean_kl": kl.sum() / self.count_over_processes(length),
+            "sequence_kl": kl.sum() / rows,
+            "response_length": length / rows,
+        }
+
+    def _ppo(self, batch: SequenceBatch) -> dict[str, float]:
+        self._train_mode()
+        columns = batch.columns
+        _, before = value_loss(columns["old_values"], columns["returns"], batch.tokens)
+        explained = {"explained_variance": before["explained_variance"] / self._processes}
+        updates = [
+            self._update(batch.select(rows))
+            for _ in range(self.config.ppo_epochs)
+            for rows in minibatches(batch, self.config.batch_size, self._data_parallel_groups)
+        ]
+        means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        return {**means, **read_numbers(explained, self._data_parallel_groups)}
+
+    def _update(self, batch: SequenceBatch) -> dict[str, float]:
+        tokens = self.count_over_processes(batch.tokens.sum().double())
+
+        def share(part: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            scores = self._score(part, entropy=True, reference=False)
+            return self.config.loss(scores, part, tokens, self._backend)
+
+        return self.update(batch.chunk(self.gradient_accumulation_steps), share, finish=False)
+
+
+def create_rlhf_trainer(
+    policy_model: nn.Module,
+    reward_model: Callable[..., Any],
+    config: RLHFConfig | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> RLHFTrainer:
+    """Returns an `RLHFTrainer`; keywords are options of `RLHFConfig` or of the trainer."""
+    reference = kwargs.pop("ref_policy_model", None)
+    config, options = split_options(config, RLHFConfig, kwargs, RLHFTrainer)
+    return RLHFTrainer(policy_model, reward_model, reference, config=config, **options)

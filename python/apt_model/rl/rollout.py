@@ -1,0 +1,233 @@
+"""Responses sampled from a policy: with a KV cache where its model offers one, else without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+from ..loop_options import evaluating
+from ..model_access import FSDPModule, base_model, has_adapter, without_wrapper
+from ..next_token import NextTokenScorer
+from .batch_checks import check_real_rows, check_vocabulary, checked_ids, checked_mask
+
+
+@dataclass
+class Rollout:
+    """What was sampled.
+
+    Attributes:
+        responses: `(N, S)`, prompt and response of each.
+        response_masks: `(N, S)`, 1 = real token.
+        token_mask: `(N, S)`, 1 = token of the response, its end token included.
+        logps: `(N, S-1)`, log-probabilities where they were sampled, or None.
+    """
+
+    responses: Tensor
+    response_masks: Tensor
+    token_mask: Tensor
+    logps: Tensor | None = None
+
+
+class Sampler:
+    """Samples responses of a policy, or has a `rollout` callable do it.
+
+    Args:
+        policy: the scorer of the policy.
+        device: where the prompts are moved.
+        max_length: of prompt and response together, in tokens; None: unlimited.
+        vocabulary_size: of the policy, or None.
+        rollout: called as `rollout(prompts, prompt_masks, max_new_tokens, temperature)` with
+            left-padded prompts; returns a `Rollout`, its fields as a mapping or as a tuple (a
+            server's answer, say; `logps` may be left out).
+        eos_token_id: one or several that end a response; None: what the model's configuration says.
+        pad_token_id: what follows an end.
+    """
+
+    def __init__(
+        self,
+        policy: NextTokenScorer,
+        device: torch.device,
+        *,
+        max_length: int | None = None,
+        vocabulary_size: int | None = None,
+        rollout: Callable[..., Any] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+    ) -> None:
+        if rollout is not None and not callable(rollout):
+            raise TypeError(f"rollout must be callable, got {type(rollout).__name__}")
+        self._policy = policy
+        self._device = device
+        self._max_length = max_length
+        self._vocabulary_size = vocabulary_size
+        self._rollout = rollout
+        self._end = read_end_tokens(policy.model, eos_token_id)
+        self._pad = pad_token_id
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Tensor,
+        prompt_masks: Tensor | None,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        copies: int = 1,
+    ) -> Rollout:
+        """Returns `copies` responses to each prompt, one after the other.
+
+        Args:
+            prompts: `(B, P)`; padding may be on either side.
+            prompt_masks: `(B, P)`, 1 = real token; None: all are.
+            max_new_tokens: of a response.
+            temperature: of the distribution; 0: always the likeliest token.
+            copies: responses a prompt.
+        """
+        ids, mask = self._left_padded(prompts, prompt_masks)
+        ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
+        room = max_new_tokens
+        if self._max_length is not None:
+            room = min(room, self._max_length - ids.shape[1])
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} leave no "
+                f"room for a response: max_length is {self._max_length}"
+            )
+        if self._rollout is not None:
+            return self._read(self._rollout(ids, mask, room, temperature), len(ids))
+        model = self._policy.model
+        generator = _generator(model)
+        with evaluating(model):
+            if generator is not None:
+                new = self._generate(generator, ids, mask, room, temperature)
+            else:
+                new = self._without_cache(ids, mask, room, temperature)
+        real = self._until_end(new)
+        new = new.masked_fill(~real, self._pad)
+        return Rollout(
+            torch.cat([ids, new], 1),
+            torch.cat([mask, real.long()], 1),
+            torch.cat([torch.zeros_like(mask), real.long()], 1),
+        )
+
+    def _left_padded(self, prompts: Tensor, prompt_masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        ids = checked_ids("prompts", prompts, self._device)
+        mask = checked_mask("prompt_masks", prompt_masks, ids)
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        check_real_rows("prompt_masks", mask.cpu())  # sampling waits for the device anyway
+        longest = int(mask.sum(-1).max())
+        if self._max_length is not None and longest >= self._max_length:
+            raise ValueError(
+                f"a prompt has {longest} tokens, no room for a response within max_length="
+                f"{self._max_length}"
+            )
+        order = mask.long().argsort(dim=-1, stable=True)[:, -longest:]
+        mask = mask.gather(1, order)
+        ids = ids.gather(1, order).masked_fill(~mask, self._pad)
+        check_vocabulary("prompts", ids.masked_fill(~mask, 0), self._vocabulary_size)
+        return ids, mask.long()
+
+    def _generate(
+        self, generator: nn.Module, ids: Tensor, mask: Tensor, room: int, temperature: float
+    ) -> Tensor:
+        from transformers import GenerationConfig
+
+        settings = GenerationConfig(  # the policy's own distribution: nothing cut
+            max_new_tokens=room,
+            do_sample=temperature > 0,
+            **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+            eos_token_id=self._end or None,
+            pad_token_id=self._pad,
+            use_cache=True,
+        )
+        sharded = isinstance(self._policy.model, FSDPModule)
+        with _generation_config(generator, settings):
+            output = generator.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings,
+                **({"synced_gpus": True} if sharded else {}),
+            )  # fmt: skip
+        return output[:, ids.shape[1] :]
+
+    def _without_cache(self, ids: Tensor, mask: Tensor, room: int, temperature: float) -> Tensor:
+        width = ids.shape[1]
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        sharded = isinstance(self._policy.model, FSDPModule)  # then all make the same calls
+        for _ in range(room):
+            logits = self._policy.next_logits(ids, mask)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            drawn = temperature > 0 and Categorical(logits=logits / temperature).sample()
+            token = drawn if temperature > 0 else logits.argmax(-1)
+            ids = torch.cat([ids, token.unsqueeze(1)], 1)
+            mask = torch.cat([mask, (~ended).long().unsqueeze(1)], 1)
+            ended = ended | self._is_end(token)
+            if not sharded and bool(ended.all()):
+                break
+        return ids[:, width:]
+
+    def _is_end(self, tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, torch.tensor(self._end, dtype=torch.long, device=tokens.device))
+
+    def _until_end(self, new: Tensor) -> Tensor:
+        ends = self._is_end(new).long()
+        return ends.cumsum(-1) - ends == 0
+
+    def _read(self, result: Any, rows: int) -> Rollout:
+        if isinstance(result, Mapping):
+            result = Rollout(**result)
+        elif isinstance(result, (tuple, list)):
+            result = Rollout(*result)
+        if not isinstance(result, Rollout):
+            raise TypeError(
+                "rollout must return a Rollout, a mapping or a tuple of responses, response_masks, "
+                f"token_mask and maybe logps, got {type(result).__name__}"
+            )
+        ids = checked_ids("the rollout's responses", result.responses, self._device)
+        if len(ids) != rows:
+            raise ValueError(f"the rollout must answer {rows} prompts, got {len(ids)} responses")
+        masks = [
+            checked_mask(f"the rollout's {name}", mask, ids).long()
+            for name, mask in (
+                ("response_masks", result.response_masks), ("token_mask", result.token_mask),
+            )
+        ]  # fmt: skip
+        return Rollout(ids, *masks, result.logps)
+
+
+def read_end_tokens(model: nn.Module, given: int | Sequence[int] | None) -> list[int]:
+    """Returns the tokens that end a response: those given, or those of the model's settings."""
+    if given is None:
+        inner = base_model(model)
+        for name in ("generation_config", "config"):
+            given = getattr(getattr(inner, name, None), "eos_token_id", None)
+            if given is not None:
+                break
+    if given is None:
+        return []
+    return [given] if isinstance(given, int) else [int(token) for token in given]
+
+
+def _generator(model: nn.Module) -> nn.Module | None:
+    """Returns whose `generate` samples with a KV cache; None where there is none."""
+    inner = base_model(model)
+    if not (callable(getattr(inner, "generate", None)) and hasattr(inner, "generation_config")):
+        return None
+    adapted = without_wrapper(model)
+    adapters = adapted.peft_config.values() if has_adapter(model) else ()
+    learned_prompt = any(getattr(a, "is_prompt_learning", False) for a in adapters)
+    return adapted if learned_prompt else inner
+
+
+@contextmanager
+def _generation_config(generator: nn.Module, settings: Any) -> Iterator[None]:
+    """The model's own settings would fill in what `settings` leaves open: a penalty, a cut."""
+    owner = base_model(generator)
+    own, owner.generation_config = owner.generation_config, settings
+    try:
+        yield
+    finally:
+        owner.generation_config = own

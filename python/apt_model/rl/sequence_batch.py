@@ -1,0 +1,173 @@
+"""A batch of sampled sequences, and which of their tokens the policy answers for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..hidden_states import last_real
+from .batch_checks import check_vocabulary, checked_ids, checked_mask, checked_prompt_lengths
+
+
+@dataclass
+class SequenceBatch:
+    """N sequences.
+
+    Attributes:
+        input_ids: `(N, S)`, 0 at padding.
+        attention_mask: `(N, S)`, 1 = real token, or None where all are.
+        counted: `(N, S)`, True at the tokens of responses.
+        columns: more of each row, `(N, …)`, by name.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    counted: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """How many sequences there are."""
+        return len(self.input_ids)
+
+    @property
+    def real(self) -> Tensor:
+        """`(N, S)`, 1 = real token."""
+        mask = self.attention_mask
+        return torch.ones_like(self.input_ids) if mask is None else mask
+
+    @property
+    def tokens(self) -> Tensor:
+        """`(N, S-1)`: which log-probabilities count."""
+        return self.counted[:, 1:]
+
+    def sequences(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns ids, attention mask and counted tokens, as scorers take them."""
+        return self.input_ids, self.attention_mask, self.counted
+
+    def select(self, rows: Tensor | slice) -> SequenceBatch:
+        """Returns some of the rows."""
+        mask = self.attention_mask
+        return SequenceBatch(
+            self.input_ids[rows],
+            None if mask is None else mask[rows],
+            self.counted[rows],
+            {name: column[rows] for name, column in self.columns.items()},
+        )
+
+    def chunk(self, parts: int) -> list[SequenceBatch]:
+        """Returns at most `parts` batches of nearly as many rows each."""
+        rows = torch.arange(self.rows, device=self.input_ids.device)
+        return [self.select(part) for part in rows.tensor_split(min(parts, self.rows))]
+
+
+def make_sequence_batch(
+    responses: Tensor,
+    response_masks: Tensor | None = None,
+    *,
+    response_token_mask: Tensor | None = None,
+    prompt_lengths: int | Sequence[int] | Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    vocabulary_size: int | None = None,
+) -> SequenceBatch:
+    """Returns sequences as one checked batch on `device`.
+
+    A token counts when it is real, follows a real token, and is not of the prompt.
+
+    Args:
+        responses: `(N, S)` or `(n, group, S)` (as all that follow), integers, prompts included;
+            padding may be on either side.
+        response_masks: `(N, S)`, 1 = real token; None: all are.
+        response_token_mask: `(N, S)`, 1 = token of the response; None: all real ones are.
+        prompt_lengths: `(N,)` or a number: how many real tokens the prompts have, instead.
+        old_log_probs: `(N, S-1)`, at sampling time: the column `old_logps`, where given.
+        device: where everything is moved.
+        vocabulary_size: ids beyond it are an error (on the CPU: elsewhere looking would wait).
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    if isinstance(responses, Tensor) and responses.dim() == 3:
+        grouped = (responses, response_masks, response_token_mask, prompt_lengths, old_log_probs)
+        grouped = (t.flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 1 else t for t in grouped)
+        responses, response_masks, response_token_mask, prompt_lengths, old_log_probs = grouped
+    ids = checked_ids("responses", responses, device)
+    mask = checked_mask("response_masks", response_masks, ids)
+    answers = checked_mask("response_token_mask", response_token_mask, ids)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    if prompt_lengths is not None:
+        if answers is not None:
+            raise ValueError("give prompt_lengths or response_token_mask, not both")
+        lengths = checked_prompt_lengths(prompt_lengths, len(ids), device)
+        answers = real.cumsum(-1) > lengths.unsqueeze(-1)
+    counted = real & F.pad(real[:, :-1], (1, 0))
+    if answers is not None:
+        counted = counted & answers
+    ids = ids.masked_fill(~real, 0)
+    check_vocabulary("responses", ids, vocabulary_size)
+    if counted.device.type == "cpu" and not counted.any(-1).all():
+        row = int((~counted.any(-1)).nonzero()[0])
+        raise ValueError(f"row {row} of responses has an empty response: no token to learn from")
+    batch = SequenceBatch(ids, None if mask is None else mask.long(), counted)
+    if old_log_probs is not None:
+        batch.columns["old_logps"] = checked_logps("old_log_probs", old_log_probs, batch)
+    return batch
+
+
+def checked_logps(name: str, logps: Tensor, batch: SequenceBatch) -> Tensor:
+    """Returns one number a token but the first, `(N, S-1)`, where the batch is."""
+    if not isinstance(logps, Tensor) or logps.shape != batch.tokens.shape:
+        came = tuple(logps.shape) if isinstance(logps, Tensor) else type(logps).__name__
+        raise ValueError(f"{name} must be a tensor {tuple(batch.tokens.shape)}, got {came}")
+    return logps.detach().to(batch.input_ids.device)
+
+
+def complete_rows(rows: int, size: int) -> int:
+    """Returns how many of `rows` are in complete groups; warns of the others.
+
+    Raises:
+        ValueError: not even one group is complete.
+    """
+    complete = rows - rows % size
+    if complete == 0:
+        raise ValueError(f"{rows} rows are fewer than one group of {size}")
+    if complete < rows:
+        warnings.warn(
+            f"{rows - complete} of {rows} rows are an incomplete group of {size}: dropped",
+            stacklevel=4,
+        )
+    return complete
+
+
+def group_variances(rewards: Tensor, size: int) -> Tensor:
+    """Returns the unbiased variance of each group of `size` rewards; 0 for groups of one."""
+    return rewards.view(-1, size).var(dim=1, correction=min(1, size - 1))
+
+
+def at_last_token(rewards: Tensor, tokens: Tensor) -> Tensor:
+    """Returns rewards `(N,)` at each row's last token that counts, `(N, T)`, 0 elsewhere."""
+    placed = rewards.new_zeros(tokens.shape)
+    return placed.scatter(1, last_real(tokens).unsqueeze(1), rewards.unsqueeze(1))
+
+
+def minibatches(batch: SequenceBatch, size: int, groups: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Returns the rows of each minibatch of at most `size`, shuffled.
+
+    Every process of the process groups has as many minibatches, so that all make as many updates.
+    """
+    device, parts = batch.input_ids.device, -(-batch.rows // size)
+    for group in groups:
+        most = torch.tensor(parts, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        parts = int(most)
+    if batch.rows < parts:
+        raise ValueError(f"{batch.rows} rows here, but {parts} minibatches in another process")
+    return torch.randperm(batch.rows).to(device).tensor_split(parts)
