@@ -152,7 +152,7 @@ class TrainingLoop:
         record = {"step": self.total_steps, **metrics}
         record.update(grad_norm=norm, learning_rate=learning_rate)
         self.curves.append(record)
-        self._statistics = {key: metrics[name] for key, name in self.statistics.items()}
+        self._statistics = {key: metrics.get(name, 0.0) for key, name in self.statistics.items()}
         self._log(record)
         return metrics
 
