@@ -202,8 +202,19 @@ def test_the_loss_is_that_of_hugging_face_on_the_same_masks(given):
     ):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)
+    cut = make(
+        copy.deepcopy(model), lm_head=copy.deepcopy(model.cls), gradient_accumulation_steps=3
+    )
+    decoded = []
+    plain_decoder = model.cls.predictions.decoder
+    plain_decoder.register_forward_hook(lambda _m, inputs, _o: decoded.append(len(inputs[0])))
     metrics = trainer.train_step(**batch)
     assert metrics["mlm_loss"] == pytest.approx(output.loss.item(), abs=1e-9)
+    # The model's own head does not run: only what was given, at the masked tokens
+    assert decoded == ([metrics["num_masked"]] if given == "whole head" else [])
+    if given == "whole head":
+        assert cut.train_step(**batch) == pytest.approx(metrics, abs=1e-9)
+        assert_same_parameters(cut.model, parameters_of(model), 1e-9)
 
 
 def test_a_tied_decoder_stays_tied():
@@ -647,8 +658,10 @@ SENTENCES = [f"w{i} w{i + 1}" for i in range(0, 40, 2)]
 def test_pairs_of_sentences(tokenizer, ratio):
     ids, mask, labels = NSPDataBuilder.create_nsp_pairs(SENTENCES, tokenizer, 32, ratio)
     assert ids.shape == (19, 7) and labels.sum() == round(ratio * 19)
-    for number, (row, real, label) in enumerate(zip(ids, mask, labels, strict=True)):
-        row = row[real.bool()].tolist()
+    drawn = [NSPDataBuilder.create_nsp_pairs(SENTENCES, tokenizer, 32, ratio) for _ in range(20)]
+    ids, mask, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    for index, (row, real, label) in enumerate(zip(ids, mask, labels, strict=True)):
+        number, row = index % 19, row[real.bool()].tolist()
         assert [row[0], row[3], row[6]] == [2, 3, 3]
         assert row[1:3] == [5 + 2 * number, 6 + 2 * number]
         follows = row[4:6] == [7 + 2 * number, 8 + 2 * number]

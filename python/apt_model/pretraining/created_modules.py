@@ -46,19 +46,12 @@ class CreatedModulesLoop(TrainingLoop):
         created = {name: module for name, module in created.items() if module is not None}
         known = {id(p) for p in model.parameters()}
         for module in created.values():
-            _bring_to(module, model, known)
+            bring_beside(model, module)
         self._created = [
             p for module in created.values() for p in module.parameters() if id(p) not in known
         ]
-        self._averaged: list[nn.Parameter] = []
-        groups = data_parallel_groups([model])
-        if isinstance(model, FSDPModule):
-            _shard(created.values(), model)
-            self._created = [p for module in created.values() for p in module.parameters()]
-        elif groups:
-            self._averaged = [p for p in self._created if p.requires_grad]
-            buffers = [b for module in created.values() for b in module.buffers()]
-            _broadcast([*self._created, *buffers], groups)
+        sharded = isinstance(model, FSDPModule)
+        self._averaged = [p for p in self._created if p.requires_grad and not sharded]
         if optimizer is not None:
             add_parameters(optimizer, self._created)
         super().__init__({name: model, **created}, optimizer, device=device, **options)
@@ -69,7 +62,7 @@ class CreatedModulesLoop(TrainingLoop):
                 module.train()
 
     def _step(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        for parameter in self._averaged:
+        for parameter in self._averaged if self._data_parallel_groups else ():
             if parameter.grad is None:  # collectives need all processes
                 parameter.grad = torch.zeros_like(parameter)
             for group in self._data_parallel_groups:
@@ -77,12 +70,26 @@ class CreatedModulesLoop(TrainingLoop):
             parameter.grad /= self._processes
         return super()._step(totals)
 
+    def most_over_processes(self, count: int) -> int:
+        """Returns the largest `count` of the data-parallel processes; waits for the device."""
+        largest = torch.tensor(count, device=self.device)
+        for group in self._data_parallel_groups:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        return int(largest)
+
     def _process_index(self) -> int:
         """Returns the number of this process among those that share the batch."""
         index = 0
         for group in self._data_parallel_groups:
             index = index * dist.get_world_size(group) + dist.get_rank(group)
         return index
+
+    def _process_group(self) -> dist.ProcessGroup | None:
+        """Returns the group of all processes whose batches are one; None for this one alone."""
+        groups = self._data_parallel_groups
+        if len(groups) > 1 and self._processes != dist.get_world_size():
+            raise ValueError("over a mesh of several dimensions the negatives are of all processes")
+        return groups[0] if len(groups) == 1 else dist.group.WORLD if groups else None
 
 
 def add_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -98,26 +105,32 @@ def warmup(optimizer: Optimizer, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
 
 
-def _bring_to(module: nn.Module, model: nn.Module, known: set[int]) -> None:
-    """Moves what is not the model's to its device and dtype; a tied parameter stays itself."""
-    if any(id(p) not in known for p in module.parameters()):
-        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-        module.to(device_of(model), next(dtypes, torch.get_default_dtype()))
+def bring_beside(model: nn.Module, module: nn.Module) -> None:
+    """Brings a module to a model's device and dtype, alike in all processes, sharded as it is.
 
+    What a tied module shares with the model stays itself.
+    """
+    known = {id(p) for p in model.parameters()}
+    own = [p for p in module.parameters() if id(p) not in known]
+    if not own:
+        return
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    module.to(device_of(model), next(dtypes, torch.get_default_dtype()))
+    sharded = isinstance(model, FSDPModule)
+    if sharded and len(own) < len(list(module.parameters())):
+        raise ValueError(
+            "a head that shares parameters with an FSDP2-sharded model cannot be trained: give a "
+            "head of its own, or none"
+        )
+    groups = data_parallel_groups([model])
+    if groups:
+        own = [p for p in module.parameters() if id(p) not in known]
+        _broadcast([*own, *module.buffers()], groups)
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
 
-def _shard(modules: Iterable[nn.Module], model: nn.Module) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
-    for module in modules:
-        if any(hasattr(p, "device_mesh") for p in module.parameters()):
-            raise ValueError(
-                "a head that shares parameters with an FSDP2-sharded model cannot be trained: "
-                "give a head of its own, or none"
-            )
-        if any(True for _ in module.parameters()):
-            _broadcast([*module.parameters(), *module.buffers()], data_parallel_groups([model]))
-            fully_shard(module, mesh=mesh)
+        mesh = next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
+        fully_shard(module, mesh=mesh)
 
 
 @torch.no_grad()

@@ -65,7 +65,8 @@ class MaskedBatch:
     def chunk(self, parts: int) -> list[MaskedBatch]:
         """Returns at most `parts` batches of nearly as many sequences each."""
         rows, length = self.input_ids.shape
-        bounds = torch.linspace(0, rows, min(parts, rows) + 1).long().tolist()
+        parts = min(parts, rows)
+        bounds = [part * rows // parts for part in range(parts + 1)]
         return [self._rows(slice(a, b), length) for a, b in itertools.pairwise(bounds)]
 
     def to(self, device: torch.device | str) -> MaskedBatch:
@@ -139,7 +140,6 @@ def make_masked_batch(
     if token_type_ids is None and config.use_nsp:
         ends = (ids == config.sep_token_id).long()
         token_type_ids = (ends.cumsum(-1) - ends).clamp(max=1)
-        token_type_ids = token_type_ids if real is None else token_type_ids * real
     words = None if word_ids is None else word_ids.to(ids.device)
     masked_ids, labels, chosen = masked(config, ids, real, words, sample_ids, step, backend)
     positions = chosen.flatten().nonzero().squeeze(-1)
