@@ -202,9 +202,8 @@ def test_the_loss_is_that_of_hugging_face_on_the_same_masks(given):
     ):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)
-    cut = make(
-        copy.deepcopy(model), lm_head=copy.deepcopy(model.cls), gradient_accumulation_steps=3
-    )
+    other = copy.deepcopy(model)
+    cut = make(other, lm_head=other.cls, gradient_accumulation_steps=3)
     decoded = []
     plain_decoder = model.cls.predictions.decoder
     plain_decoder.register_forward_hook(lambda _m, inputs, _o: decoded.append(len(inputs[0])))
