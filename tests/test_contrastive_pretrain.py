@@ -441,7 +441,7 @@ def run_data_parallel(rank, folder):
                 if name == "moco":
                     with pytest.raises(ValueError, match="cannot be copied"):
                         create_contrastive_pretrainer(encoder, WIDTH, **options)
-                    more = {"encoder_momentum": fully_shard(tiny_encoder(), mesh=mesh)}
+                    more = {"encoder_momentum": fully_shard(tiny_encoder(5), mesh=mesh)}
             torch.manual_seed(7 + 10 * rank)
             trainer = create_contrastive_pretrainer(encoder, WIDTH, **options, **more)
             if name == "moco":  # the queues begin alike

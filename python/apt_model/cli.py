@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli_pretraining import add_commands as add_pretraining
+
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
@@ -26,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="apt-model", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train_dpo(commands)
+    add_pretraining(commands)
     return parser
 
 
