@@ -9,7 +9,7 @@ CONSTRAINTS ?= $(if $(GPU),,-c constraints-cpu.txt)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo demo-pretraining test bench lint format clean
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -31,6 +31,9 @@ $(VENV)/.ready: $(VENV)/.installed setup.py CMakeLists.txt $(CPP)
 
 demo: setup ## train SmolLM2-135M by DPO on movie reviews; results under out/
 	@$(BIN)/python -m apt_model.demo_dpo
+
+demo-pretraining: setup ## SimCLR, MoCo, MLM and NSP on digits and reviews; figures under benchmarks/results/
+	@$(BIN)/python -m apt_model.demo_pretraining
 
 test: setup ## all tests (under 15 minutes on 2 cores)
 	$(PYTEST) tests
