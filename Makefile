@@ -10,9 +10,9 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help setup demo demo-rl test bench gpu-report lint format clean
+.PHONY: help setup demo demo-rl demo-pretraining test bench gpu-report lint format clean
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.ready ## create .venv, install everything, build the C++ extension
 
@@ -33,8 +33,8 @@ $(VENV)/.ready: $(VENV)/.installed setup.py CMakeLists.txt $(CPP)
 demo: setup ## train SmolLM2-135M by DPO on movie reviews; results under out/
 	@$(BIN)/python -m apt_model.demo_dpo
 
-demo-rl: setup ## reward model, GRPO and RLHF on real models and text; figures in benchmarks/results/
-	@$(BIN)/python -m apt_model.demo_rl
+demo-pretraining: setup ## SimCLR, MoCo, MLM and NSP on digits and reviews; figures under benchmarks/results/
+	@$(BIN)/python -m apt_model.demo_pretraining
 
 test: setup ## all tests, a file at a time on every core (under 15 minutes on 2)
 	$(PYTEST) tests
