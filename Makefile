@@ -7,7 +7,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Without a GPU the pinned CPU versions; with one, whatever CUDA build of PyTorch pip resolves.
 CONSTRAINTS ?= $(if $(GPU),,-c constraints-cpu.txt)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .PHONY: help setup demo demo-rl demo-pretraining test bench gpu-report lint format clean
@@ -32,6 +32,9 @@ $(VENV)/.ready: $(VENV)/.installed setup.py CMakeLists.txt $(CPP)
 
 demo: setup ## train SmolLM2-135M by DPO on movie reviews; results under out/
 	@$(BIN)/python -m apt_model.demo_dpo
+
+demo-rl: setup ## reward model, GRPO and RLHF on real models and text; figures under benchmarks/results/
+	@$(BIN)/python -m apt_model.demo_rl
 
 demo-pretraining: setup ## SimCLR, MoCo, MLM and NSP on digits and reviews; figures under benchmarks/results/
 	@$(BIN)/python -m apt_model.demo_pretraining
