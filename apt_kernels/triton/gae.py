@@ -25,9 +25,12 @@ def _first(value_later, any_later, value, any_here):
 
 @triton.jit
 def _flags(ptr, offset, live, ABSENT: tl.constexpr):
+    # one return: after an early one the compiler still meets the load of None
     if ptr is None:
-        return live & ABSENT
-    return tl.load(ptr + offset, mask=live, other=0) != 0
+        flags = live & ABSENT
+    else:
+        flags = tl.load(ptr + offset, mask=live, other=0) != 0
+    return flags
 
 
 # What: A_t = delta_t + gamma lambda A_(t+1) of BLOCK_B rows, from the last step back.
