@@ -405,6 +405,8 @@ SEEDED = [
      _of("kl_penalty", "k3")),
     ("keeps the clipped gradient", "value_loss", "tl.where(worse, 0.0, error)", "error",
      _of("value_loss", "token_mean_0.2")),
+    ("measures returns from 0", "value_loss", "tl.store(pivot_ptr, pivot.to(tl.float32))",
+     "tl.store(pivot_ptr, 0.0)", _of("value_loss", "equal_returns_700")),
     ("divides by the size", "group_advantages", "tl.maximum(G - 1, 1)", "tl.maximum(G, 1)",
      _of("group_advantages", "normalized")),
     ("counts ties in full", "group_advantages", "0.5 * equal", "1.0 * equal",
