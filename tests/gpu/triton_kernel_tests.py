@@ -96,8 +96,8 @@ def test_linear_cross_entropy(name, dtype):
 # Of the registry's samples every so many, each dtype beginning with another one. The interpreter
 # takes 20 ms a program: APT_TEST_BACKEND=triton runs test_ops.py on all of them, in 20 minutes.
 EVERY = {
-    "gae": 20, "group_advantages": 8, "kl_penalty": 4, "linear_policy_loss": 24, "policy_loss": 24,
-    "value_loss": 8,
+    "gae": 20, "group_advantages": 8, "kl_penalty": 4, "linear_dpo_loss": 30,
+    "linear_policy_loss": 24, "policy_loss": 24, "value_loss": 8,
 }  # fmt: skip
 MOST_ELEMENTS = 3000
 
