@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .ops.mlm_mask import ROUNDING, mlm_mask
+from .ops.mlm_mask import mlm_mask
+from .ops.mlm_mask_arguments import ROUNDING
 
 IGNORED = -100
 FAST_TOKENIZER_WARNING = "Asking-to-pad-a-fast-tokenizer"

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch, reference
+from .. import dispatch, reference
 from ..reference.numerics import accumulate_dtype
+from .gae_arguments import check_bootstrap, check_flags, check_options, check_steps
 
 dispatch.register("gae", "gae_fwd")
 
@@ -70,14 +71,11 @@ def gae(
             backend=backend,
         )  # fmt: skip
         return results[0].numpy(), results[1].numpy()
-    _check(rewards, values, gamma, gae_lambda, whiten, time_major, cu_seqlens)
+    check_options(gamma, gae_lambda, whiten, time_major)
+    check_steps(rewards, values, time_major, cu_seqlens)
     flags = {"mask": mask, "terminated": terminated, "truncated": truncated}
-    for name, flag in flags.items():
-        if flag is not None:
-            checks.tensor(name, flag, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
-            checks.shape(name, flag, rewards.shape, "that of rewards")
-            checks.same_device(name, flag, "rewards", rewards)
-    _check_bootstrap(bootstrap, rewards, time_major, cu_seqlens)
+    check_flags(rewards, **flags)
+    check_bootstrap(bootstrap, rewards, time_major, cu_seqlens)
     backend = dispatch.choose("gae", rewards.device, backend)
     if backend == "reference":
         return reference.gae(
@@ -107,52 +105,6 @@ def _from_numpy(array: np.ndarray | None) -> Tensor | None:
 
 def _bool(flags: Tensor | None) -> Tensor | None:
     return flags if flags is None or flags.dtype == torch.bool else flags != 0
-
-
-def _check(
-    rewards: Tensor,
-    values: Tensor,
-    gamma: float,
-    gae_lambda: float,
-    whiten: bool,
-    time_major: bool,
-    cu_seqlens: Tensor | None,
-) -> None:
-    checks.tensor("rewards", rewards)
-    checks.dims("rewards", rewards, 2 if cu_seqlens is None else 1)
-    checks.pair("values", values, "rewards", rewards)
-    checks.between("gamma", gamma, 0, 1)
-    checks.between("gae_lambda", gae_lambda, 0, 1)
-    for name, flag in (("whiten", whiten), ("time_major", time_major)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {flag!r}")
-    if cu_seqlens is None:
-        return
-    if time_major:
-        raise ValueError("time_major: expected False (packed sequences have one dimension)")
-    checks.tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
-    checks.dims("cu_seqlens", cu_seqlens, 1)
-    checks.same_device("cu_seqlens", cu_seqlens, "rewards", rewards)
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected at least one offset, got none")
-
-
-def _check_bootstrap(
-    bootstrap: Tensor | None, rewards: Tensor, time_major: bool, cu_seqlens: Tensor | None
-) -> None:
-    if bootstrap is None:
-        return
-    checks.tensor("bootstrap", bootstrap)
-    checks.same_device("bootstrap", bootstrap, "rewards", rewards)
-    if cu_seqlens is not None:
-        rows = cu_seqlens.shape[0] - 1
-    else:
-        rows = rewards.shape[1 if time_major else 0]
-    if tuple(bootstrap.shape) not in ((rows,), tuple(rewards.shape)):
-        raise ValueError(
-            f"bootstrap: expected shape {(rows,)} (one a sequence) or {tuple(rewards.shape)} "
-            f"(one a step), got {tuple(bootstrap.shape)}"
-        )
 
 
 @dispatch.fake("gae_fwd")

@@ -90,8 +90,8 @@ def test_linear_cross_entropy(name, dtype):
 # Of the registry's samples every so many, each dtype beginning with another one. The interpreter
 # takes 20 ms a program: APT_TEST_BACKEND=triton runs test_ops.py on all of them, in 20 minutes.
 EVERY = {
-    "gae": 20, "group_advantages": 8, "kl_penalty": 4, "linear_policy_loss": 24, "policy_loss": 24,
-    "value_loss": 8,
+    "gae": 20, "group_advantages": 8, "kl_penalty": 4, "linear_dpo_loss": 30,
+    "linear_policy_loss": 24, "policy_loss": 24, "value_loss": 8,
 }  # fmt: skip
 MOST_ELEMENTS = 3000
 
@@ -392,6 +392,8 @@ SEEDED = [
      _of("kl_penalty", "k3")),
     ("keeps the clipped gradient", "value_loss", "tl.where(worse, 0.0, error)", "error",
      _of("value_loss", "token_mean_0.2")),
+    ("measures returns from 0", "value_loss", "tl.store(pivot_ptr, pivot.to(tl.float32))",
+     "tl.store(pivot_ptr, 0.0)", _of("value_loss", "equal_returns_700")),
     ("divides by the size", "group_advantages", "tl.maximum(G - 1, 1)", "tl.maximum(G, 1)",
      _of("group_advantages", "normalized")),
     ("counts ties in full", "group_advantages", "0.5 * equal", "1.0 * equal",
