@@ -7,11 +7,12 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Without a GPU the pinned CPU versions; with one, whatever CUDA build of PyTorch pip resolves.
 CONSTRAINTS ?= $(if $(GPU),,-c constraints-cpu.txt)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help setup demo demo-rl test bench lint format clean
+.PHONY: help setup demo demo-rl demo-pretraining test bench gpu-report lint format clean
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.ready ## create .venv, install everything, build the C++ extension
 
@@ -32,14 +33,20 @@ $(VENV)/.ready: $(VENV)/.installed setup.py CMakeLists.txt $(CPP)
 demo: setup ## train SmolLM2-135M by DPO on movie reviews; results under out/
 	@$(BIN)/python -m apt_model.demo_dpo
 
-demo-rl: setup ## reward model, GRPO and RLHF on real models and text; figures in benchmarks/results/
+demo-rl: setup ## reward model, GRPO and RLHF on real models and text; figures under benchmarks/results/
 	@$(BIN)/python -m apt_model.demo_rl
 
-test: setup ## all tests (under 15 minutes on 2 cores)
+demo-pretraining: setup ## SimCLR, MoCo, MLM and NSP on digits and reviews; figures under benchmarks/results/
+	@$(BIN)/python -m apt_model.demo_pretraining
+
+test: setup ## all tests, a file at a time on every core (under 15 minutes on 2)
 	$(PYTEST) tests
 
 bench: setup ## kernels against eager and compiled PyTorch; results under benchmarks/results/
 	@$(BIN)/python benchmarks/run.py
+
+gpu-report: setup ## on a GPU: tests, sanitizer, tuning, benchmarks; report under benchmarks/results/
+	@$(BIN)/python benchmarks/gpu_report.py
 
 lint: setup ## formatting and static checks
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -147,3 +147,13 @@ def backends() -> dict[str, Any]:
     for (operation, device), available in sorted(_BACKENDS.items()):
         operations.setdefault(operation, {})[device] = list(available)
     return {"native": native, "cuda": cuda, "triton": triton, "operations": operations}
+
+
+def empty_cache() -> int:
+    """Gives kept memory of the CPU kernels back to the system. Returns its bytes.
+
+    The last freed result of 32 MiB or more is kept for the next call of the loop (Linux only); the
+    system takes it back by itself when memory runs short. `torch.cuda.empty_cache` is the
+    counterpart of the GPU.
+    """
+    return _extension.empty_cache() if _extension is not None else 0

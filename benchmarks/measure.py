@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import apt_kernels
+
 _LIBC = ctypes.CDLL(None)
 
 
@@ -30,6 +32,7 @@ def peak_memory(run: Callable[[], object]) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
+    apt_kernels.empty_cache()
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -64,7 +67,11 @@ def alternate(
 
     Returns:
         Milliseconds of every round, by name; at least 5 rounds, then as many as fit in `seconds`.
+        On a GPU: of every repetition of triton.testing.do_bench (device time, cold second-level
+        cache), in three rounds.
     """
+    if torch.cuda.is_available():
+        return _alternate_on_gpu(runs, seconds)
     repeat = {}
     for name, run in runs.items():  # short calls are repeated inside one measurement
         run()
@@ -81,6 +88,19 @@ def alternate(
     return times
 
 
+def _alternate_on_gpu(
+    runs: dict[str, Callable[[], object]], seconds: float, rounds: int = 3
+) -> dict[str, list[float]]:
+    from triton.testing import do_bench
+
+    share = 1e3 * seconds / (rounds * len(runs))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name] += do_bench(run, warmup=share / 4, rep=share, return_mode="all")
+    return times
+
+
 def quantiles(times: list[float]) -> tuple[float, float, float]:
     """20th percentile, median, 80th percentile."""
     ordered = sorted(times)
@@ -90,4 +110,6 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 
 def ratio(slower: list[float], faster: list[float]) -> float:
     """The median over rounds of one side's time divided by the other's in the same round."""
+    if len(slower) != len(faster):  # do_bench repeats short calls more often
+        return statistics.median(slower) / statistics.median(faster)
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))

@@ -6,10 +6,11 @@ python benchmarks/readme.py        rewrites them in README.md
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 
-from apt_kernels.registry import OPS
+from apt_kernels.registry import OPS, Op
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -23,12 +24,16 @@ def operations_table() -> str:
         "|---|---|---|---|---|---|",
     ]
 
-    def there(pattern: str) -> str:
-        return "yes" if (ROOT / pattern).exists() else "–"
+    native = "".join(path.read_text() for path in (ROOT / "csrc/bindings").glob("*.cpp"))
+    cuda = (ROOT / "csrc/bindings_cuda.cpp").read_text()
+    triton = (ROOT / "apt_kernels/triton/__init__.py").read_text()
+
+    def there(op: Op, bound: str) -> str:
+        """Whether all its kernels are bound or exported (a composition has those of others)."""
+        return "yes" if all(re.search(rf"\b{name}\b", bound) for name in op.kernels) else "–"
 
     for name, op in sorted(OPS.items()):
-        layers = (f"csrc/cpu/{name}.cpp", f"csrc/cuda/{name}.cu", f"apt_kernels/triton/{name}.py")
-        cells = " | ".join(there(layer) for layer in layers)
+        cells = " | ".join(there(op, bound) for bound in (native, cuda, triton))
         lines.append(f"| `{name}` | {op.summary} | {cells} | {op.source} |")
     return "\n".join(lines)
 

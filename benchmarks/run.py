@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -23,11 +24,14 @@ from pathlib import Path
 
 import torch
 
+import apt_kernels
+import gpu_peers
 import measure
 import plots
 from apt_kernels.registry import OPS, Benchmark, Op, Sample
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = {"installed": {}, "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"}}
 FIELDS = (
     "operation", "shape", "dtype", "pass", "pages", "variant", "ms", "ms_p20", "ms_p80",
@@ -79,13 +83,49 @@ def result_bytes(run: Callable) -> int:
     return sum(r.numel() * r.element_size() for r in results if isinstance(r, torch.Tensor))
 
 
-def compare(op: Op, bench: Benchmark, dtype: torch.dtype, seconds: float) -> Iterator[dict]:
-    sample = bench.make(dtype)
-    variants = {"fused": op.function, "eager": bench.eager}
+def on_device(sample: Sample, device: str) -> Sample:
+    """The same call with tensors on the device; the CPU's own are not copied."""
+
+    def move(value):
+        if isinstance(value, (tuple, list)):
+            return type(value)(move(v) for v in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+
+    kwargs = {name: move(value) for name, value in sample.kwargs.items()}
+    return Sample(sample.name, tuple(move(v) for v in sample.args), kwargs)
+
+
+def variants_of(op: Op, bench: Benchmark, device: str) -> dict[str, Callable]:
+    """Our function first, then each of its other backends on a GPU, PyTorch and the peers."""
+    variants = {"fused": op.function}
+    if device == "cuda":
+        available = apt_kernels.backends()["operations"][op.name][device]
+        variants |= {
+            b: functools.partial(op.function, backend=b) for b in available if b != "reference"
+        }
+    variants["eager"] = bench.eager
     if bench.compiled:
         torch._dynamo.reset()
         variants["compiled"] = torch.compile(bench.eager)
-    variants |= bench.peers() if bench.peers else {}
+    return variants | installed_peers(op, bench, device)
+
+
+def installed_peers(op: Op, bench: Benchmark, device: str) -> dict[str, Callable]:
+    found = gpu_peers.of(op.name)[0] if device == "cuda" else {}
+    try:
+        return found | (bench.peers() if bench.peers else {})
+    except ImportError as error:
+        print(f"{op.name}: left out, {error}", file=sys.stderr)
+        return found
+
+
+def compare(
+    op: Op, bench: Benchmark, dtype: torch.dtype, seconds: float, device: str = DEVICE
+) -> Iterator[dict]:
+    sample = on_device(bench.make(dtype), device)
+    variants = variants_of(op, bench, device)
     if bench.comparable:
         check(op, bench.eager, sample, dtype, bench.backward)
     for name in passes(op.function, sample, bench.backward):
@@ -142,7 +182,7 @@ def child(only: list[str], seconds: float, path: Path) -> None:
             if only and op.name not in only:
                 continue
             for bench in op.benchmarks:
-                for dtype in bench.dtypes:
+                for dtype in bench.dtypes if DEVICE in bench.devices else ():
                     print(f"{op.name} {bench.name} {dtype}", file=sys.stderr, flush=True)
                     for row in compare(op, bench, dtype, seconds):
                         writer.writerow({**row, "pages": os.environ["APT_BENCH_PAGES"]})
@@ -191,7 +231,7 @@ def main() -> None:
             with path.open(newline="") as file:
                 rows += [{**row, **facts()} for row in csv.DictReader(file, FIELDS)]
     options.output.mkdir(parents=True, exist_ok=True)
-    name = "-".join(["kernels", "cuda" if torch.cuda.is_available() else "cpu", *options.only])
+    name = "-".join(["kernels", DEVICE, *options.only])
     target = options.output / f"{name}.csv"
     with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)

@@ -13,13 +13,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from apt_kernels.registry import OPS
-from run import check, passes
+from run import DEVICE, check, on_device, passes
 
 
 def _cases():
     for op in OPS.values():
         for bench in op.benchmarks:
-            for dtype in bench.dtypes:
+            for dtype in bench.dtypes if DEVICE in bench.devices else ():
                 for side in ("fused", "eager"):
                     name = f"{op.name}-{bench.name}-{str(dtype).removeprefix('torch.')}-{side}"
                     yield pytest.param(op, bench, dtype, side, id=name)
@@ -27,7 +27,7 @@ def _cases():
 
 @pytest.mark.parametrize("op, bench, dtype, side", list(_cases()))
 def test_kernel(benchmark, op, bench, dtype, side):
-    sample = bench.make(dtype)
+    sample = on_device(bench.make(dtype), DEVICE)
     if side == "fused" and bench.comparable:
         check(op, bench.eager, sample, dtype, bench.backward)
     function = op.function if side == "fused" else bench.eager

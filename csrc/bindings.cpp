@@ -1,6 +1,7 @@
 // The module apt_kernels._C. Importing it registers the operators of csrc/bindings/ with PyTorch.
 #include <pybind11/pybind11.h>
 
+#include "bindings/large_memory.h"
 #include "cpu/isa.h"
 
 namespace apt {
@@ -10,5 +11,6 @@ void define_mlm_mask_arrays(pybind11::module_& m);
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of apt_kernels; the operators are in torch.ops.apt";
   m.def("instruction_set", &apt::isa_name, "The instruction set the CPU kernels run with.");
+  m.def("empty_cache", &apt::empty_cache, "Gives kept memory back to the system; its bytes.");
   apt::define_mlm_mask_arrays(m);
 }

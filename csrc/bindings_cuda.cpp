@@ -14,6 +14,8 @@
 
 #include "apt/bradley_terry_loss.h"
 #include "apt/dpo_loss.h"
+#include "apt/gae.h"
+#include "apt/mlm_mask.h"
 #include "apt/token_logprobs.h"
 
 namespace apt::cuda {
@@ -161,9 +163,108 @@ std::tuple<Tensor, Tensor> bradley_terry_loss_fwd_cuda(Tensor chosen, Tensor rej
   return {out.loss, out.grads};
 }
 
+GaeInput gae_input(const OptionalTensor& t, bool time_major) {
+  if (!t.has_value()) return {};
+  if (t->dim() == 1) return {t->data_ptr(), t->stride(0), t->stride(0)};
+  return {t->data_ptr(), t->stride(time_major ? 1 : 0), t->stride(time_major ? 0 : 1)};
+}
+
+std::tuple<Tensor, Tensor> gae_fwd_cuda(Tensor rewards, Tensor values, OptionalTensor mask,
+                                        OptionalTensor terminated, OptionalTensor truncated,
+                                        OptionalTensor bootstrap, OptionalTensor cu_seqlens,
+                                        double gamma, double gae_lambda, bool whiten,
+                                        bool time_major) {
+  const OnDeviceOf device(rewards);
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < rewards.dim(); ++i) shape.push_back(rewards.size(i));
+  const Tensor advantages = empty(shape, ScalarType::Float, rewards);
+  const Tensor returns = empty(shape, ScalarType::Float, rewards);
+  const Tensor workspace = empty({whiten ? kGaeWorkspace : 0}, ScalarType::Double, rewards);
+  OptionalTensor flat_mask;
+  if (whiten && mask.has_value()) flat_mask = torch::stable::contiguous(*mask);
+  Gae a = {};
+  a.dtype = dtype_of(rewards);
+  const bool packed = cu_seqlens.has_value();
+  a.rows = packed ? cu_seqlens->size(0) - 1 : rewards.size(time_major ? 1 : 0);
+  a.length = rewards.size(packed || time_major ? 0 : 1);
+  a.cu_seqlens = pointer<const int64_t>(cu_seqlens);
+  a.rewards = gae_input(rewards, time_major);
+  a.values = gae_input(values, time_major);
+  a.mask = gae_input(mask, time_major);
+  a.terminated = gae_input(terminated, time_major);
+  a.truncated = gae_input(truncated, time_major);
+  a.bootstrap = gae_input(bootstrap, time_major);
+  a.bootstrap_per_step =
+      bootstrap.has_value() && (packed ? bootstrap->size(0) != a.rows : bootstrap->dim() == 2);
+  a.gamma = static_cast<float>(gamma);
+  a.decay = static_cast<float>(gamma * gae_lambda);
+  a.out_row_stride = time_major ? 1 : a.length;
+  a.out_step_stride = time_major ? a.rows : 1;
+  a.advantages = pointer<float>(advantages);
+  a.returns = pointer<float>(returns);
+  a.flat_mask = pointer<const bool>(flat_mask);
+  a.workspace = whiten ? pointer<double>(workspace) : nullptr;
+  check(gae_fwd(a, device.stream()), "gae_fwd");
+  return {advantages, returns};
+}
+
+IntegerMask integer_mask(const OptionalTensor& mask) {
+  if (!mask.has_value()) return {nullptr, 0};
+  return {mask->data_ptr(), static_cast<int>(mask->element_size())};
+}
+
+SpecialRuns special_runs_of(const std::vector<int64_t>& runs) {
+  SpecialRuns result = {};
+  result.count = static_cast<int>(runs.size() / 2);
+  STD_TORCH_CHECK(result.count <= kMaxSpecialRuns, "special_token_ids: expected at most ",
+                  kMaxSpecialRuns, " runs of consecutive ids on a GPU, got ", result.count);
+  for (int r = 0; r < result.count; ++r) {
+    result.first[r] = static_cast<int>(runs[2 * r]);
+    result.size[r] = static_cast<int>(runs[2 * r + 1]);
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> mlm_mask_fwd_cuda(
+    Tensor input_ids, OptionalTensor attention_mask, OptionalTensor special_tokens_mask,
+    OptionalTensor sample_ids, OptionalTensor word_ids, std::vector<int64_t> special_runs,
+    int64_t mask_token_id, int64_t word_count, int64_t chosen_below, int64_t mask_below,
+    int64_t random_below, int64_t seed_low, int64_t seed_high, int64_t step, bool at_least_one) {
+  const OnDeviceOf device(input_ids);
+  const std::vector<int64_t> shape = {input_ids.size(0), input_ids.size(1)};
+  const Tensor masked_ids = empty(shape, input_ids.scalar_type(), input_ids);
+  const Tensor labels = empty(shape, input_ids.scalar_type(), input_ids);
+  const Tensor positions = empty(shape, ScalarType::Bool, input_ids);
+  const MlmMask a = {shape[0],
+                     shape[1],
+                     static_cast<int>(input_ids.element_size()),
+                     input_ids.data_ptr(),
+                     integer_mask(attention_mask),
+                     integer_mask(special_tokens_mask),
+                     pointer<const int64_t>(sample_ids),
+                     pointer<const int64_t>(word_ids),
+                     special_runs_of(special_runs),
+                     static_cast<int>(mask_token_id),
+                     static_cast<uint32_t>(word_count),
+                     chosen_below,
+                     mask_below,
+                     random_below,
+                     static_cast<uint32_t>(seed_low),
+                     static_cast<uint32_t>(seed_high),
+                     static_cast<uint32_t>(step),
+                     at_least_one,
+                     masked_ids.data_ptr(),
+                     labels.data_ptr(),
+                     pointer<bool>(positions)};
+  check(mlm_mask_fwd(a, device.stream()), "mlm_mask_fwd");
+  return {masked_ids, labels, positions};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(apt, CUDA, m) {
+  m.impl("gae_fwd", TORCH_BOX(&gae_fwd_cuda));
+  m.impl("mlm_mask_fwd", TORCH_BOX(&mlm_mask_fwd_cuda));
   m.impl("token_logprobs_fwd", TORCH_BOX(&token_logprobs_fwd_cuda));
   m.impl("token_logprobs_bwd", TORCH_BOX(&token_logprobs_bwd_cuda));
   m.impl("dpo_loss_fwd", TORCH_BOX(&dpo_loss_fwd_cuda));

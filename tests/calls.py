@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from apt_kernels.registry import Sample
+from apt_kernels.registry import Op, Sample
+from apt_kernels.testing import assert_as_accurate
 
 
 def map_tensors(value, change: Callable[[Tensor], Tensor]):
@@ -81,3 +82,24 @@ def call(function: Callable, sample: Sample, upstream_scale: float = 1.0, **kwar
         for o in ends
     ]
     return outputs, torch.autograd.grad(ends, inputs, upstream)
+
+
+def assert_as_the_reference(op: Op, sample: Sample, device: str, backend: str) -> None:
+    """Values and gradients as accurate as the reference's, the same twice, the inputs untouched."""
+    given, sample = sample, fresh(sample, device)
+    before = map_sample(sample, lambda t: t.detach().clone())
+    outputs, grads = call(op.function, sample, backend=backend)
+    plain_outputs, plain_grads = call(op.reference, fresh(given, device))
+    exact_outputs, exact_grads = call(op.reference, in_float64(fresh(given, device)))
+    assert len(outputs) == len(plain_outputs) and len(grads) == len(plain_grads)
+    for i, triple in enumerate(zip(outputs, plain_outputs, exact_outputs, strict=True)):
+        assert_as_accurate(*triple, name=f"output {i}")
+    for i, triple in enumerate(zip(grads, plain_grads, exact_grads, strict=True)):
+        assert_as_accurate(*triple, name=f"gradient {i}")
+
+    again, grads_again = call(op.function, fresh(given, device), backend=backend)
+    for first, second in zip((*outputs, *grads), (*again, *grads_again), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    if not op.function.__name__.endswith("_"):
+        for now, then in zip(tensors(sample), tensors(before), strict=True):
+            torch.testing.assert_close(now.detach(), then, rtol=0, atol=0, equal_nan=True)

@@ -1,10 +1,14 @@
 """Every test: one thread, deterministic algorithms (PyTorch then fills new memory with NaN, also in
 C++), a fixed seed, and a compilation cache of its own (a stale one would replay old fakes)."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="apt_inductor_"))
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="apt_inductor_")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest

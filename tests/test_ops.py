@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import apt_kernels
 from apt_kernels import dispatch
 from apt_kernels.registry import OPS
-from apt_kernels.testing import assert_as_accurate
-from calls import call, fresh, in_float64, map_sample, tensors
+from calls import assert_as_the_reference, call, fresh, tensors
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 if os.environ.get("APT_TEST_CUDA_EMULATION") == "1":
@@ -74,23 +73,7 @@ def _has_kernels(op) -> bool:
 
 @pytest.mark.parametrize("op, device, backend, sample", list(_cases()))
 def test_values_and_gradients(op, device, backend, sample):
-    given, sample = sample, fresh(sample, device)
-    before = map_sample(sample, lambda t: t.detach().clone())
-    outputs, grads = call(op.function, sample, backend=backend)
-    plain_outputs, plain_grads = call(op.reference, fresh(given, device))
-    exact_outputs, exact_grads = call(op.reference, in_float64(fresh(given, device)))
-    assert len(outputs) == len(plain_outputs) and len(grads) == len(plain_grads)
-    for i, triple in enumerate(zip(outputs, plain_outputs, exact_outputs, strict=True)):
-        assert_as_accurate(*triple, name=f"output {i}")
-    for i, triple in enumerate(zip(grads, plain_grads, exact_grads, strict=True)):
-        assert_as_accurate(*triple, name=f"gradient {i}")
-
-    again, grads_again = call(op.function, fresh(given, device), backend=backend)
-    for first, second in zip((*outputs, *grads), (*again, *grads_again), strict=True):
-        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
-    if not op.function.__name__.endswith("_"):
-        for now, then in zip(tensors(sample), tensors(before), strict=True):
-            torch.testing.assert_close(now.detach(), then, rtol=0, atol=0, equal_nan=True)
+    assert_as_the_reference(op, sample, device, backend)
 
 
 @pytest.mark.parametrize("op, sample", list(_each_sample()))

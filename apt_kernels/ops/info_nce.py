@@ -244,7 +244,7 @@ def _(
     losses = query.new_empty(rows, dtype=accumulate_dtype(query))
     stats = losses.new_empty((rows, 2), dtype=torch.float64)
     column_stats = stats.new_empty((rows if symmetric else 0, 2))
-    slopes = losses.new_empty(rows if need_slopes else 0)
+    slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     return losses, torch.empty_like(losses), slopes, stats, column_stats
 
 

@@ -198,7 +198,7 @@ class _NTXentOverRanks(torch.autograd.Function):
 def _(z1, z2, temperature, number, normalize, need_slopes):
     rows = 2 * z1.shape[0]
     losses = z1.new_empty(rows, dtype=accumulate_dtype(z1))
-    slopes = losses.new_empty(rows if need_slopes else 0)
+    slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     stats = losses.new_empty((rows, 2), dtype=torch.float64)
     return losses, torch.empty_like(losses), slopes, stats
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
-from .tokens import AGGREGATIONS, adjacent, alike, boolean, normalizer_tensor
+from .policy_options import METRICS, check_options, check_tensors, kernel_options
+from .tokens import adjacent, alike, boolean, normalizer_tensor
 
 dispatch.register("policy_loss", "policy_loss_fwd")
-
-_LOSS_TYPES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
-_RATIO_LEVELS = {"token": 0, "sequence": 1}
-_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
-_METRICS = (
-    "policy_loss", "approx_kl", "ppo_kl", "clip_fraction", "dual_clip_fraction", "ref_kl",
-    "entropy",
-)  # fmt: skip
-_DEFAULT_CLIP, _DEFAULT_TAU_POS, _DEFAULT_TAU_NEG = 0.2, 1.0, 1.05
 
 
 def policy_loss(
@@ -98,9 +88,10 @@ def policy_loss(
         "aggregation": aggregation,
     }
     check_options(**options)
-    check_tensors(
-        logps, old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer
-    )
+    checks.tensor("logps", logps)
+    checks.dims("logps", logps, 2)
+    inputs = (old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer)
+    check_tensors("logps", logps, *inputs)
     if entropy is not None:
         checks.pair("entropy", entropy, "logps", logps)
     elif entropy_coef:
@@ -118,169 +109,7 @@ def policy_loss(
         *kernel_options(**options),
         backend,
     )
-    return loss, dict(zip(_METRICS, metrics.unbind(), strict=True))
-
-
-def check_options(
-    loss_type: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    ratio_level: str,
-    sapo_temperature_pos: float | None,
-    sapo_temperature_neg: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    aggregation: str,
-) -> None:
-    checks.choice("loss_type", loss_type, _LOSS_TYPES)
-    checks.choice("ratio_level", ratio_level, _RATIO_LEVELS)
-    checks.choice("kl_estimator", kl_estimator, _ESTIMATORS)
-    checks.choice("aggregation", aggregation, AGGREGATIONS)
-    checks.between("clip_low", clip_low, 0, 1)
-    checks.at_least_zero("clip_high", clip_high)
-    checks.finite("kl_coef", kl_coef)
-    checks.finite("entropy_coef", entropy_coef)
-    if loss_type in ("sapo", "reinforce"):
-        for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
-            if value != _DEFAULT_CLIP:
-                raise ValueError(f"{name}: expected {_DEFAULT_CLIP}, as {loss_type} has no clip")
-    if dual_clip is not None:
-        if loss_type != "clip":
-            checks.unused("dual_clip", dual_clip, f"{loss_type} has none")
-        checks.finite("dual_clip", dual_clip)
-        if dual_clip <= 1:
-            raise ValueError(f"dual_clip: expected a number above 1, got {dual_clip}")
-    for name, value in (
-        ("sapo_temperature_pos", sapo_temperature_pos),
-        ("sapo_temperature_neg", sapo_temperature_neg),
-    ):
-        if value is not None:
-            if loss_type != "sapo":
-                checks.unused(name, value, f"{loss_type} has none")
-            checks.positive(name, value)
-    if ratio_level == "sequence" and loss_type == "reinforce":
-        raise ValueError("ratio_level: expected 'token', as reinforce has no ratio")
-
-
-def check_tensors(
-    logps: Tensor,
-    old_logps: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    ref_logps: Tensor | None,
-    kl_coef: float,
-    rollout_weights: Tensor | None,
-    normalizer: float | Tensor | None,
-) -> None:
-    checks.tensor("logps", logps)
-    checks.dims("logps", logps, 2)
-    if old_logps is not None:
-        checks.pair("old_logps", old_logps, "logps", logps, constant_=True)
-    checks.per_row_or_token("advantages", advantages, "logps", logps)
-    checks.token_mask("mask", mask, "logps", logps)
-    if ref_logps is not None:
-        checks.pair("ref_logps", ref_logps, "logps", logps, constant_=True)
-    elif kl_coef:
-        raise ValueError("ref_logps: expected a tensor, as kl_coef is not 0, got None")
-    if rollout_weights is not None:
-        checks.per_row_or_token("rollout_weights", rollout_weights, "logps", logps)
-    checks.normalizer(normalizer, "logps", logps)
-
-
-def kernel_options(
-    loss_type: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    ratio_level: str,
-    sapo_temperature_pos: float | None,
-    sapo_temperature_neg: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    aggregation: str,
-) -> tuple[int | float, ...]:
-    """The options as the kernel takes them, in its order."""
-    return (
-        _LOSS_TYPES[loss_type],
-        _RATIO_LEVELS[ratio_level],
-        _ESTIMATORS[kl_estimator],
-        AGGREGATIONS[aggregation],
-        float(clip_low),
-        float(clip_high),
-        math.inf if dual_clip is None else float(dual_clip),
-        _DEFAULT_TAU_POS if sapo_temperature_pos is None else float(sapo_temperature_pos),
-        _DEFAULT_TAU_NEG if sapo_temperature_neg is None else float(sapo_temperature_neg),
-        float(kl_coef),
-        float(entropy_coef),
-    )
-
-
-class PolicyLoss(nn.Module):
-    """`policy_loss` as a module; its arguments are the options of the function."""
-
-    def __init__(
-        self,
-        loss_type: str = "clip",
-        *,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        dual_clip: float | None = None,
-        ratio_level: str = "token",
-        sapo_temperature_pos: float | None = None,
-        sapo_temperature_neg: float | None = None,
-        kl_coef: float = 0.0,
-        kl_estimator: str = "k3",
-        entropy_coef: float = 0.0,
-        aggregation: str = "token_mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        options = {
-            "loss_type": loss_type,
-            "clip_low": clip_low,
-            "clip_high": clip_high,
-            "dual_clip": dual_clip,
-            "ratio_level": ratio_level,
-            "sapo_temperature_pos": sapo_temperature_pos,
-            "sapo_temperature_neg": sapo_temperature_neg,
-            "kl_coef": kl_coef,
-            "kl_estimator": kl_estimator,
-            "entropy_coef": entropy_coef,
-            "aggregation": aggregation,
-        }
-        check_options(**options)
-        self.options = {**options, "backend": backend}
-
-    def forward(
-        self,
-        logps: Tensor,
-        old_logps: Tensor | None,
-        advantages: Tensor,
-        mask: Tensor,
-        *,
-        ref_logps: Tensor | None = None,
-        entropy: Tensor | None = None,
-        rollout_weights: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics)."""
-        return policy_loss(
-            logps,
-            old_logps,
-            advantages,
-            mask,
-            ref_logps=ref_logps,
-            entropy=entropy,
-            rollout_weights=rollout_weights,
-            normalizer=normalizer,
-            **self.options,
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
+    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -316,5 +145,5 @@ class _PolicyLoss(torch.autograd.Function):
 def _(logps, *arguments):
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
     need_entropy = arguments[-1]
-    shapes = (), (len(_METRICS),), logps.shape, logps.shape if need_entropy else (0,)
+    shapes = (), (len(METRICS),), logps.shape, logps.shape if need_entropy else (0,)
     return tuple(logps.new_empty(shape, dtype=dtype) for shape in shapes)

@@ -183,7 +183,7 @@ class _SigLIPLoss(torch.autograd.Function):
 def _(query, key, temperature, number, bias, bias_number, normalize, label_offset, need_slopes):
     rows = query.shape[0]
     losses = query.new_empty(rows, dtype=accumulate_dtype(query))
-    slopes = losses.new_empty(rows if need_slopes else 0)
+    slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     return losses, torch.empty_like(losses), slopes, torch.empty_like(slopes)
 
 

@@ -162,7 +162,7 @@ def _(
 ):  # fmt: skip
     rows = features.shape[0]
     losses = features.new_empty(rows, dtype=accumulate_dtype(features))
-    slopes = losses.new_empty(rows if need_slopes else 0)
+    slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     stats = losses.new_empty((rows, 2), dtype=torch.float64)
     return losses, torch.empty_like(losses), slopes, stats
 

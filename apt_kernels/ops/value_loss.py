@@ -42,7 +42,7 @@ def value_loss(
     Returns:
         `(loss, metrics)`, 0-dim float32 (float64 for float64 values). The metrics, without a
         graph: clip_fraction, and explained_variance = 1 - Var(R - v) / Var(R) over the tokens
-        that count, 0 where the returns do not vary.
+        that count, 0 where their returns are all equal.
 
     Raises:
         ValueError, TypeError: a wrong argument.

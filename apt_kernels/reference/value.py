@@ -34,7 +34,7 @@ def value_loss(
 
     Returns:
         `(loss, metrics)`: `clip_fraction`, and `explained_variance` = 1 - Var(R - v) / Var(R)
-        over the tokens that count, 0 where the returns do not vary.
+        over the tokens that count, 0 where their returns are all equal.
     """
     dtype = accumulate_dtype(values)
     mask = mask.bool()
@@ -52,10 +52,19 @@ def value_loss(
     spread = _sum_of_squares(target, mask, tokens)
     unexplained = _sum_of_squares(target - v.detach(), mask, tokens)
     explained = 1 - unexplained / torch.where(spread > 0, spread, torch.ones_like(spread))
+    explained = torch.where((spread > 0) & _vary(target, mask), explained, 0.0)
     return loss, {
         "clip_fraction": (clipped & mask).sum().to(dtype) / tokens,
-        "explained_variance": torch.where(spread > 0, explained, torch.zeros_like(spread)),
+        "explained_variance": explained,
     }
+
+
+def _vary(values: Tensor, mask: Tensor) -> Tensor:
+    """Whether the values that count are not all equal: around a rounded mean these vary too."""
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.bool, device=values.device)
+    largest = values.masked_fill(~mask, -torch.inf).amax()
+    return largest > values.masked_fill(~mask, torch.inf).amin()
 
 
 def _sum_of_squares(values: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:

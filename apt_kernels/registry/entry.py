@@ -37,7 +37,8 @@ class Benchmark:
 
     make(dtype) gives the arguments, on the CPU; eager is the plain PyTorch a user would write, of
     the same arguments. Both must return the differentiable result first. bytes_moved and
-    backward_bytes_moved are the floor: what the memory must carry, forward and backward.
+    backward_bytes_moved are the floor: what the memory must carry, forward and backward; flops and
+    backward_flops what the products need, where there are any.
     """
 
     name: str
@@ -47,11 +48,14 @@ class Benchmark:
     backward: bool = True
     bytes_moved: Callable[[Sample], int] | None = None
     backward_bytes_moved: Callable[[Sample], int] | None = None
+    flops: Callable[[Sample], int] | None = None
+    backward_flops: Callable[[Sample], int] | None = None
     # Other libraries' functions of the same arguments, by name; imported when called, and left out
     # where they are not installed.
     peers: Callable[[], dict[str, Callable]] | None = None
     comparable: bool = True  # the same values: checked before time is taken
     compiled: bool = True  # compare with torch.compile(eager) as well
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ def _peers() -> dict[str, Callable]:
     return {"torchrl": torchrl}
 
 
-def _benchmark(rows: int, length: int) -> Benchmark:
+def _benchmark(rows: int, length: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Benchmark:
     return Benchmark(
         name=f"{rows} x {length}",
         make=lambda dtype: Sample("", _inputs(rows, length, dtype=dtype)),
@@ -264,6 +264,7 @@ def _benchmark(rows: int, length: int) -> Benchmark:
         # reads rewards and values, writes advantages and returns
         bytes_moved=lambda s: s.args[0].numel() * (2 * s.args[0].element_size() + 8),
         peers=_peers,
+        devices=devices,
         compiled=False,  # a loop of a thousand steps does not compile in reasonable time
     )
 
@@ -278,5 +279,10 @@ OP = Op(
     rejected=rejected,
     source="Schulman 2016",
     summary="generalised advantage estimation",
-    benchmarks=(_benchmark(256, 1024), _benchmark(4096, 8), _benchmark(16, 65536)),
+    benchmarks=(
+        _benchmark(256, 1024),
+        _benchmark(4096, 8),
+        _benchmark(16, 65536),
+        _benchmark(8192, 1024, devices=("cuda",)),
+    ),
 )

@@ -165,6 +165,8 @@ def _benchmark(name: str, plain) -> Benchmark:
         # the weight is read and its gradient written in the forward pass; nothing afterwards
         bytes_moved=lambda s: 2 * s.args[1].numel() * s.args[1].element_size(),
         backward_bytes_moved=lambda s: 0,
+        flops=lambda s: 2 * int(labelled * rows) * features * vocab,
+        backward_flops=lambda s: 4 * int(labelled * rows) * features * vocab,
     )
 
 

@@ -149,13 +149,21 @@ def eager(
 
 
 def _benchmark(
-    rows: int, features: int, vocab: int, frozen_head: bool = False, masked: bool = False
+    rows: int,
+    features: int,
+    vocab: int,
+    frozen_head: bool = False,
+    masked: bool = False,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> Benchmark:
     def make(dtype: torch.dtype) -> Sample:
         hidden, weight = hidden_and_weight(rows, features=features, vocab=vocab, dtype=dtype)
         tokens = ids(rows, vocab=vocab)
         mask = {"mask": torch.arange(rows) % 2 == 0} if masked else {}
         return Sample("", (hidden, weight.detach() if frozen_head else weight, tokens), mask)
+
+    def product(s: Sample, masked: bool) -> int:
+        return 2 * rows * features * vocab // (1 + masked)
 
     suffix = ", frozen head" * frozen_head + ", half masked" * masked
     return Benchmark(
@@ -167,6 +175,10 @@ def _benchmark(
         backward_bytes_moved=lambda s: (
             (1 + s.args[1].requires_grad) * s.args[1].numel() * s.args[1].element_size()
         ),
+        # one product forward; backward the same again and one for each gradient
+        flops=lambda s: product(s, masked),
+        backward_flops=lambda s: (2 + s.args[1].requires_grad) * product(s, masked),
+        devices=devices,
     )
 
 
@@ -184,5 +196,6 @@ OP = Op(
         _benchmark(1024, 576, 49152),
         _benchmark(1024, 576, 49152, masked=True),
         _benchmark(1024, 576, 49152, frozen_head=True),
+        _benchmark(8192, 4096, 131072, devices=("cuda",)),
     ),
 )

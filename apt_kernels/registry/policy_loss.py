@@ -43,7 +43,7 @@ def tokens(rows: int, length: int, dtype: torch.dtype) -> dict[str, torch.Tensor
     return {
         "logps": logps.to(dtype).requires_grad_(),
         "old_logps": old.to(dtype),
-        "advantages": _randn(*shape, dtype=dtype, seed=6),
+        "advantages": (0.3 + _randn(*shape, dtype=torch.float32, seed=6)).to(dtype),
         "mask": mask,
         "ref_logps": ref.to(dtype),
         "entropy": entropy.to(dtype),

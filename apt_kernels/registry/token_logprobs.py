@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -146,7 +146,17 @@ def eager(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
-def _benchmark(rows: int, vocab: int) -> Benchmark:
+def peers() -> dict[str, Callable]:
+    """The read pass that bounds the forward, and the function that TRL calls."""
+    found: dict[str, Callable] = {"logits.sum()": lambda logits, token_ids: logits.sum(-1)}
+    try:
+        from trl.trainer.utils import selective_log_softmax
+    except ImportError:
+        return found
+    return found | {"TRL": selective_log_softmax}
+
+
+def _benchmark(rows: int, vocab: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Benchmark:
     def make(dtype: torch.dtype) -> Sample:
         x = _logits(rows, vocab, dtype=dtype).requires_grad_()
         return Sample("", (x, _ids(rows, vocab=vocab)))
@@ -159,6 +169,8 @@ def _benchmark(rows: int, vocab: int) -> Benchmark:
         # forward reads the logits; backward reads them and writes the gradient
         bytes_moved=lambda s: s.args[0].numel() * s.args[0].element_size(),
         backward_bytes_moved=lambda s: 2 * s.args[0].numel() * s.args[0].element_size(),
+        peers=peers,
+        devices=devices,
     )
 
 
@@ -172,5 +184,10 @@ OP = Op(
     rejected=rejected,
     source="Milakov & Gimelshein 2018",
     summary="log-softmax gathered at token ids, and the entropy",
-    benchmarks=(_benchmark(1024, 32000), _benchmark(512, 151936)),
+    benchmarks=(
+        _benchmark(1024, 32000),
+        _benchmark(512, 151936),
+        _benchmark(8192, 128256, devices=("cuda",)),
+        _benchmark(8192, 151936, devices=("cuda",)),
+    ),
 )

@@ -59,7 +59,7 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
             yield _call(f"{aggregation}_{clip_range}", x, **kwargs)
             yield _call(f"{aggregation}_{clip_range}_normalizer", x, normalizer=7.5, **kwargs)
     yield from _masked(dtype)
-    yield _call("equal_returns", {**x, "returns": torch.full_like(x["returns"], 0.5)})
+    yield _call("equal_returns", {**x, "returns": torch.full_like(x["returns"], 0.1)})
     yield _call("perfect", {**x, "returns": x["values"].detach().clone()}, clip_range=0.1)
     far = {**x, "returns": (x["returns"].detach().float() + 64).to(dtype)}
     yield _call("far_from_zero", far, clip_range=0.2)

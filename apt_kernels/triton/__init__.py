@@ -3,27 +3,52 @@
 from apt_kernels.triton.bradley_terry_loss import bradley_terry_loss_fwd
 from apt_kernels.triton.dpo_loss import dpo_loss_fwd
 from apt_kernels.triton.ema_update_ import ema_update_fwd
+from apt_kernels.triton.gae import gae_fwd
+from apt_kernels.triton.group_advantages import group_advantages_fwd
+from apt_kernels.triton.info_nce import info_nce_bwd, info_nce_fwd
+from apt_kernels.triton.kl_penalty import kl_penalty_bwd, kl_penalty_fwd
 from apt_kernels.triton.linear_cross_entropy import linear_cross_entropy_fwd
+from apt_kernels.triton.linear_policy_loss import linear_policy_loss_fwd
 from apt_kernels.triton.linear_token_logprobs import (
     linear_token_logprobs_bwd,
     linear_token_logprobs_fwd,
 )
 from apt_kernels.triton.mlm_mask import mlm_mask_fwd
+from apt_kernels.triton.nt_xent import nt_xent_bwd, nt_xent_fwd
+from apt_kernels.triton.policy_loss import policy_loss_fwd
 from apt_kernels.triton.queue_push_ import queue_push_fwd
 from apt_kernels.triton.sequence_logps import sequence_logps_bwd, sequence_logps_fwd
+from apt_kernels.triton.siglip_loss import siglip_loss_bwd, siglip_loss_fwd
+from apt_kernels.triton.sup_con_loss import sup_con_loss_bwd, sup_con_loss_fwd
 from apt_kernels.triton.token_logprobs import token_logprobs_bwd, token_logprobs_fwd
+from apt_kernels.triton.value_loss import value_loss_fwd
 
 __all__ = [
     "bradley_terry_loss_fwd",
     "dpo_loss_fwd",
     "ema_update_fwd",
+    "gae_fwd",
+    "group_advantages_fwd",
+    "info_nce_bwd",
+    "info_nce_fwd",
+    "kl_penalty_bwd",
+    "kl_penalty_fwd",
     "linear_cross_entropy_fwd",
+    "linear_policy_loss_fwd",
     "linear_token_logprobs_bwd",
     "linear_token_logprobs_fwd",
     "mlm_mask_fwd",
+    "nt_xent_bwd",
+    "nt_xent_fwd",
+    "policy_loss_fwd",
     "queue_push_fwd",
     "sequence_logps_bwd",
     "sequence_logps_fwd",
+    "siglip_loss_bwd",
+    "siglip_loss_fwd",
+    "sup_con_loss_bwd",
+    "sup_con_loss_fwd",
     "token_logprobs_bwd",
     "token_logprobs_fwd",
+    "value_loss_fwd",
 ]

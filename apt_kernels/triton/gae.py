@@ -7,6 +7,7 @@ import triton.language as tl
 from apt_kernels.triton import rows
 
 WHITEN_BLOCK = 4096  # advantages a program takes: 16 a thread at 8 warps
+OF_A_WARP = 256  # steps: 8 a thread, of several rows where they are short
 WHITEN_PROGRAMS = 1024  # partial sums that every program of the next step adds, at most
 
 
@@ -206,8 +207,9 @@ def gae_fwd(
     if time_major:  # rows are adjacent: many of them, and few steps at a time
         block_b, block_t, warps = 64, 8, 2
     else:
-        block_b, block_t = 1, min(1024, triton.next_power_of_2(T))
-        warps = max(1, block_t // 256)
+        block_t = min(1024, triton.next_power_of_2(T))
+        block_b = max(1, OF_A_WARP // block_t) if cu_seqlens is None else 1
+        warps = max(1, block_t // OF_A_WARP)
     inputs = (rewards, values, mask, terminated, truncated, bootstrap)
     with rows.device_of(rewards):
         _gae_fwd_kernel[(triton.cdiv(B, block_b),)](

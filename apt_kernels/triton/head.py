@@ -50,6 +50,9 @@ HALF_TILES = Tiles(rows=128, columns=128, depth=64, warps=8, stages=3)
 # Where more than a plain softmax follows the product, wide tiles do not fit in the registers.
 NARROW_HALF_TILES = Tiles(rows=128, columns=64, depth=32, warps=8, stages=4)
 FLOAT_TILES = Tiles(rows=64, columns=64, depth=16, warps=8, stages=3)
+# Rows of an odd width come in single elements, through registers: half the tile, or it spills.
+ODD_HALF_TILES = Tiles(rows=64, columns=32, depth=32, warps=8, stages=2)
+ODD_FLOAT_TILES = Tiles(rows=32, columns=32, depth=16, warps=4, stages=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +72,20 @@ class Head:
 
     @property
     def tiles(self) -> Tiles:
-        return HALF_TILES if self.hidden.element_size() == 2 else FLOAT_TILES
+        half = self.hidden.element_size() == 2
+        if self.odd:
+            return ODD_HALF_TILES if half else ODD_FLOAT_TILES
+        return HALF_TILES if half else FLOAT_TILES
+
+    @property
+    def odd(self) -> bool:
+        """Widths that Triton does not know to divide by 16, so that it loads single elements."""
+        return self.hidden.shape[-1] % 16 != 0
 
     def logit_tiles(self, plain: bool) -> Tiles:
         """The tiles of logits, of as many rows as the others; plain: nothing but a softmax."""
-        if self.hidden.element_size() == 2 and (self.softcap or not plain):
+        crowded = self.softcap or not plain or (self.bias is not None and self.live is not None)
+        if self.hidden.element_size() == 2 and not self.odd and crowded:
             return NARROW_HALF_TILES
         return self.tiles
 

@@ -8,11 +8,32 @@ from apt_kernels.triton import rows
 from apt_kernels.triton.tokens import BLOCK, ROWS_BLOCK, count_rows, row_scale, sum_partials
 
 
-# What: the sums of R and of R - v of a tile of tokens.
+# What: the first return that counts, from which the returns are measured: the squares of equal ones
+# are 0. Passes: one over the lengths and the mask of one row. One program.
+@triton.jit(do_not_specialize=["B", "T", "returns_b", "mask_b"])
+def _pivot_kernel(
+    returns_ptr, mask_ptr, lengths_ptr, pivot_ptr, B: tl.int64, T: tl.int64, returns_b: tl.int64,
+    mask_b: tl.int64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = B
+    for start in range(0, B, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        full = tl.load(lengths_ptr + i, mask=i < B, other=0) > 0
+        row = tl.minimum(row, tl.min(tl.where(full, i, B), 0))
+    first = T
+    for begin in range(0, T, BLOCK):
+        t = begin + tl.arange(0, BLOCK)
+        counts = tl.load(mask_ptr + row * mask_b + t, mask=(t < T) & (row < B), other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(counts, t, T), 0))
+    pivot = tl.load(returns_ptr + row * returns_b + first, mask=first < T, other=0.0)
+    tl.store(pivot_ptr, pivot.to(tl.float32))
+
+
+# What: the sums of R - pivot and of R - v of a tile of tokens.
 # Passes: one. Bytes: returns, values and mask read. Parallelism: a tile of a row a program.
 @triton.jit(do_not_specialize=["B", "T", "values_b", "returns_b", "mask_b"])
 def _means_kernel(
-    values_ptr, returns_ptr, mask_ptr, partials_ptr, B: tl.int64, T: tl.int64,
+    values_ptr, returns_ptr, mask_ptr, pivot_ptr, partials_ptr, B: tl.int64, T: tl.int64,
     values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -21,7 +42,8 @@ def _means_kernel(
     counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
     value = tl.load(values_ptr + row * values_b + t, mask=counts, other=0.0).to(tl.float32)
     target = tl.load(returns_ptr + row * returns_b + t, mask=counts, other=0.0).to(tl.float32)
-    tl.store(partials_ptr + place, tl.sum(target, 0))
+    from_pivot = tl.where(counts, target - tl.load(pivot_ptr), 0.0)
+    tl.store(partials_ptr + place, tl.sum(from_pivot, 0))
     tl.store(partials_ptr + B * tl.num_programs(1) + place, tl.sum(target - value, 0))
 
 
@@ -30,7 +52,7 @@ def _means_kernel(
 # written. Parallelism: a tile of a row a program. Accuracy: float32, fixed order.
 @triton.jit(do_not_specialize=["B", "T", "values_b", "returns_b", "mask_b", "old_b"])
 def _value_loss_fwd_kernel(
-    values_ptr, returns_ptr, mask_ptr, old_ptr, normalizer_ptr, lengths_ptr, means_ptr,
+    values_ptr, returns_ptr, mask_ptr, old_ptr, normalizer_ptr, lengths_ptr, pivot_ptr, means_ptr,
     partials_ptr, grad_values_ptr, B: tl.int64, T: tl.int64,
     values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64, old_b: tl.int64,
     clip_range: tl.float32, AGGREGATION: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -57,7 +79,7 @@ def _value_loss_fwd_kernel(
         grad = tl.where(worse, 0.0, error)
         clipped = tl.where(worse, 1.0, 0.0)
     tl.store(grad_values_ptr + row * T + t, tl.where(counts, grad * scale, 0.0), mask=t < T)
-    from_mean = tl.where(counts, target - tl.load(means_ptr), 0.0)
+    from_mean = tl.where(counts, target - tl.load(pivot_ptr) - tl.load(means_ptr), 0.0)
     unexplained = tl.where(counts, -error - tl.load(means_ptr + 1), 0.0)
     tl.store(partials_ptr + place, tl.sum(0.5 * squared * scale, 0))
     tl.store(partials_ptr + P + place, tl.sum(clipped, 0))
@@ -88,13 +110,17 @@ def value_loss_fwd(values, returns, mask, old_values, normalizer, aggregation, c
     partials = grad_values.new_empty((2, B * tiles)), grad_values.new_empty((4, B * tiles))
     inputs = (values, returns, mask)
     strides = tuple(0 if x is None else x.stride(0) for x in (*inputs, old_values))
+    pivot = grad_values.new_empty(())
     with rows.device_of(values):
+        _pivot_kernel[(1,)](
+            returns, mask, lengths, pivot, B, T, *strides[1:3], BLOCK=ROWS_BLOCK, num_warps=4
+        )
         _means_kernel[(B, tiles)](
-            *inputs, partials[0], B, T, *strides[:3], BLOCK=BLOCK, num_warps=4
+            *inputs, pivot, partials[0], B, T, *strides[:3], BLOCK=BLOCK, num_warps=4
         )
         means = sum_partials(partials[0], lengths, 0b11)
         _value_loss_fwd_kernel[(B, tiles)](
-            *inputs, old_values, normalizer, lengths, means, partials[1], grad_values, B, T,
+            *inputs, old_values, normalizer, lengths, pivot, means, partials[1], grad_values, B, T,
             *strides, clip_range, AGGREGATION=aggregation, BLOCK=BLOCK, ROWS=ROWS_BLOCK,
             num_warps=4,
         )  # fmt: skip

@@ -1,15 +1,12 @@
-// What every binding needs: element types, accumulate types and large allocations.
+// What every binding needs: element types and accumulate types.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "bindings/large_memory.h"
 #include "cpu/types.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace apt {
 
@@ -42,20 +39,6 @@ const T* optional_data(const OptionalTensor& t) {
 }
 inline const void* optional_data(const OptionalTensor& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
-}
-
-// Memory of a large result is asked for in huge pages: first-touch page faults of 4 KiB pages cost
-// 0.26 ms a MB, more than most kernels here.
-inline Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor t = at::empty(sizes, options);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kHugePage = size_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + t.nbytes()) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return t;
 }
 
 }  // namespace apt

@@ -32,14 +32,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd_cpu(
   const int64_t rows = query.size(0);
   const auto options = accumulate_options(query), wide = options.dtype(at::kDouble);
   const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
-  const Tensor slopes = empty_if(need_slopes, {rows}, options);
+  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
   const Tensor row_stats = at::empty({rows, 2}, wide);
   const Tensor column_stats = at::empty({symmetric ? rows : 0, 2}, wide);
   a.symmetric = symmetric;
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
   a.right = right.mutable_data_ptr();
-  a.slopes = slopes.mutable_data_ptr();
+  a.slopes = slopes.mutable_data_ptr<double>();
   a.row_stats = row_stats.mutable_data_ptr<double>();
   a.column_stats = column_stats.mutable_data_ptr<double>();
   APT_CALL_KERNEL(info_nce_fwd, a);

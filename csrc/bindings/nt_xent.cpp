@@ -24,12 +24,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent_fwd_cpu(const Tensor& z1, con
   const int64_t rows = 2 * z1.size(0);
   const auto options = accumulate_options(z1);
   const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
-  const Tensor slopes = empty_if(need_slopes, {rows}, options);
+  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
   const Tensor stats = at::empty({rows, 2}, options.dtype(at::kDouble));
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
   a.right = right.mutable_data_ptr();
-  a.slopes = slopes.mutable_data_ptr();
+  a.slopes = slopes.mutable_data_ptr<double>();
   a.row_stats = stats.mutable_data_ptr<double>();
   APT_CALL_KERNEL(info_nce_fwd, a);
   return {losses, right, slopes, stats};

@@ -1,5 +1,4 @@
-#include "cpu/policy_loss.h"
-
+#include "policy_options.h"
 #include "token_loss.h"
 
 namespace apt {
@@ -12,8 +11,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
     int64_t ratio_level, int64_t kl_estimator, int64_t aggregation, double clip_low,
     double clip_high, double dual_clip, double tau_pos, double tau_neg, double kl_coef,
     double entropy_coef, bool need_entropy) {
-  TORCH_CHECK_VALUE(loss_type >= 0 && loss_type <= 3, "loss_type: expected 0 to 3");
-  TORCH_CHECK_VALUE(kl_estimator >= 1 && kl_estimator <= 3, "kl_estimator: expected 1 to 3");
   const auto options = accumulate_options(logps);
   const Tensor loss = at::empty({}, options), metrics = at::empty({kPolicyMetrics}, options);
   const Tensor grad_logps = empty_large(logps.sizes(), options);
@@ -21,9 +18,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
       need_entropy ? empty_large(logps.sizes(), options) : at::empty({0}, options);
   PolicyLoss a{};
   a.dtype = dtype_of(logps);
-  a.type = PolicyLossType(loss_type);
-  a.kl_estimator = int(kl_estimator);
-  a.sequence_level = ratio_level == 1;
+  a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,
+                             tau_pos, tau_neg, kl_coef, entropy_coef);
   a.tokens = tokens_of(mask, aggregation, normalizer);
   a.logps = token_input(logps);
   a.old_logps = token_input(old_logps);
@@ -31,13 +27,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
   a.weights = token_input(weights);
   a.ref_logps = token_input(ref_logps);
   a.entropy = token_input(entropy);
-  a.clip_low = clip_low;
-  a.clip_high = clip_high;
-  a.dual_clip = dual_clip;
-  a.tau_pos = tau_pos;
-  a.tau_neg = tau_neg;
-  a.kl_coef = kl_coef;
-  a.entropy_coef = entropy_coef;
   a.loss = loss.mutable_data_ptr();
   a.metrics = metrics.mutable_data_ptr();
   a.grad_logps = grad_logps.mutable_data_ptr();

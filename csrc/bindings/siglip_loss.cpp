@@ -25,13 +25,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd_cpu(
   const int64_t rows = query.size(0);
   const auto options = accumulate_options(query);
   const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
-  const Tensor slopes = empty_if(need_slopes, {rows}, options);
-  const Tensor bias_slopes = empty_if(need_slopes, {rows}, options);
+  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
+  const Tensor bias_slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
   a.right = right.mutable_data_ptr();
-  a.slopes = slopes.mutable_data_ptr();
-  a.bias_slopes = bias_slopes.mutable_data_ptr();
+  a.slopes = slopes.mutable_data_ptr<double>();
+  a.bias_slopes = bias_slopes.mutable_data_ptr<double>();
   APT_CALL_KERNEL(siglip_loss_fwd, a);
   return {losses, right, slopes, bias_slopes};
 }

@@ -29,12 +29,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_loss_fwd_cpu(
   const int64_t rows = features.size(0);
   const auto options = accumulate_options(features);
   const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
-  const Tensor slopes = empty_if(need_slopes, {rows}, options);
+  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
   const Tensor stats = at::empty({rows, 2}, options.dtype(at::kDouble));
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
   a.right = right.mutable_data_ptr();
-  a.slopes = slopes.mutable_data_ptr();
+  a.slopes = slopes.mutable_data_ptr<double>();
   a.stats = stats.mutable_data_ptr<double>();
   APT_CALL_KERNEL(sup_con_loss_fwd, a);
   return {losses, right, slopes, stats};

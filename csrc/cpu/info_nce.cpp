@@ -70,7 +70,7 @@ void write_results(const InfoNCE& a, const Side<A>& rows, const Side<A>* columns
     }
     static_cast<A*>(a.losses)[i] = A(r.loss);
     static_cast<A*>(a.right)[i] = A(r.right);
-    if (a.need_slopes) static_cast<A*>(a.slopes)[i] = A(r.slope);
+    if (a.need_slopes) a.slopes[i] = r.slope;
   }
 }
 
@@ -105,22 +105,18 @@ void coefficients(const InfoNCE& a, const Tile<A>& tile, Worker<P>& w) {
   const double* column_stats = s.triangle ? a.row_stats : a.column_stats;
   const SoftmaxSide<A> rows{w.array(0), w.array(1), w.array(2)};
   const SoftmaxSide<A> columns{w.array(3), w.array(4), w.array(5)};
-  if (row_weights) rows.read(row_weights, a.row_stats, tile.row, tile.rows);
-  if (column_weights) columns.read(column_weights, column_stats, tile.column, tile.columns);
-  tile.along(s.self_offset, [](int64_t, int64_t, A& d) { d = -kInf; });
+  if (row_weights) rows.read(row_weights, a.row_stats, s.scale, tile.row, tile.rows);
+  if (column_weights)
+    columns.read(column_weights, column_stats, s.scale, tile.column, tile.columns);
   if (row_weights && column_weights) {
-    softmax_coefficients<true, true>(tile, A(s.scale), rows, columns);
+    softmax_coefficients<true, true>(tile, s.scale, rows, columns);
   } else if (row_weights) {
-    softmax_coefficients<true, false>(tile, A(s.scale), rows, columns);
+    softmax_coefficients<true, false>(tile, s.scale, rows, columns);
   } else {
-    softmax_coefficients<false, true>(tile, A(s.scale), rows, columns);
+    softmax_coefficients<false, true>(tile, s.scale, rows, columns);
   }
-  for_positives(s, tile, [&](int64_t i, int64_t j, A& coefficient) {  // w (p - 1), uncancelled
-    double sum = 0;
-    if (row_weights) sum -= row_weights[i] * a.row_stats[2 * i + 1];
-    if (column_weights) sum -= column_weights[j] * column_stats[2 * j + 1];
-    coefficient = A(sum);
-  });
+  tile.along(s.self_offset, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
+  for_positives(s, tile, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
 }
 
 template <class P>
@@ -139,20 +135,27 @@ void backward(const InfoNCE& a) {
       if (grad_columns) P::add_to_columns(grad_columns.row(tile.column), tile, w.left, w.scratch);
     });
   }
-  for_own_positives(a, norms.rows(), [&](int64_t i, const A* query, const A* key) {
-    const A weight = A(-static_cast<const A*>(a.grad_losses)[i] * a.row_stats[2 * i + 1]);
-    for (int64_t c = 0; c < a.own.width; ++c) {
-      if (grad_rows) grad_rows.row(i)[c] += weight * key[c];
-      if (grad_own) grad_own.row(i)[c] = weight * query[c];
-    }
-  });
+  const A* row_weights = static_cast<const A*>(a.grad_losses);
+  const A* column_weights = s.triangle ? row_weights : static_cast<const A*>(a.grad_column_losses);
+  const double* column_stats = s.triangle ? a.row_stats : a.column_stats;
+  // w (p - 1), without the cancellation
+  add_pairs(s.rows, norms.rows(), grad_rows, s.columns, norms.columns(),
+            s.triangle ? grad_rows : grad_columns, s.label_offset, [&](int64_t i) {
+              const int64_t j = i + s.label_offset;
+              double sum = 0;
+              if (row_weights) sum -= row_weights[i] * a.row_stats[2 * i + 1];
+              if (column_weights) sum -= column_weights[j] * column_stats[2 * j + 1];
+              return A(sum);
+            });
+  Workspace<A> own_inverse(a.own.count);
+  if (a.own.count > 0) {
+    inverse_norms(a.own, s.normalize, own_inverse.data());
+    add_pairs(s.rows, norms.rows(), grad_rows, a.own, own_inverse.data(), grad_own, 0,
+              [&](int64_t i) { return A(-row_weights[i] * a.row_stats[2 * i + 1]); });
+  }
   grad_rows.finish(norms.rows(), s.normalize, s.scale);
   grad_columns.finish(norms.columns(), s.normalize, s.scale);
-  if (grad_own) {
-    Workspace<A> own_inverse(a.own.count);
-    inverse_norms(a.own, s.normalize, own_inverse.data());
-    grad_own.finish(own_inverse.data(), s.normalize, s.scale);
-  }
+  grad_own.finish(own_inverse.data(), s.normalize, s.scale);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ struct InfoNCE {
   Rows own;  // if count > 0: the positive of row i is row i of these, and no column
 
   // fwd. slope: d loss / d scale. stats: (lse / scale, share of the classes but the positive).
-  void *losses, *right, *slopes;     // [rows]
+  void *losses, *right;              // [rows]
+  double* slopes;                    // [rows]
   double *row_stats, *column_stats;  // [rows, 2]; [columns, 2] if symmetric
 
   // bwd: upstream gradients of the losses of rows and of columns, each null if there is none.

@@ -9,25 +9,10 @@
 #include <atomic>
 #include <vector>
 
-#include "linear_gradients.h"
-#include "linear_statistics.h"
+#include "linear_loss.h"
 
 namespace apt::APT_ISA {
 namespace {
-
-constexpr int64_t kLeastStored = int64_t{2} << 20, kMostStored = int64_t{64} << 20;
-
-// Rows of a chunk: the largest that the limits above allow, all chunks of nearly one size.
-template <class T, class A>
-int64_t chunk_rows(const Tiles<T, A>& tiles, int64_t count) {
-  const LinearHead& head = tiles.head;
-  const int64_t logits = head.vocab * int64_t(sizeof(A));
-  const int64_t row = logits + (tiles.workers + 1) * tiles.features * int64_t(sizeof(A));
-  const int64_t quarter = std::min(logits * count / 4, kMostStored);
-  const int64_t most = std::max<int64_t>(std::max(quarter, kLeastStored) / row, 1);
-  const int64_t chunks = (count + most - 1) / most;
-  return std::min((count + chunks - 1) / chunks, tiles.group_rows());
-}
 
 // Whether the label is the first of the largest logits, given that its z is the largest z. (The
 // soft cap may make equal z of different x: x decides.)
@@ -55,8 +40,6 @@ class CrossEntropy {
         count_(int64_t(rows.size())),
         tiles_(a.head),
         functions_(row_functions<A>(false, a.head.softcap > 0)),
-        chunk_(chunk_rows(tiles_, count_)),
-        wanted_(a.head.grad_hidden || a.head.grad_weight || a.head.grad_bias),
         again_(!Tiles<T, A>::kSame && (a.head.grad_weight || a.head.grad_bias)),
         lse_(count_),
         losses_(count_) {
@@ -65,38 +48,15 @@ class CrossEntropy {
   }
 
   void run() {
-    const int64_t d = a_.head.features;
-    if (a_.head.grad_hidden)
-      for (int64_t row = 0, next = 0; row < a_.head.rows; ++row) {
-        if (next < count_ && rows_[next] == row)
-          ++next;
-        else
-          std::fill_n(static_cast<T*>(a_.head.grad_hidden) + row * d, d, T{});
-      }
-    Workspace<A> stored(chunk_ * a_.head.vocab), gathered;
-    HeadStatistics<T, A> statistics(tiles_, functions_, chunk_, false, a_.label_smoothing > 0);
-    HeadGradients<T, A> gradients(tiles_, functions_, again_ || !wanted_ ? 0 : chunk_);
-    for (int64_t start = 0; start < count_; start += chunk_) {
-      const int64_t size = std::min(chunk_, count_ - start);
-      const A* hidden = tiles_.gather(rows_.data() + start, size, gathered);
-      const auto terms = [&](int64_t i) { return row_terms(start + i); };
-      statistics.run(hidden, size, terms, stored.data());
-      finish_rows(statistics, stored.data(), start, size);
-      if (wanted_ && !again_)
-        gradients.run(rows_.data() + start, size, terms, stored.data(), start > 0);
-    }
-    if (again_) {
-      HeadGradients<T, A> all(tiles_, functions_, count_);
-      all.run(rows_.data(), count_, [&](int64_t i) { return row_terms(i); }, nullptr, false);
-    }
+    run_linear_loss(tiles_, rows_, functions_, functions_, {!again_, true, a_.label_smoothing > 0},
+                    *this);
     double loss = 0;
     for (int64_t i = 0; i < count_; ++i) loss += losses_[i];
     a_.loss = loss * coefficient_;
     a_.correct = correct_;
   }
 
- private:
-  RowTerms row_terms(int64_t i) const {
+  RowTerms terms(int64_t i) const {
     RowTerms t{};
     t.token = a_.labels[rows_[i]];
     t.temperature = 1;
@@ -125,14 +85,15 @@ class CrossEntropy {
       }
     });
   }
+  void finish() {}
 
+ private:
   LinearCrossEntropy& a_;
   const std::vector<int64_t>& rows_;
   int64_t count_;
   Tiles<T, A> tiles_;
   RowFunctions<A> functions_;
-  int64_t chunk_;
-  bool wanted_, again_;  // gradients; from logits that are computed again
+  bool again_;  // gradients from logits that are computed again
   double coefficient_;
   std::vector<double> lse_, losses_;  // of rows_
   std::atomic<int64_t> correct_{0};

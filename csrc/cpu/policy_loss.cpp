@@ -4,85 +4,11 @@
 // Parallel over rows; the order of the sums is fixed. Accuracy: a few ulp a token, sums in double.
 #include "policy_loss.h"
 
-#include "kl_term.h"
+#include "policy_token.h"
 
 namespace apt::APT_ISA {
 namespace {
 
-template <class S>
-struct Constants {
-  S low, high, dual, tau_pos, tau_neg, kl_coef;
-  explicit Constants(const PolicyLoss& a)
-      : low(1 - a.clip_low),
-        high(1 + a.clip_high),
-        dual(a.dual_clip),
-        tau_pos(a.tau_pos),
-        tau_neg(a.tau_neg),
-        kl_coef(a.kl_coef) {}
-};
-
-template <class V>
-struct TokenResult {
-  V loss, grad, clipped, dual_clipped;
-};
-
-// -A r with r held in a range that depends on the sign of A; no gradient where it is held.
-template <class V, class S>
-TokenResult<V> clip(V ratio, V advantage, V slope, const Constants<S>& k) {
-  const V zero = zeros_like(ratio), one = zero + S(1);
-  const auto negative = advantage < zero;
-  const V low = select(negative, zero + k.low, zero - S(INFINITY));
-  const V high = select(negative, zero + k.dual, zero + k.high);
-  const V bounded = clamp(ratio, low, high);
-  const auto above = (advantage > zero) & (ratio > k.high);
-  return {-advantage * bounded, select((ratio < low) | (ratio > high), zero, -advantage * slope),
-          select(above | (negative & (ratio < low)), one, zero),
-          select(negative & (ratio > high), one, zero)};
-}
-
-template <class V, class S>
-TokenResult<V> cispo(V logps, V ratio, V advantage, const Constants<S>& k) {
-  const V zero = zeros_like(ratio), low = zero + k.low, high = zero + k.high;
-  const V grad = -advantage * clamp(ratio, low, high);
-  return {grad * logps, grad, select((ratio < low) | (ratio > high), zero + S(1), zero), zero};
-}
-
-template <class V, class S>
-TokenResult<V> sapo(V ratio, V advantage, V slope, const Constants<S>& k) {
-  const V zero = zeros_like(ratio);
-  const V tau = select(advantage > zero, zero + k.tau_pos, zero + k.tau_neg);
-  const auto gate = logistic<V>(tau * (ratio - S(1)));
-  return {-advantage * (S(4) / tau) * gate.right,
-          -advantage * (S(4) * gate.right * gate.wrong) * slope, zero, zero};
-}
-
-// `slope`: the derivative of the ratio at the log-probability.
-template <class V, class S>
-TokenResult<V> policy_token(PolicyLossType type, V logps, V ratio, V advantage, V slope,
-                            const Constants<S>& k) {
-  switch (type) {
-    case PolicyLossType::clip:
-      return clip(ratio, advantage, slope, k);
-    case PolicyLossType::cispo:
-      return cispo(logps, ratio, advantage, k);
-    case PolicyLossType::sapo:
-      return sapo(ratio, advantage, slope, k);
-    default: {
-      const V zero = zeros_like(ratio);
-      return {-advantage * logps, -advantage, zero, zero};
-    }
-  }
-}
-
-// The ratio of a token, or of its row, and its derivative.
-template <class V>
-struct Ratio {
-  V value, slope;
-};
-template <class V>
-Ratio<V> ratio_of(V log_ratio, V bounded, V exponential) {
-  return {exponential, select(log_ratio == bounded, exponential, zeros_like(exponential))};
-}
 template <class T>
 class Rows {
   using S = ScalarOf<T>;
@@ -90,21 +16,11 @@ class Rows {
 
  public:
   explicit Rows(const PolicyLoss& a)
-      : a_(a), k_(a), weights_(a.tokens), sums_(size_t(a.tokens.rows)) {}
+      : a_(a), k_(a.options), weights_(a.tokens), sums_(size_t(a.tokens.rows)) {}
 
   void run() {
     for_rows(a_.tokens, [this](int64_t row) { run_row(row); });
-    double loss = 0;
-    RowSums<kPolicyMetrics> totals = {};
-    for (int64_t row = 0; row < a_.tokens.rows; ++row) {
-      const double* of = sums_[row].of;
-      const double scale = weights_.scales[row];
-      totals.of[0] += scale * of[0];
-      loss += scale * (of[0] + a_.kl_coef * of[5] - a_.entropy_coef * of[6]);
-      for (int i = 1; i < kPolicyMetrics; ++i) totals.of[i] += of[i] / weights_.at_least_one();
-    }
-    *static_cast<S*>(a_.loss) = S(loss);
-    for (int i = 0; i < kPolicyMetrics; ++i) static_cast<S*>(a_.metrics)[i] = S(totals.of[i]);
+    write_policy_results<S>(a_.options, weights_, sums_, a_.loss, a_.metrics);
   }
 
  private:
@@ -140,9 +56,9 @@ class Rows {
       if (grad_entropy) std::fill_n(grad_entropy, a_.tokens.length, S(0));
       return;
     }
-    const S scale = S(weights_.scales[row]), entropy_grad = S(-a_.entropy_coef) * scale;
+    const S scale = S(weights_.scales[row]), entropy_grad = S(-a_.options.entropy_coef) * scale;
     Ratio<V> of_row = {};
-    if (a_.sequence_level) of_row = ratio_of_row(row);
+    if (a_.options.sequence_level) of_row = ratio_of_row(row);
     Sum<V> loss, approx_kl, log_ratios, clipped, dual_clipped, kl_sum, entropy_sum;
     for_tokens<S>(a_.tokens, row, [&](int64_t t, int64_t left, auto counts) {
       const V zero = zeros_like(V{});
@@ -150,8 +66,8 @@ class Rows {
       const V advantage = read(a_.advantages, row, t, left, counts);
       const V x = log_ratio(logps, row, t, left, counts);
       const V bounded = bounded_log_ratio<V>(x, S(kLogRatioBound)), e = exp(bounded);
-      const Ratio<V> ratio = a_.sequence_level ? of_row : ratio_of<V>(x, bounded, e);
-      auto token = policy_token<V>(a_.type, logps, ratio.value, advantage, ratio.slope, k_);
+      const Ratio<V> ratio = a_.options.sequence_level ? of_row : ratio_of<V>(x, bounded, e);
+      auto token = policy_token<V>(a_.options.type, logps, ratio.value, advantage, ratio.slope, k_);
       if (a_.weights.data) {
         const V weight = read(a_.weights, row, t, left, counts);
         token.loss = token.loss * weight;
@@ -159,7 +75,7 @@ class Rows {
       }
       if (a_.ref_logps.data) {
         const V d = logps - read(a_.ref_logps, row, t, left, counts);
-        const auto kl = kl_term<S, V>(a_.kl_estimator, d);
+        const auto kl = kl_term<S, V>(a_.options.kl_estimator, d);
         token.grad = token.grad + k_.kl_coef * kl.grad;
         kl_sum.add(kl.value);
       }

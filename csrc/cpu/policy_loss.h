@@ -9,15 +9,19 @@ namespace apt {
 enum class PolicyLossType { clip, cispo, sapo, reinforce };
 constexpr int kPolicyMetrics = 7;
 
-struct PolicyLoss {
-  DType dtype;  // of every floating input
+struct PolicyOptions {
   PolicyLossType type;
   int kl_estimator;  // 1, 2, 3
   bool sequence_level;
-  Tokens tokens;
-  TokenInput logps, old_logps, advantages, weights, ref_logps, entropy;
   double clip_low, clip_high, dual_clip;  // dual_clip: infinity for none
   double tau_pos, tau_neg, kl_coef, entropy_coef;
+};
+
+struct PolicyLoss {
+  DType dtype;  // of every floating input
+  PolicyOptions options;
+  Tokens tokens;
+  TokenInput logps, old_logps, advantages, weights, ref_logps, entropy;
   // Float, or double for float64. loss: one; metrics: policy_loss, approx_kl, ppo_kl,
   // clip_fraction, dual_clip_fraction, ref_kl, entropy; grads [rows, length], grad_entropy or null
   void *loss, *metrics, *grad_logps, *grad_entropy;

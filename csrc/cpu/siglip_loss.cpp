@@ -60,15 +60,15 @@ void forward(const SigLIP& a) {
     static_cast<A*>(a.losses)[i] = A(rows.loss[i] - own.log_right);
     static_cast<A*>(a.right)[i] = rows.positive[i] > rows.best[i];
     if (a.need_slopes) {
-      static_cast<A*>(a.slopes)[i] = A(rows.slope[i] - own.wrong * d);
-      static_cast<A*>(a.bias_slopes)[i] = A(rows.bias_slope[i] - own.wrong);
+      a.slopes[i] = rows.slope[i] - own.wrong * d;
+      a.bias_slopes[i] = rows.bias_slope[i] - own.wrong;
     }
   }
 }
 
-// d of a tile becomes the coefficients of the gradient.
+// d of a tile becomes the coefficients of the gradient, but for the positives', which go apart.
 template <class P, class A>
-void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w) {
+void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w, A* positives) {
   using V = typename Lanes<A>::V;
   const A scale = A(a.similarity.scale), bias = A(a.logit_bias);
   const A* row_weights = static_cast<const A*>(a.grad_losses);
@@ -76,9 +76,9 @@ void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w) {
   A* columns = w.array(0);
   for (int64_t c = 0; c < w.stride; ++c)
     columns[c] = column_weights && c < t.columns ? column_weights[t.column + c] : A(0);
-  t.along(a.similarity.label_offset, [&](int64_t i, int64_t j, A& d) {  // d is about to go
+  t.along(a.similarity.label_offset, [&](int64_t i, int64_t j, A& d) {
     const A weight = (row_weights ? row_weights[i] : A(0)) + columns[j - t.column];
-    w.array(1)[i - t.row] = A(-weight * logistic(double(d) * scale + bias).wrong);
+    positives[i] = A(-weight * logistic(d * a.similarity.scale + a.logit_bias).wrong);
   });
   for (int64_t r = 0; r < t.rows; ++r) {
     const A row = row_weights ? row_weights[t.row + r] : A(0);
@@ -87,8 +87,7 @@ void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w) {
       store(t[r] + c, (row + load(columns + c)) * right);
     }
   }
-  t.along(a.similarity.label_offset,
-          [&](int64_t i, int64_t, A& coefficient) { coefficient = w.array(1)[i - t.row]; });
+  t.along(a.similarity.label_offset, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
 }
 
 template <class P>
@@ -97,11 +96,14 @@ void backward(const SigLIP& a) {
   const Similarity& s = a.similarity;
   const Norms<A> norms(s);
   Gradient<A> grad_rows(s.rows, a.grad_rows), grad_columns(s.columns, a.grad_columns);
+  Workspace<A> positives(s.rows.count);
   for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
-    coefficients(a, tile, w);
+    coefficients(a, tile, w, positives.data());
     if (grad_rows) P::add_to_rows(grad_rows.row(tile.row), tile, w.right, w.scratch);
     if (grad_columns) P::add_to_columns(grad_columns.row(tile.column), tile, w.left, w.scratch);
   });
+  add_pairs(s.rows, norms.rows(), grad_rows, s.columns, norms.columns(), grad_columns,
+            s.label_offset, [&](int64_t i) { return positives.data()[i]; });
   grad_rows.finish(norms.rows(), s.normalize, s.scale);
   grad_columns.finish(norms.columns(), s.normalize, s.scale);
 }

@@ -12,7 +12,8 @@ struct SigLIP {
   bool need_slopes;
 
   // fwd. slopes, bias_slopes: d loss / d scale and / d logit_bias.
-  void *losses, *right, *slopes, *bias_slopes;  // [rows]
+  void *losses, *right;          // [rows]
+  double *slopes, *bias_slopes;  // [rows]
 
   // bwd: pair (i, j) counts grad_losses[i] + grad_column_losses[j] times; each may be null.
   const void *grad_losses, *grad_column_losses;

@@ -182,4 +182,28 @@ class Gradient {
   A* sums_ = nullptr;
 };
 
+// Adds coefficient(i) times the unit rows of each other to the gradients of the pairs (i, i +
+// offset). Positives come in here and not in the products: beside their coefficient the many small
+// ones of a row would lose digits.
+template <class A, class Coefficient>
+void add_pairs(const Rows& left, const A* left_inverse, Gradient<A>& grad_left, const Rows& right,
+               const A* right_inverse, Gradient<A>& grad_right, int64_t offset,
+               const Coefficient& coefficient) {
+  const int64_t first = std::max<int64_t>(0, -offset), width = left.width;
+  const int64_t pairs = std::min(left.count, right.count - offset) - first;
+  if (pairs <= 0) return;
+  parallel_for(pairs, kRowGrain, [&](int64_t begin, int64_t end) {
+    Workspace<A> u(width), v(width);
+    for (int64_t i = first + begin; i < first + end; ++i) {
+      const A c = coefficient(i);
+      load_rows(left, i, 1, left_inverse, u.data());
+      load_rows(right, i + offset, 1, right_inverse, v.data());
+      for (int64_t k = 0; k < width; ++k) {
+        if (grad_left) grad_left.row(i)[k] += c * v.data()[k];
+        if (grad_right) grad_right.row(i + offset)[k] += c * u.data()[k];
+      }
+    }
+  });
+}
+
 }  // namespace apt::APT_ISA

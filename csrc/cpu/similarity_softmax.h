@@ -85,6 +85,8 @@ void tile_sums(const A* d, int64_t stride, int64_t width, int64_t row, const Til
 }
 
 constexpr int kRowGroup = 4;  // rows that share the loads and stores of the columns
+// A column's sum in float is short, as a row's is by its lanes; then it goes on in double.
+constexpr int64_t kColumnRows = 32;
 
 // Calls body(std::integral_constant<int, R>, first row) for groups of rows.
 template <class Body>
@@ -112,16 +114,19 @@ void add_tile(const Tile<A>& t, Worker<P>& w, double scale, Running<A>& rows, Ru
     column_shift[c] = columns->shift(t.column + c);
   }
   std::fill(column_shift + t.columns, column_shift + width, A(0));
-  std::fill_n(column_sum, width, A(0));
-  std::fill_n(column_weighted, width, A(0));
   const TileSums<A> sums{row_shift, column_shift, column_sum, column_weighted, A(scale)};
-  for_row_groups(t.rows, [&](auto group, int64_t r) {
-    tile_sums<kSlope, kColumns, group()>(t[r], t.stride, width, r, sums, &rows.sum[t.row + r],
-                                         &rows.weighted[t.row + r]);
-  });
-  for (int64_t c = 0; kColumns && c < t.columns; ++c) {
-    columns->sum[t.column + c] += column_sum[c];
-    columns->weighted[t.column + c] += column_weighted[c];
+  for (int64_t begin = 0; begin < t.rows; begin += kColumnRows) {
+    std::fill_n(column_sum, width, A(0));
+    std::fill_n(column_weighted, width, A(0));
+    for_row_groups(std::min(kColumnRows, t.rows - begin), [&](auto group, int64_t r) {
+      r += begin;
+      tile_sums<kSlope, kColumns, group()>(t[r], t.stride, width, r, sums, &rows.sum[t.row + r],
+                                           &rows.weighted[t.row + r]);
+    });
+    for (int64_t c = 0; kColumns && c < t.columns; ++c) {
+      columns->sum[t.column + c] += column_sum[c];
+      if constexpr (kSlope) columns->weighted[t.column + c] += column_weighted[c];
+    }
   }
 }
 
@@ -138,14 +143,37 @@ void add_tile(const Tile<A>& t, Worker<P>& w, double scale, bool slopes, Running
   }
 }
 
-// weight * p of one side of a tile, p = e^(s - lse) with lse / scale a double in two parts.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+// scale * d - lse = log p, rounded once where products and sums are fused: scale and lse have two
+// parts. Elsewhere the difference comes first, in units of d, as the product would lose digits.
+template <class A>
+struct LogShare {
+  A scale_high, scale_low;
+  explicit LogShare(double scale) : scale_high(A(scale)), scale_low(A(scale - scale_high)) {}
+  template <class V, class L>
+  V operator()(V d, L lse_high, L lse_low) const {
+    if constexpr (kFused) {
+      return (d * scale_high - lse_high) + (d * scale_low - lse_low);
+    } else {
+      return ((d - lse_high) - lse_low) * scale_high;
+    }
+  }
+};
+
+// One side of a tile: upstream gradients, and the log-sum-exps in two parts as LogShare wants them.
 template <class A>
 struct SoftmaxSide {
   A *weight, *lse_high, *lse_low;
   // Reads `count` rows from `first` on; weight 0 to a whole vector beyond them.
-  void read(const A* weights, const double* stats, int64_t first, int64_t count) const {
+  void read(const A* weights, const double* stats, double scale, int64_t first,
+            int64_t count) const {
     for (int64_t i = 0; i < round_up(count, Lanes<A>::kCount); ++i) {
-      const double lse = i < count ? stats[2 * (first + i)] : 0;
+      const double lse = i < count ? stats[2 * (first + i)] * (kFused ? scale : 1) : 0;
       weight[i] = i < count ? weights[first + i] : A(0);
       lse_high[i] = A(lse);
       lse_low[i] = A(lse - lse_high[i]);
@@ -153,19 +181,21 @@ struct SoftmaxSide {
   }
 };
 
-// d becomes the coefficient w_i p_ij + w_j p_ji of the pair.
+// d becomes the coefficient w_i p_ij + w_j p_ji of the pair. (Not so in the padding.)
 template <bool kRows, bool kColumns, class A>
-void softmax_coefficients(const Tile<A>& t, A scale, SoftmaxSide<A> rows, SoftmaxSide<A> columns) {
+void softmax_coefficients(const Tile<A>& t, double scale, SoftmaxSide<A> rows,
+                          SoftmaxSide<A> columns) {
   using V = typename Lanes<A>::V;
+  const LogShare<A> log_share(scale);
   for (int64_t r = 0; r < t.rows; ++r)
     for (int64_t c = 0; c < t.columns; c += Lanes<A>::kCount) {
       const V d = load(t[r] + c);
       V coefficient{};
       if constexpr (kRows)
-        coefficient = rows.weight[r] * exp(((d - rows.lse_high[r]) - rows.lse_low[r]) * scale);
+        coefficient = rows.weight[r] * exp(log_share(d, rows.lse_high[r], rows.lse_low[r]));
       if constexpr (kColumns)
         coefficient += load(columns.weight + c) *
-                       exp(((d - load(columns.lse_high + c)) - load(columns.lse_low + c)) * scale);
+                       exp(log_share(d, load(columns.lse_high + c), load(columns.lse_low + c)));
       store(t[r] + c, coefficient);
     }
 }

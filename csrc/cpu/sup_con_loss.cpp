@@ -97,9 +97,7 @@ void write_results(const SupCon& a, const Labels<A>& labels, const Running<A>& a
     a.stats[2 * i + 1] = count ? 1. / count : 0;
     static_cast<A*>(a.losses)[i] = count ? A(s.scale * (all.max[i] - mean) + log_sum) : A(0);
     static_cast<A*>(a.right)[i] = count && positives.best[i] > positives.best_negative[i];
-    if (a.need_slopes)
-      static_cast<A*>(a.slopes)[i] =
-          count ? A(all.max[i] - mean + all.weighted[i] / all.sum[i]) : A(0);
+    if (a.need_slopes) a.slopes[i] = count ? all.max[i] - mean + all.weighted[i] / all.sum[i] : 0;
   }
 }
 
@@ -140,12 +138,10 @@ void coefficients(const SupCon& a, const Tile<A>& t, Worker<P>& w, const Labels<
   using V = typename Lanes<A>::V;
   const SoftmaxSide<A> row_side{w.array(0), w.array(1), w.array(2)};
   const SoftmaxSide<A> column_side{w.array(3), w.array(4), w.array(5)};
-  row_side.read(rows.whole.data(), a.stats, t.row, t.rows);
-  column_side.read(columns.whole.data(), a.similarity.triangle ? a.stats : a.column_stats, t.column,
-                   t.columns);
-  const int64_t self = a.similarity.self_offset;
-  t.along(self, [](int64_t, int64_t, A& d) { d = -kInf; });
-  softmax_coefficients<true, true>(t, A(a.similarity.scale), row_side, column_side);
+  row_side.read(rows.whole.data(), a.stats, a.similarity.scale, t.row, t.rows);
+  column_side.read(columns.whole.data(), a.similarity.triangle ? a.stats : a.column_stats,
+                   a.similarity.scale, t.column, t.columns);
+  softmax_coefficients<true, true>(t, a.similarity.scale, row_side, column_side);
   const A* column_labels = padded_labels(labels.columns, t, w);
   A* shares = w.array(6);
   std::fill_n(shares, w.stride, A(0));
@@ -158,7 +154,7 @@ void coefficients(const SupCon& a, const Tile<A>& t, Worker<P>& w, const Labels<
       store(t[r] + c, select(same, positive, coefficient));
     }
   }
-  t.along(self, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
+  t.along(a.similarity.self_offset, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
 }
 
 template <class P>

@@ -12,8 +12,9 @@ struct SupCon {
   const int64_t *labels, *column_labels;  // the same of a triangle
 
   // fwd. slopes: d loss / d scale. stats: (lse / scale, 1 / positives or 0).
-  void *losses, *right, *slopes;  // [rows]
-  double* stats;                  // [rows, 2]
+  void *losses, *right;  // [rows]
+  double* slopes;        // [rows]
+  double* stats;         // [rows, 2]
 
   // bwd: upstream gradients of the losses of rows and, but for a triangle, of columns with stats.
   const void *grad_losses, *grad_column_losses;

@@ -21,6 +21,7 @@ class Rows {
       : a_(a), weights_(a.tokens), means_(size_t(a.tokens.rows)), sums_(size_t(a.tokens.rows)) {}
 
   void run() {
+    find_pivot();
     for_rows(a_.tokens, [this](int64_t row) { sum_row(row); });
     const double count = weights_.at_least_one();
     double returns = 0, errors = 0;
@@ -55,12 +56,25 @@ class Rows {
     return load_tokens<T>(x, row, t, left, counts);
   }
 
+  // The first return that counts. The sums of squares are of the returns' distances from it: those
+  // of equal returns are 0, around a mean of 0, and have no spread.
+  void find_pivot() {
+    for (int64_t row = 0; row < a_.tokens.rows; ++row) {
+      if (weights_.lengths[row] == 0) continue;
+      const bool* mask = a_.tokens.mask + row * a_.tokens.mask_row;
+      const int64_t t = std::find(mask, mask + a_.tokens.length, true) - mask;
+      pivot_ = to_number(
+          static_cast<const T*>(a_.returns.data)[row * a_.returns.row + t * a_.returns.step]);
+      return;
+    }
+  }
+
   void sum_row(int64_t row) {
     Sum<V> returns, errors;
     if (weights_.lengths[row] > 0)
       for_tokens<S>(a_.tokens, row, [&](int64_t t, int64_t left, auto counts) {
         const V target = read(a_.returns, row, t, left, counts);
-        returns.add(target);
+        returns.add(select(counts, target - pivot_, zeros_like(target)));
         errors.add(target - read(a_.values, row, t, left, counts));
       });
     means_[row] = {{returns.total(), errors.total()}};
@@ -91,7 +105,7 @@ class Rows {
         clipped_tokens.add(select(clipped, zero + S(1), zero));
       }
       store_tokens(grad_values + t, left, select(counts, grad * scale, zero));
-      const V from_mean = target - mean_return_, error_from_mean = -error - mean_error_;
+      const V from_mean = (target - pivot_) - mean_return_, error_from_mean = -error - mean_error_;
       loss.add(S(0.5) * squared);
       spread.add(select(counts, from_mean * from_mean, zero));
       unexplained.add(select(counts, error_from_mean * error_from_mean, zero));
@@ -101,9 +115,9 @@ class Rows {
 
   const ValueLoss& a_;
   const Weights weights_;
-  std::vector<RowSums<2>> means_;  // sums of R and of R - v
+  std::vector<RowSums<2>> means_;  // sums of R - pivot and of R - v
   std::vector<RowSums<kSums>> sums_;
-  S mean_return_ = 0, mean_error_ = 0;
+  S pivot_ = 0, mean_return_ = 0, mean_error_ = 0;  // mean_return_: of R - pivot
 };
 
 }  // namespace

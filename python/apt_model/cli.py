@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .cli_pretraining import add_commands as add_pretraining
 from .command_options import add_commands
 
 
@@ -23,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="apt-model", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_commands(commands)
+    add_pretraining(commands)
     return parser
 
 

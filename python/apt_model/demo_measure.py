@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_kernels import linear_token_logprobs
+from apt_kernels import empty_cache, linear_token_logprobs
 
 from .rl import DPOTrainer, create_dpo_trainer
 from .rl.pair_batch import PairBatch, make_pair_batch
@@ -36,6 +36,7 @@ class PeakMemory:
     def of(self, call: Callable[[], Any]) -> float:
         """Calls `call()` and returns its peak."""
         gc.collect()
+        empty_cache()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)

@@ -30,10 +30,12 @@ KERNELS_OF = {  # how many kernels each source has: dtypes times variants
     "bradley_terry_loss.cu": 3,
     "pair_loss.cu": 1,
     "mlm_mask.cu": 2,
+    "gae.cu": 3 + 3 + 3,
 }
 MAX_REGISTERS = 64  # two blocks of 512 threads on a multiprocessor
 MAX_SHARED_BYTES = 48 << 10
 OPERATORS = ("token_logprobs_fwd", "token_logprobs_bwd", "dpo_loss_fwd", "bradley_terry_loss_fwd")
+OPERATORS += ("gae_fwd", "mlm_mask_fwd")
 
 SHARED = ("-std=c++17", "-O1", "-shared", "-cudart", "static")
 SHARED += ("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Werror")
@@ -164,6 +166,13 @@ for schema in (
     "float beta, float label_smoothing, float extra) -> (Tensor, Tensor, Tensor, Tensor)",
     "bradley_terry_loss_fwd(Tensor chosen, Tensor rejected, Tensor? margins, float margin, "
     "float center_coef, int reduction) -> (Tensor, Tensor)",
+    "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor? terminated, Tensor? truncated, "
+    "Tensor? bootstrap, Tensor? cu_seqlens, float gamma, float gae_lambda, bool whiten, "
+    "bool time_major) -> (Tensor, Tensor)",
+    "mlm_mask_fwd(Tensor input_ids, Tensor? attention_mask, Tensor? special_tokens_mask, "
+    "Tensor? sample_ids, Tensor? word_ids, int[] special_runs, int mask_token_id, "
+    "int word_count, int chosen_below, int mask_below, int random_below, SymInt seed_low, "
+    "SymInt seed_high, SymInt step, bool at_least_one) -> (Tensor, Tensor, Tensor)",
 ):
     library.define(schema)
 """

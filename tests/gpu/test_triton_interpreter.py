@@ -13,14 +13,23 @@ import pytest
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).with_name("triton_kernel_tests.py")
+TESTS = ("triton_kernel_tests.py", "triton_contrastive_tests.py")
 ROOT = Path(__file__).parents[2]
 
 
-def test_kernels_under_the_interpreter():
+@pytest.mark.parametrize("tests", TESTS)
+def test_kernels_under_the_interpreter(tests):
     environment = dict(os.environ, TRITON_INTERPRET="1")
     environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).with_name(tests)),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0, f"\n{report}"

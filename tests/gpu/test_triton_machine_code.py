@@ -67,6 +67,30 @@ def _small(dtype, B=5000):
     yield from offline.launches(kernels.bradley_terry_loss_fwd, x, x, torch.zeros(B), 0.0, 0.1, 1)
 
 
+def _tokens(dtype, B=40, T=3000):
+    x, mask, rows = torch.zeros(B, T, dtype=dtype), torch.ones(B, T).bool(), torch.zeros(B)
+    bounds = (0.2, 0.2, 3.0, 1.0, 1.05, 0.1, 0.1, True)
+    for loss_type, level, estimator in ((0, 0, 3), (1, 1, 1), (2, 0, 2), (3, 0, 3)):
+        inputs = (x, x, x, mask, x, x, x, None, loss_type, level, estimator, 2)
+        yield from offline.launches(kernels.policy_loss_fwd, *inputs, *bounds)
+    yield from offline.launches(kernels.value_loss_fwd, x, x, mask, x, None, 0, 0.2)
+    for kind in range(4):
+        yield from offline.launches(kernels.group_advantages_fwd, rows, 8, kind, 1e-8)
+    for estimator in (1, 2, 3):
+        yield from offline.launches(kernels.kl_penalty_fwd, x, x, mask, estimator)
+        yield from offline.launches(kernels.kl_penalty_bwd, x.float(), x, x, mask, estimator)
+    flags = (mask, mask, mask)
+    for time_major, bootstrap in ((False, rows), (False, x.float()), (True, x.float())):
+        yield from offline.launches(
+            kernels.gae_fwd, x, x, *flags, bootstrap, None, 0.99, 0.95, True, time_major
+        )
+    offsets = torch.zeros(B + 1, dtype=torch.long)
+    packed, flags = x[0], tuple(flag[0] for flag in flags)
+    yield from offline.launches(
+        kernels.gae_fwd, packed, packed, *flags, rows, offsets, 0.99, 0.95, False, False
+    )
+
+
 def _heads(dtype, N=300, D=576, V=50257):
     hidden, weight = torch.zeros(N, D, dtype=dtype), torch.zeros(V, D, dtype=dtype)
     bias, ids = torch.zeros(V, dtype=dtype), torch.zeros(N, dtype=torch.long)
@@ -89,6 +113,30 @@ def _heads(dtype, N=300, D=576, V=50257):
     ):  # fmt: skip
         if dtype == torch.float32 and not any(a is bias for a in arguments):
             continue  # float32 has the same tiles for all: the fullest kernels show the most
+        yield from offline.launches(launcher, *arguments)
+
+
+def _contrastive(dtype, N=4096, D=128):
+    x, t = torch.zeros(N, D, dtype=dtype), torch.ones(())
+    w, labels = torch.zeros(N), torch.zeros(N, dtype=torch.long)
+    stats, sup_con_stats = torch.zeros(N, 4), torch.zeros(N, 3)
+    views, softmax = (x[: N // 2], x[N // 2 :]), (None, None, 0.1, True)
+    queue, sigmoid = (x, None, 0.1, True), (t, 1.0, t, 0.0, True, 0)
+    alone = (None, None, t, 1.0, True, 0)
+    for launcher, arguments in (
+        (kernels.nt_xent_fwd, (*views, t, 1.0, True, True)),
+        (kernels.nt_xent_bwd, (w, *views, t, 1.0, True, stats)),
+        (kernels.info_nce_fwd, (x, x, *softmax, True, 0, None, False)),
+        (kernels.info_nce_bwd,
+         (w, w, x, x, *softmax, 0, None, stats, stats, True, True, False)),
+        (kernels.info_nce_fwd, (x, x, *queue, False, 0, None, False)),
+        (kernels.info_nce_bwd,
+         (w, None, x, x, *queue, 0, None, stats, stats, True, True, True)),
+        (kernels.siglip_loss_fwd, (x, x, *sigmoid, True)),
+        (kernels.siglip_loss_bwd, (w, None, x, x, *sigmoid, True, True)),
+        (kernels.sup_con_loss_fwd, (x, labels, *alone, True)),
+        (kernels.sup_con_loss_bwd, (w, None, x, labels, *alone, sup_con_stats, None)),
+    ):  # fmt: skip
         yield from offline.launches(launcher, *arguments)
 
 
@@ -134,6 +182,14 @@ def test_small_kernels(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize("target", ("sm_80", "gfx942"))  # elementwise: little depends on it
+def test_token_kernels(target, dtype):
+    """They compile, spill nothing and fit; the interpreter would let much pass."""
+    names = {launch.name for launch, _ in _compiled(lambda: _tokens(DTYPES[dtype]), target)}
+    assert {"_policy_loss_fwd_kernel", "_gae_fwd_kernel", "_whiten_kernel"} <= names
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_product_kernels(target, dtype):
     """Tensor cores, fed by 16-byte copies."""
@@ -149,6 +205,18 @@ def test_product_kernels(target, dtype):
         assert machine.count(TENSOR_CORE[target]), launch.name
         assert machine.count(WIDE_COPY[target[:2]]), launch.name
     assert products >= 4
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_contrastive_kernels(target, dtype):
+    products = 0
+    for launch, machine in _compiled(lambda: _contrastive(DTYPES[dtype]), target):
+        if "PRECISION" in launch.arguments:
+            products += 1
+            assert machine.count(TENSOR_CORE[target]), launch.name
+            assert machine.count(WIDE_COPY[target[:2]]), launch.name
+    assert products >= 10
 
 
 def test_no_compilation_for_new_lengths():
@@ -170,7 +238,10 @@ def test_no_compilation_for_new_lengths():
         for first, *others in (
             [_rows(dtype, V=V, K=K) for V, K in ((50257, 3), (32000, 16), (151936, 1))],
             [_small(dtype, B=B) for B in (5000, 8192, 70001)],
+            # gae has one variant more, for rows that begin at multiples of 16
+            [_tokens(dtype, B=B, T=T) for B, T in ((40, 3000), (500, 5001), (33, 70001))],
             [_heads(dtype, N=N, V=V) for N, V in ((300, 50257), (4096, 32000), (9001, 151936))],
+            [_contrastive(dtype, N=N) for N in (4096, 10000, 70002)],
         ):
             wanted = specialisations(first)
             for other in others:
@@ -182,4 +253,6 @@ def test_no_waiting_for_the_device():
     with FakeTensorMode():
         names = {launch.name for launch in _heads(torch.bfloat16)}
         names |= {launch.name for launch in _rows(torch.bfloat16)}
+        names |= {launch.name for launch in _contrastive(torch.bfloat16)}
+    assert "_similarity_bwd_kernel" in names
     assert {"live_rows_kernel", "grad_weight_kernel", "_token_logprobs_bwd_kernel"} <= names

@@ -3,13 +3,18 @@
 `kernels` is any namespace of launchers, so that tests can also pass one with a bug in it.
 """
 
+import math
+import mmap
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from apt_kernels import reference
+from apt_kernels import dispatch, reference
+from apt_kernels.registry import OPS
 from apt_kernels.testing import assert_as_accurate
+from calls import call, fresh, in_float64
 
 DPO_TYPES = {
     "sigmoid": 0, "robust": 1, "hinge": 2, "ipo": 3, "exo_pair": 4, "nca_pair": 5, "bco_pair": 6,
@@ -29,6 +34,13 @@ def _generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(sum(map(ord, name)))
 
 
+def sparse(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of untouched memory: pages come into being, as zeros, when they are written."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 def _compare(actual, plain, exact, names):
     for got, reference_, wanted, name in zip(actual, plain, exact, names, strict=True):
         assert_as_accurate(got, reference_, wanted, name=name)
@@ -38,6 +50,19 @@ def _leaf(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     if t is None:
         return None
     return (t.detach().clone() if dtype is None else t.detach().to(dtype)).requires_grad_()
+
+
+def registry_sample(kernels, operation: str, name: str, dtype=torch.float32) -> None:
+    """A call of the public function, with these launchers behind it."""
+    op = OPS[operation]
+    given = next(sample for sample in op.samples(dtype) if sample.name == name)
+    launchers = {(kernel, "triton"): getattr(kernels, kernel) for kernel in op.kernels}
+    with mock.patch.dict(dispatch._KERNELS, launchers):
+        actual = call(op.function, fresh(given), backend="triton")
+    plain = call(op.reference, fresh(given))
+    exact = call(op.reference, in_float64(fresh(given)))
+    for kind, of_kind in zip(("output", "gradient"), zip(actual, plain, exact, strict=True)):
+        _compare(*of_kind, [f"{kind} {i} of {name}" for i in range(len(of_kind[0]))])
 
 
 def token_logprobs_cases(dtype: torch.dtype):

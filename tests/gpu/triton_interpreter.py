@@ -92,6 +92,32 @@ def _repair_arithmetic():
     Builder.create_fma, Builder.create_dot = fma, dot
 
 
+def _scan_in_parallel():
+    # As it comes, the interpreter calls the function of an associative scan once an element: a
+    # second for a thousand. Here log2(n) times, each element with the one 1, 2, 4, ... before it,
+    # as the threads of a GPU would: a function that is not associative gives another result.
+    def scan(self, inputs):
+        types, arrays = [x.dtype for x in inputs], [x.handle.data for x in inputs]
+        length = arrays[0].shape[self.axis]
+        place = np.arange(length).reshape(
+            [-1 if i == self.axis else 1 for i in range(arrays[0].ndim)]
+        )
+        step = 1
+        while step < length:
+            earlier = [np.roll(a, step, self.axis) for a in arrays]
+            given = map(self.to_tensor, (*earlier, *arrays), (*types, *types))
+            joined = self.combine_fn.fn(*given)
+            joined = joined if isinstance(joined, tuple) else (joined,)
+            arrays = [
+                np.where(place < step, a, j.handle.data).astype(a.dtype)
+                for a, j in zip(arrays, joined, strict=True)
+            ]
+            step *= 2
+        return [self.to_tensor(a, t) for a, t in zip(arrays, types, strict=True)]
+
+    interpreter.ScanOps.generic_scan = scan
+
+
 class _Memory:
     """The tensors of one launch, and which program wrote and read each of their bytes."""
 
@@ -199,18 +225,15 @@ def _patch_language_once_a_launch():
     interpreter._patch_lang, executor.__call__ = patch, launch
 
 
-_installed = False
-
-
 def install():
     """Mends the interpreter of this process; a second call does nothing."""
-    global _installed
-    if _installed:
+    if getattr(Builder, "is_mended", False):
         return
-    _installed = True
+    Builder.is_mended = True
     np.seterr(all="ignore")  # a kernel's -inf - -inf is as silent here as on a GPU
     _repair_casts()
     _repair_arithmetic()
+    _scan_in_parallel()
     _check_accesses()
     _do_not_copy_back()
     _patch_language_once_a_launch()

@@ -5,16 +5,10 @@ the cases say what they are there for; the registry's samples run over the same 
 test_ops.py.
 """
 
-import importlib
-import mmap
 import os
-import shutil
-import sys
-from pathlib import Path
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_interpreter.py instead"
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -29,6 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 import apt_kernels.triton as kernels
 from apt_kernels.triton import head, logistic
+from calls import tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -90,6 +85,33 @@ def test_linear_token_logprobs(name, dtype):
 def test_linear_cross_entropy(name, dtype):
     case = _find(checks.linear_cross_entropy_cases, dtype, name)
     checks.linear_cross_entropy(kernels, case)
+
+
+# Of the registry's samples every so many, each dtype beginning with another one. The interpreter
+# takes 20 ms a program: APT_TEST_BACKEND=triton runs test_ops.py on all of them, in 20 minutes.
+EVERY = {
+    "gae": 20, "group_advantages": 8, "kl_penalty": 4, "linear_policy_loss": 24, "policy_loss": 24,
+    "value_loss": 8,
+}  # fmt: skip
+MOST_ELEMENTS = 3000
+
+
+def _sampled():
+    for operation, step in EVERY.items():
+        for i, dtype in enumerate(DTYPES):
+            for sample in list(checks.OPS[operation].samples(dtype))[i * step // 3 :: step]:
+                if sum(t.numel() for t in tensors(sample)) < MOST_ELEMENTS:
+                    yield pytest.param(
+                        operation,
+                        sample.name,
+                        dtype,
+                        id=f"{operation}-{str(dtype)[6:]}-{sample.name}",
+                    )
+
+
+@pytest.mark.parametrize("operation, name, dtype", list(_sampled()))
+def test_registry(operation, name, dtype):
+    checks.registry_sample(kernels, operation, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
@@ -248,15 +270,8 @@ def test_products_done(masked, monkeypatch):
         assert done == wanted
 
 
-def _sparse(shape, dtype):
-    """A tensor of untouched memory: pages come into being, as zeros, when they are written."""
-    size = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 def test_offsets_beyond_32_bits():
-    far = _sparse((2, 2**31 + 24), torch.bfloat16)
+    far = checks.sparse((2, 2**31 + 24), torch.bfloat16)
     V = 45
     near = torch.randn(2, 1, V).bfloat16()
     logits = far[:, -V - 3 : -3].unsqueeze(1)  # the second row begins beyond 2^32 elements
@@ -275,7 +290,7 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(*grads) and grads[0].any()
 
     N, D, V = 2**16 + 5, 2**15, 7  # the last rows of hidden begin beyond 2^31 elements
-    hidden, mask = _sparse((N, D), torch.bfloat16), torch.zeros(N, dtype=torch.bool)
+    hidden, mask = checks.sparse((N, D), torch.bfloat16), torch.zeros(N, dtype=torch.bool)
     mask[-3:] = True
     hidden[-3:] = torch.randn(3, D).bfloat16()
     weight, ids = torch.randn(V, D).bfloat16(), torch.randint(0, V, (N,))
@@ -322,6 +337,11 @@ _strides = "(row // B) * stride_a + (row % B) * stride_b"
 _swapped = "(row // B) * stride_b + (row % B) * stride_a"
 _below = "tl.minimum(tl.load(count_ptr), row_end)"
 
+
+def _of(operation, name):
+    return lambda bugged: checks.registry_sample(bugged, operation, name)
+
+
 # (what was done, in which file, the text, what it becomes, the check that must notice)
 SEEDED = [
     ("shifts a mask", "token_logprobs", _last, "offset <= body, other=-float",
@@ -360,30 +380,36 @@ SEEDED = [
      _check_in_few_parts),
     ("takes the last of equals", "linear_cross_entropy", "part_top > top", "part_top >= top",
      _check(*_cross, "equal_logits")),
+    ("clips on the wrong side", "policy_loss", "tl.where(negative, low, ",
+     "tl.where(negative, high, ", _of("policy_loss", "plain")),
+    ("loses the dual clip", "policy_loss", "tl.where(negative, dual, high)", "high",
+     _of("policy_loss", "dual_clip_token_mean")),
+    ("forgets the weights' gradient", "policy_loss", "        grad *= weight\n", "",
+     _of("policy_loss", "clip_weights")),
+    ("writes masked gradients", "policy_loss", "tl.where(counts, grad * scale, 0.0)",
+     "grad * scale", _of("policy_loss", "k1_0.3")),
+    ("cancels near 0", "tokens", "near = tl.abs(x) < 1.0", "near = tl.abs(x) < 0.0",
+     _of("kl_penalty", "k3")),
+    ("keeps the clipped gradient", "value_loss", "tl.where(worse, 0.0, error)", "error",
+     _of("value_loss", "token_mean_0.2")),
+    ("divides by the size", "group_advantages", "tl.maximum(G - 1, 1)", "tl.maximum(G, 1)",
+     _of("group_advantages", "normalized")),
+    ("counts ties in full", "group_advantages", "0.5 * equal", "1.0 * equal",
+     _of("group_advantages", "rank_equal")),
+    ("scans forward", "gae", "(delta, kept), 1, _then, reverse=True", "(delta, kept), 1, _then",
+     _of("gae", "plain")),
+    ("forgets the tile before", "gae", "advantage = delta + kept * trace", "advantage = delta",
+     _of("gae", "long")),
+    ("takes the masked value", "gae", "if mask_ptr is not None:\n            following",
+     "if False:\n            following", _of("gae", "dirty_random_False")),
+    ("forgets to end", "gae", "tl.where(ends | breaks | last, 0.0, decay)",
+     "tl.where(breaks | last, 0.0, decay)", _of("gae", "terminated_rows_37")),
+    ("takes the biased variance", "gae", "tl.maximum(count - 1, 1)", "tl.maximum(count, 1)",
+     _of("gae", "1_rows_of_5")),
+    ("forgets the upstream scale", "linear_policy_loss", "grad_logps * upstream, grad",
+     "grad_logps, grad",
+     lambda bugged: checks.registry_sample(bugged, "linear_policy_loss", "plain", torch.float16)),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def seeded(tmp_path, monkeypatch):
-    """A function that gives a copy of the kernels with one text of one file replaced."""
-
-    def seed(stem, text, replacement):
-        folder = tmp_path / "bugged"
-        ignored = shutil.ignore_patterns("__py*")
-        shutil.copytree(Path(kernels.__file__).parent, folder, ignore=ignored)
-        for file in folder.glob("*.py"):
-            source = file.read_text().replace("apt_kernels.triton", "bugged")
-            if file.stem == stem:
-                assert text in source, "the kernel has changed: seed the bug anew"
-                source = source.replace(text, replacement)
-            file.write_text(source)
-        monkeypatch.syspath_prepend(tmp_path)
-        importlib.invalidate_caches()
-        return importlib.import_module("bugged")
-
-    yield seed
-    for name in [name for name in sys.modules if name.split(".")[0] == "bugged"]:
-        del sys.modules[name]
 
 
 @pytest.mark.parametrize("bug", SEEDED, ids=lambda bug: bug[0].replace(" ", "_"))

@@ -65,7 +65,7 @@ def as_on(target: str):
         yield
 
 
-def launches(launcher, *arguments) -> list[Launch]:
+def launches(launcher, *arguments, **named_arguments) -> list[Launch]:
     """What `launcher(*arguments)` would start; nothing is run, its results mean nothing."""
     seen = []
 
@@ -76,7 +76,7 @@ def launches(launcher, *arguments) -> list[Launch]:
         seen.append(Launch(kernel, bound, options))
 
     with mock.patch.object(JITFunction, "run", note):
-        launcher(*arguments)
+        launcher(*arguments, **named_arguments)
     return seen
 
 
@@ -90,6 +90,11 @@ def source(launch: Launch) -> ASTSource:
         if fixed or (specialised and not isinstance(value, torch.Tensor) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
+            continue
+        if isinstance(value, tuple):  # of tensors
+            signature[parameter.name] = tuple("*" + TYPES[t.dtype] for t in value)
+            for item in range(len(value)):
+                attributes[place, item] = [["tt.divisibility", 16]]
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]

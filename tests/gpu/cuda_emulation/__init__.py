@@ -185,9 +185,90 @@ class Emulation:
         )
         return loss, grads
 
+    def gae_fwd(
+        self,
+        rewards,
+        values,
+        mask,
+        terminated,
+        truncated,
+        bootstrap,
+        cu_seqlens,
+        gamma,
+        gae_lambda,
+        whiten,
+        time_major,
+    ):
+        advantages, returns = (_poisoned(*rewards.shape) for _ in range(2))
+        if cu_seqlens is None:
+            rows, length = rewards.shape[::-1] if time_major else rewards.shape
+            per_step = bootstrap is not None and bootstrap.dim() == 2
+        else:
+            rows, length = len(cu_seqlens) - 1, len(rewards)
+            per_step = bootstrap is not None and len(bootstrap) != rows
+        inputs = (rewards, values, mask, terminated, truncated, bootstrap)
+        flat_mask = mask.contiguous() if whiten and mask is not None else None
+        workspace = _poisoned(3 * 256, dtype=torch.float64) if whiten else None
+        outputs = (advantages, returns, cu_seqlens, flat_mask, workspace)
+        out_strides = (1, rows) if time_major else (length, 1)
+        numbers = (_DTYPES[rewards.dtype], rows, length, int(per_step), *out_strides)
+        self._call(
+            "gae_fwd",
+            _pointers(inputs),
+            _ints([s for t in inputs for s in _row_and_step(t, time_major)]),
+            _pointers(outputs),
+            _ints(numbers),
+            ctypes.c_double(gamma),
+            ctypes.c_double(gae_lambda),
+        )
+        return advantages, returns
+
+    def mlm_mask_fwd(
+        self,
+        input_ids,
+        attention_mask,
+        special_tokens_mask,
+        sample_ids,
+        word_ids,
+        special_runs,
+        *rest,
+    ):
+        B, T = input_ids.shape
+        results = [torch.full((B, T), 77, dtype=input_ids.dtype) for _ in range(2)]
+        results.append(torch.full((B, T), True))
+        inputs = (input_ids, attention_mask, special_tokens_mask, sample_ids, word_ids)
+        sizes = [0 if m is None else m.element_size() for m in inputs[:3]]
+        numbers = (B, T, *sizes, *map(int, rest))
+        self._call(
+            "mlm_mask_fwd",
+            _pointers((*inputs, *results)),
+            _ints(numbers),
+            _ints(special_runs),
+            _int(len(special_runs) // 2),
+        )
+        return tuple(results)
+
     def _reduction(self, pairs: int, reduction: int) -> tuple[Tensor, Tensor]:
         size = self._library.pair_loss_workspace(_int(pairs), reduction)
         return _poisoned(*((pairs,) if reduction == 0 else ())), _poisoned(size)
+
+
+def _pointers(tensors) -> ctypes.Array:
+    values = [_pointer(t).value for t in tensors]
+    return (ctypes.c_void_p * len(values))(*values)
+
+
+def _ints(values) -> ctypes.Array:
+    return (ctypes.c_int64 * max(1, len(values)))(*values)
+
+
+def _row_and_step(t: Tensor | None, time_major: bool) -> tuple[int, int]:
+    """Strides; of one dimension, from one to the next."""
+    if t is None:
+        return 0, 0
+    if t.dim() == 1:
+        return t.stride(0), t.stride(0)
+    return (t.stride(1), t.stride(0)) if time_major else t.stride()
 
 
 def _logits_rows(logits, mask, temperatures, temperature, softcap) -> _LogitsRows:

@@ -4,7 +4,7 @@ Every check takes a backend (`cuda_emulation.kernels()`) and raises AssertionErr
 all of them by name; those of `SMALL` are few enough threads for ThreadSanitizer.
 """
 
-from . import pair_losses, token_logprobs
+from . import gae, mlm_mask, pair_losses, token_logprobs
 from .registry import CHECKS, SMALL
 
-__all__ = ["CHECKS", "SMALL", "pair_losses", "token_logprobs"]
+__all__ = ["CHECKS", "SMALL", "gae", "mlm_mask", "pair_losses", "token_logprobs"]

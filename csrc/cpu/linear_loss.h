@@ -1,0 +1,69 @@
+// Losses of an output head whose gradient is formed in the forward pass: the logits of a chunk of
+// rows stay until the gradients of its rows are known, or are computed again after all rows.
+#pragma once
+#include <vector>
+
+#include "linear_gradients.h"
+#include "linear_statistics.h"
+
+namespace apt::APT_ISA {
+
+constexpr int64_t kLeastStored = int64_t{2} << 20, kMostStored = int64_t{64} << 20;
+
+// Rows of a chunk: the largest that the limits above allow, all chunks of nearly one size.
+template <class T, class A>
+int64_t chunk_rows(const Tiles<T, A>& tiles, int64_t count) {
+  const LinearHead& head = tiles.head;
+  const int64_t logits = head.vocab * int64_t(sizeof(A));
+  const int64_t row = logits + (tiles.workers + 1) * tiles.features * int64_t(sizeof(A));
+  const int64_t quarter = std::min(logits * count / 4, kMostStored);
+  const int64_t most = std::max<int64_t>(std::max(quarter, kLeastStored) / row, 1);
+  const int64_t chunks = (count + most - 1) / most;
+  return std::min((count + chunks - 1) / chunks, tiles.group_rows());
+}
+
+// from_chunks: a chunk's gradients follow its statistics; else those of all rows follow all
+// statistics. keep: the loss looks at the logits, also where no gradient is wanted.
+struct LinearLossPlan {
+  bool from_chunks, keep, sum_logits;
+};
+
+// Of the rows (ascending) that count, loss.finish_rows(statistics, logits or null, start, size)
+// sees each chunk; loss.finish() comes after all of them; loss.terms(i) are those of rows[i],
+// with token and temperature before finish_rows and everything when the gradient is formed.
+template <class T, class A, class Loss>
+void run_linear_loss(const Tiles<T, A>& tiles, const std::vector<int64_t>& rows,
+                     const RowFunctions<A>& forward, const RowFunctions<A>& backward,
+                     LinearLossPlan plan, Loss& loss) {
+  const LinearHead& head = tiles.head;
+  const int64_t count = int64_t(rows.size()), d = head.features;
+  if (head.grad_hidden)
+    for (int64_t row = 0, next = 0; row < head.rows; ++row) {
+      if (next < count && rows[next] == row)
+        ++next;
+      else
+        std::fill_n(static_cast<T*>(head.grad_hidden) + row * d, d, T{});
+    }
+  const bool wanted = head.grad_hidden || head.grad_weight || head.grad_bias;
+  const bool stream = wanted && plan.from_chunks, store = stream || plan.keep;
+  const int64_t chunk = store ? chunk_rows(tiles, count) : std::min(tiles.group_rows(), count);
+  Workspace<A> stored(store ? chunk * head.vocab : 0), gathered;
+  HeadStatistics<T, A> statistics(tiles, forward, chunk, false, plan.sum_logits);
+  HeadGradients<T, A> gradients(tiles, backward, stream ? chunk : 0);
+  const auto terms = [&](int64_t i) { return loss.terms(i); };
+  for (int64_t start = 0; start < count; start += chunk) {
+    const int64_t size = std::min(chunk, count - start);
+    const A* hidden = tiles.gather(rows.data() + start, size, gathered);
+    const auto of_chunk = [&](int64_t i) { return loss.terms(start + i); };
+    statistics.run(hidden, size, of_chunk, stored.data());
+    loss.finish_rows(statistics, stored.data(), start, size);
+    if (stream) gradients.run(rows.data() + start, size, of_chunk, stored.data(), start > 0);
+  }
+  loss.finish();
+  if (wanted && !stream) {
+    HeadGradients<T, A> all(tiles, backward, count);
+    all.run(rows.data(), count, terms, nullptr, false);
+  }
+}
+
+}  // namespace apt::APT_ISA

@@ -1,0 +1,125 @@
+"""How a user's encoder is called, and what it returns: hidden states, or one vector a sample."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..model_access import FSDPModule, base_model, has_adapter, without_wrapper
+
+
+class Encoded(NamedTuple):
+    """What an encoder returned.
+
+    Attributes:
+        hidden: `(B, S, H)`, or `(B, H)` of an encoder that pools itself.
+        pooler_output: `(B, H)` of models that have one (BERT), else None.
+    """
+
+    hidden: Tensor
+    pooler_output: Tensor | None
+
+    @property
+    def pooled(self) -> Tensor:
+        """`(B, H)`: the pooler's output, else the first token's hidden state."""
+        return self.hidden[:, 0] if self.pooler_output is None else self.pooler_output
+
+
+class Encoder:
+    """Calls one model; made once, as it reads the signature.
+
+    The model is called as `model(input_ids=…, attention_mask=…)` with what its signature takes, and
+    with its input as the only argument where it names that otherwise (encoders of images). It is
+    asked for `output_hidden_states` where it takes that. Of a plain Hugging Face model with a head
+    only the base model runs.
+
+    Args:
+        model: any module, also DDP- or FSDP2-wrapped or adapted by PEFT.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = base_model(model)
+        self._name = type(inner).__name__
+        self._model = model
+        has_head = _has_output_embedding(inner)
+        plain = model is without_wrapper(model) and not isinstance(model, FSDPModule)
+        trunk = getattr(inner, "base_model", None)
+        if has_head and plain and not has_adapter(model) and isinstance(trunk, nn.Module):
+            has_head = trunk is inner
+            self._model = inner = trunk
+        accepted = inspect.signature(inner.forward).parameters
+        more = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        self._by_name = "input_ids" in accepted or (more and len(accepted) == 1)
+        self.takes_mask = "attention_mask" in accepted or (more and self._by_name)
+        sizes = getattr(getattr(inner, "config", None), "type_vocab_size", 2)
+        self.takes_token_types = "token_type_ids" in accepted and sizes > 1
+        self._options: dict[str, Any] = {}
+        if "output_hidden_states" in accepted or (more and has_head):
+            self._options["output_hidden_states"] = True
+        if "use_cache" in accepted:
+            self._options["use_cache"] = False
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Encoded:
+        """Returns what the model makes of a batch.
+
+        Args:
+            inputs: `(B, S)` token ids, or images `(B, …)`.
+            attention_mask: `(B, S)`, 1 = real token; None: all are.
+            token_type_ids: `(B, S)`, 0 in the first segment, 1 in the second.
+        """
+        options = dict(self._options)
+        if self.takes_mask and attention_mask is not None:
+            options["attention_mask"] = attention_mask
+        if self.takes_token_types and token_type_ids is not None:
+            options["token_type_ids"] = token_type_ids
+        if self._by_name:
+            output = self._model(input_ids=inputs, **options)
+        else:
+            output = self._model(inputs, **options)
+        encoded = Encoded(hidden_states_of(output), _found(output, "pooler_output"))
+        if encoded.hidden.dim() not in (2, 3) or len(encoded.hidden) != len(inputs):
+            raise ValueError(
+                f"{self._name} must return (B, S, H) or (B, H) for a batch "
+                f"{tuple(inputs.shape)}, got {tuple(encoded.hidden.shape)}"
+            )
+        return encoded
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """Returns the last hidden states in what a model returned.
+
+    A tensor, `last_hidden_state` or the last of `hidden_states` (as attributes or keys), or the
+    first item of a tuple.
+    """
+    if isinstance(output, Tensor):
+        return output
+    last = _found(output, "last_hidden_state")
+    if last is not None:
+        return last
+    layers = _found(output, "hidden_states", (Tensor, tuple, list))
+    if layers is not None and len(layers):
+        return layers if isinstance(layers, Tensor) else layers[-1]
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(
+        "a model must return its hidden states: bare, as `last_hidden_state`, as the last of "
+        f"`hidden_states` or first in a tuple; got {type(output).__name__}"
+    )
+
+
+def _found(output: Any, name: str, kinds: Any = Tensor) -> Any:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, kinds) else None
+
+
+def _has_output_embedding(inner: nn.Module) -> bool:
+    getter = getattr(inner, "get_output_embeddings", None)
+    return callable(getter) and getter() is not None

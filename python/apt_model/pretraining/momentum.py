@@ -1,0 +1,132 @@
+"""MoCo's slowly following networks and its queue of keys (He et al. 2020)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_kernels import ema_update_, queue_push_
+
+from ..model_access import FSDPModule, without_wrapper
+from ..training_state import load_module_state, module_state, snapshot
+
+
+class MomentumNetworks:
+    """Frozen copies of an encoder and its projection that follow them, and the queue of keys.
+
+    Args:
+        encoder: the one that is trained; DDP-wrapped or not.
+        projection: its head.
+        projection_momentum: a module of the same kind, which becomes equal to it.
+        size: of the queue: width and number of the keys.
+        momentum: how much of itself a copy keeps at a step.
+        encoder_momentum: None: a copy; needed where the encoder is FSDP2-sharded.
+        backend: of the kernels.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projection: nn.Module,
+        projection_momentum: nn.Module,
+        size: tuple[int, int],
+        momentum: float,
+        encoder_momentum: nn.Module | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if encoder_momentum is None and isinstance(encoder, FSDPModule):
+            raise ValueError(
+                "an FSDP2-sharded encoder cannot be copied: pass encoder_momentum=, sharded the "
+                "same way"
+            )
+        self._trained = (without_wrapper(encoder), projection)
+        if encoder_momentum is None:
+            encoder_momentum = copy.deepcopy(self._trained[0])
+        self.encoder = _frozen(encoder_momentum)
+        self.projection = _frozen(projection_momentum)
+        self._momentum = momentum
+        self._backend = backend
+        self._follow(0.0, [*self._trained[0].parameters(), *projection.parameters()])
+        self._size = size
+        self.register_queue()
+
+    def register_queue(self) -> None:
+        """Fills the queue `(dim, K)` with random keys of unit length and begins it anew."""
+        like = next(t for t in self._trained[0].parameters() if t.is_floating_point())
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.queue = F.normalize(torch.randn(self._size).to(like.device, dtype), dim=0)
+        self.pointer = torch.zeros(1, dtype=torch.long, device=like.device)
+
+    def follow(self) -> None:
+        """Moves the copies towards what is trained; buffers are copied."""
+        trained = (p for module in self._trained for p in module.parameters())
+        self._follow(self._momentum, [p for p in trained if p.requires_grad])
+
+    @torch.no_grad()
+    def _follow(self, momentum: float, moved: Sequence[Tensor]) -> None:
+        wanted = {id(p) for p in moved}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        buffers: list[tuple[Tensor, Tensor]] = []
+        for copied, trained in zip((self.encoder, self.projection), self._trained, strict=True):
+            if isinstance(copied, FSDPModule):
+                copied.reshard()  # after a forward without a backward it still is whole
+            both = zip(copied.parameters(), trained.parameters(), strict=True)
+            pairs += [(_local(a), _local(b)) for a, b in both if id(b) in wanted]
+            buffers += zip(copied.buffers(), trained.buffers(), strict=True)
+        for moving, keep in ((pairs, momentum), (buffers, 0.0)):
+            targets, sources = [a for a, _ in moving], [b for _, b in moving]
+            ema_update_(targets, sources, keep, backend=self._backend)
+
+    def push(self, keys: Tensor, groups: Sequence[Any] = ()) -> None:
+        """Puts keys `(N, dim)` into the queue, those of all processes in the order of the ranks."""
+        for group in groups:
+            keys = gather_rows(keys, group)
+        queue_push_(self.queue, self.pointer, keys, backend=self._backend)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the copies, the queue and its pointer."""
+        return {
+            "encoder": snapshot(module_state(self.encoder)),
+            "projection": snapshot(module_state(self.projection)),
+            "queue": snapshot(self.queue),
+            "pointer": snapshot(self.pointer),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state_dict()`."""
+        if state["queue"].shape != self.queue.shape:
+            raise ValueError(
+                f"the state has a queue {tuple(state['queue'].shape)}, "
+                f"this trainer {tuple(self.queue.shape)}"
+            )
+        load_module_state(self.encoder, state["encoder"])
+        load_module_state(self.projection, state["projection"])
+        self.queue.copy_(state["queue"])
+        self.pointer.copy_(state["pointer"])
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor, group: Any) -> Tensor:
+    """Returns the rows of all processes of a group, in their order; they may bring several."""
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, count, group=group)
+    sizes = torch.cat(counts).tolist()
+    padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded.contiguous(), group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False).eval()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

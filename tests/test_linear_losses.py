@@ -1,0 +1,106 @@
+"""What the registry cannot say of the losses over an output head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apt_kernels
+from apt_kernels import reference
+from apt_kernels.registry import Sample
+from apt_kernels.registry.linear_dpo_loss import _pairs
+from apt_kernels.registry.linear_policy_loss import ARGUMENTS, tokens
+from calls import fresh, in_float64
+
+
+def _policy(dtype: torch.dtype, rows: int = 4, length: int = 9) -> tuple:
+    x = tokens(rows, length, dtype)
+    return tuple(x[n] for n in ARGUMENTS)
+
+
+def _gradients(function, args: tuple, upstream: float, **kwargs) -> list[torch.Tensor]:
+    loss = function(*args, **kwargs)[0]
+    return torch.autograd.grad(loss, args[:2], torch.tensor(upstream, dtype=loss.dtype))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("upstream", [65536.0, -3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_too_small_for_float16_survive_loss_scaling(dtype, upstream, level):
+    args = _policy(dtype)
+    options = {"normalizer": 1e6, "ratio_level": level}
+    got = _gradients(apt_kernels.linear_policy_loss, args, upstream, **options)
+    exact = in_float64(fresh(Sample("", args)))
+    wanted = _gradients(reference.linear_policy_loss, exact.args, upstream, **options)
+    for g, w in zip(got, wanted, strict=True):
+        eps = torch.finfo(dtype).eps
+        least = torch.finfo(dtype).tiny * eps  # the smallest subnormal number
+        bound = 4 * eps * w.abs().max() + 2 * least
+        assert (g.double() - w).abs().max() <= bound
+        large = w.abs() > 10 * least
+        assert (g[large] != 0).all() and (large.any() or abs(upstream) < 1e4)
+
+
+def test_on_policy_ratios_are_one():
+    """The old log-probabilities of the same weights, in float32: nothing is clipped."""
+    hidden, weight, ids, _, advantages, mask = _policy(torch.float32)
+    old = apt_kernels.linear_token_logprobs(hidden.detach(), weight.detach(), ids)
+    _, metrics = apt_kernels.linear_policy_loss(hidden, weight, ids, old, advantages, mask)
+    assert metrics["approx_kl"] < 1e-12 and metrics["clip_fraction"] == 0
+    assert metrics["ppo_kl"].abs() < 1e-6
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    args = _policy(torch.float32, 8, 40)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        loss, _ = apt_kernels.linear_policy_loss(*args)
+        results.append((loss, *torch.autograd.grad(loss, args[:2])))
+    torch.set_num_threads(1)
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_no_gradient_without_need(trained):
+    args = [t.detach() if torch.is_tensor(t) else t for t in _policy(torch.float32)]
+    index = ("hidden", "weight").index(trained)
+    args[index].requires_grad_()
+    loss, metrics = apt_kernels.linear_policy_loss(*args)
+    loss.backward()
+    assert args[index].grad is not None and args[1 - index].grad is None
+    with torch.no_grad():
+        plain, _ = apt_kernels.linear_policy_loss(*args)
+    assert not plain.requires_grad and torch.equal(plain, loss.detach())
+    assert not any(m.requires_grad for m in metrics.values())
+
+
+def test_policy_module_is_the_function():
+    options = {"clip_high": 0.28, "entropy_coef": 0.1, "aggregation": "dr_grpo"}
+    args = _policy(torch.float32)
+    module = apt_kernels.LinearPolicyLoss("clip", **options)
+    loss, metrics = module(*args, temperature=0.8)
+    wanted, wanted_metrics = apt_kernels.linear_policy_loss(*args, temperature=0.8, **options)
+    assert torch.equal(loss, wanted) and metrics == wanted_metrics
+    assert "clip_high=0.28" in repr(module)
+    with pytest.raises(ValueError, match="loss_type"):
+        apt_kernels.LinearPolicyLoss("ppo")
+
+
+def test_dpo_module_is_the_function():
+    args = _pairs(3, 5, torch.float32)
+    module = apt_kernels.LinearDPOLoss(0.3, loss_type="ipo", average=True)
+    wanted = apt_kernels.linear_dpo_loss(*args, beta=0.3, loss_type="ipo", average=True, softcap=9)
+    for got, want in zip(module(*args, softcap=9), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_dpo_of_hidden_states_is_dpo_of_logits():
+    hidden, weight, ids, mask, *refs = _pairs(3, 5, torch.float32)
+    logits = hidden @ weight.T
+    logps = apt_kernels.sequence_logps(apt_kernels.token_logprobs(logits, ids, mask=mask), mask)
+    wanted = apt_kernels.dpo_loss(logps[:3], logps[3:], *refs)
+    got = apt_kernels.linear_dpo_loss(hidden, weight, ids, mask, *refs)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
