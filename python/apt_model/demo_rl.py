@@ -49,7 +49,7 @@ SHARED = {
 }  # fmt: skip
 REWARD = {"epochs": 8, "batch_size": 32, "eval_every": 38, "learning_rate": 3e-3, "head_layers": 1}
 GRPO = {
-    "epochs": 2, "batch_size": 8, "eval_every": 20, "learning_rate": 5e-5, "trained_layers": 6,
+    "epochs": 2, "batch_size": 8, "eval_every": 20, "learning_rate": 1e-4, "trained_layers": 6,
     "group_size": 8, "max_new_tokens": 6,
 }  # fmt: skip
 RLHF = {
