@@ -193,6 +193,7 @@ def rlhf_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
             model, reward, learning_rate=options.learning_rate, ppo_epochs=options.ppo_epochs,
             batch_size=options.minibatch_size, kl_coef=options.kl_coef, gamma=options.gamma,
             max_new_tokens=options.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+            entropy_coef=0.0,
         )  # fmt: skip
 
     held_out = sizes["held_out_prompts"]
