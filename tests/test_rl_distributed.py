@@ -120,3 +120,19 @@ def test_two_processes_equal_one(results, name, wrap):
     for metrics, of_one in zip(result["metrics"], expected, strict=True):
         assert metrics == pytest.approx(of_one, abs=1e-9)
     assert_same_parameters(model, result["parameters"], 1e-9)
+
+
+def test_models_and_optimizers_prepared_by_accelerate():
+    from accelerate import Accelerator
+
+    def steps(prepare):
+        policy = tiny_model()
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
+        policy, optimizer = prepare(policy, optimizer)
+        config = {"use_critic": True, "group_size": 2}
+        trainer = GRPOTrainer(policy, None, optimizer, config, ref_policy_model="copy")
+        return [trainer.train_step(**sampled()) for _ in range(3)], trainer
+
+    (ours, trainer), (expected, _) = steps(Accelerator(cpu=True).prepare), steps(lambda *a: a)
+    assert ours == expected
+    trainer.load_state_dict(trainer.state_dict())

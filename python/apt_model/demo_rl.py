@@ -49,7 +49,7 @@ SHARED = {
 }  # fmt: skip
 REWARD = {"epochs": 8, "batch_size": 32, "eval_every": 38, "learning_rate": 3e-3, "head_layers": 1}
 GRPO = {
-    "epochs": 2, "batch_size": 8, "eval_every": 20, "learning_rate": 5e-5, "trained_layers": 6,
+    "epochs": 2, "batch_size": 8, "eval_every": 20, "learning_rate": 1e-4, "trained_layers": 6,
     "group_size": 8, "max_new_tokens": 6,
 }  # fmt: skip
 RLHF = {
@@ -193,6 +193,7 @@ def rlhf_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
             model, reward, learning_rate=options.learning_rate, ppo_epochs=options.ppo_epochs,
             batch_size=options.minibatch_size, kl_coef=options.kl_coef, gamma=options.gamma,
             max_new_tokens=options.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+            entropy_coef=0.0,
         )  # fmt: skip
 
     held_out = sizes["held_out_prompts"]
