@@ -17,6 +17,7 @@ from ..preference_data import REPORTED_ROWS, BadRow
 from .nsp_data import NSPDataBuilder
 from .text_augmentation import TextAugmentation
 
+PAIRS_STREAM = 1 << 40  # with the seed of the order of the batches, labels would be sorted
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -166,7 +167,7 @@ class SentencePairs:
         """Returns the arguments of `MLMPretrainer.train_step`."""
         epoch = step // self.per_epoch
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self._seed + epoch)
+            generator = torch.Generator().manual_seed(PAIRS_STREAM + self._seed + epoch)
             self._pairs = NSPDataBuilder.create_nsp_pairs(*self._arguments, generator=generator)
             self._epoch = epoch
         ids, mask, labels = (tensor[rows] for tensor in self._pairs)
