@@ -257,6 +257,8 @@ def test_views_of_images(tmp_path):
     views = ImageViews(images)
     first, again = views([0, 1], 3), views([0, 1], 3)
     assert torch.equal(first["input_ids_1"], again["input_ids_1"])
+    for other in (views([0, 1], 4), ImageViews(images, 1)([0, 1], 3)):
+        assert not torch.equal(first["input_ids_1"], other["input_ids_1"])
     assert not torch.equal(first["input_ids_1"], first["input_ids_2"])
     flipped = ImageViews(images, 0, 0, 0, 0, 0, 0, flip=True)
     seen = [flipped([1], step)["input_ids_1"] for step in range(12)]
