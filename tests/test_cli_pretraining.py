@@ -12,7 +12,14 @@ from PIL import Image
 from apt_model.cli import main
 from apt_model.pretraining import pretrain_run
 from apt_model.pretraining.image_data import ImageViews, load_images
-from apt_model.pretraining.text_data import BadRow, Text, TextViews, load_texts, segments
+from apt_model.pretraining.text_data import (
+    BadRow,
+    SentencePairs,
+    Text,
+    TextViews,
+    load_texts,
+    segments,
+)
 from apt_model.run_files import EpochBatches
 from tiny_encoders import VOCABULARY, tiny_bert
 
@@ -250,6 +257,8 @@ def test_views_of_images(tmp_path):
     views = ImageViews(images)
     first, again = views([0, 1], 3), views([0, 1], 3)
     assert torch.equal(first["input_ids_1"], again["input_ids_1"])
+    for other in (views([0, 1], 4), ImageViews(images, 1)([0, 1], 3)):
+        assert not torch.equal(first["input_ids_1"], other["input_ids_1"])
     assert not torch.equal(first["input_ids_1"], first["input_ids_2"])
     flipped = ImageViews(images, 0, 0, 0, 0, 0, 0, flip=True)
     seen = [flipped([1], step)["input_ids_1"] for step in range(12)]
@@ -276,3 +285,19 @@ def test_batches_of_epochs():
     whole = EpochBatches(10, 4, 1, lambda rows, step: rows, whole=True)
     assert whole.per_epoch == 2 and [len(whole[s]) for s in range(4)] == [4] * 4
     assert EpochBatches(3, 4, 1, lambda rows, step: rows, whole=True).per_epoch == 1
+
+
+def test_pairs_of_sentences_are_mixed_in_every_batch(model_folder):
+    """Their labels are drawn from other random numbers than the order of the batches."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    documents = [[f"w{i % 9} w1", f"w{i % 7} w2"] for i in range(160)]
+    for seed in (0, 3):
+        pairs = SentencePairs(documents, tokenizer, 16, seed)
+        batches = EpochBatches(len(pairs), 32, seed, pairs)
+        pairs.per_epoch = batches.per_epoch
+        labels = [batches[step]["nsp_labels"] for step in range(10)]
+        assert all(4 < label.sum() < 28 for label in labels)
+        assert sum(int(label.sum()) for label in labels[:5]) == 80
+        assert not torch.equal(torch.cat(labels[:5]), torch.cat(labels[5:]))

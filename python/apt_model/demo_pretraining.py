@@ -38,8 +38,8 @@ HELD_OUT = 200
 SETTINGS = {
     "digits": {"steps": 150, "batch": 256, "learning_rate": 2e-3, "temperature": 0.2},
     "contrastive text": {"steps": 60, "batch": 32, "learning_rate": 3e-5, "temperature": 0.05},
-    "mlm": {"steps": 150, "batch": 16, "learning_rate": 4e-4},
-    "mlm+nsp": {"steps": 200, "batch": 16, "learning_rate": 1.5e-4},
+    "mlm": {"steps": 150, "batch": 16, "learning_rate": 5e-4, "mlm_loss_weight": 1.0},
+    "mlm+nsp": {"steps": 200, "batch": 16, "learning_rate": 1e-4, "mlm_loss_weight": 0.1},
 }
 TARGETS = {
     "SimCLR": ("linear probe", 0.90),
@@ -258,10 +258,13 @@ def masked_words(nsp: bool) -> dict[str, Any]:
         sep_token_id=tokenizer.sep_token_id,
         special_token_ids=list(tokenizer.all_special_ids),
         use_nsp=nsp,
+        mlm_loss_weight=settings["mlm_loss_weight"],
         learning_rate=settings["learning_rate"],
         scheduler=partial(_up_and_down, steps=settings["steps"]),
         lm_head=model.get_input_embeddings(),
     )
+    with torch.no_grad():  # the new layer begins by passing on what the encoder knows
+        trainer.mlm_head.dense.weight.copy_(torch.eye(WIDTH))
     name = "nsp_accuracy" if nsp else "mlm_accuracy"
     before = evaluate(trainer, held_out)
     batches = EpochBatches(len(train), settings["batch"], 0, train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
@@ -45,6 +46,15 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(unfinished, path)
 
 
+def generator_of(*keys: int | str) -> torch.Generator:
+    """Returns a generator whose random numbers belong to these keys alone.
+
+    PyTorch's generator on the CPU takes 32 bits of a seed: keys are mixed, not put side by side.
+    """
+    name = "/".join(map(str, keys))
+    return torch.Generator().manual_seed(random.Random(name).getrandbits(32))
+
+
 class EpochBatches:
     """Batches of every epoch, each in an order of its own that only the seed decides.
 
@@ -72,7 +82,7 @@ class EpochBatches:
     def __getitem__(self, step: int) -> Mapping[str, Any]:
         """Returns the batch of step `step`, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.per_epoch)
-        generator = torch.Generator().manual_seed(self._seed + epoch)
+        generator = generator_of("order", self._seed, epoch)
         order = torch.randperm(self._count, generator=generator).tolist()
         start = position * self._batch_size
         return self._collate(order[start : start + self._batch_size], step)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..run_files import generator_of
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -116,7 +118,7 @@ class ImageViews:
 
     def __call__(self, rows: list[int], step: int) -> dict[str, Tensor]:
         """Returns the arguments of `ContrastivePretrainer.train_step`."""
-        generator = torch.Generator().manual_seed((self._seed << 32) + step)
+        generator = generator_of("images", self._seed, step)
         images = self._images[rows]
         return {f"input_ids_{k}": self.view(images, generator) for k in (1, 2)}
 

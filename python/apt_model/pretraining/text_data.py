@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..preference_data import REPORTED_ROWS, BadRow
+from ..run_files import generator_of
 from .nsp_data import NSPDataBuilder
 from .text_augmentation import TextAugmentation
 
@@ -166,7 +167,7 @@ class SentencePairs:
         """Returns the arguments of `MLMPretrainer.train_step`."""
         epoch = step // self.per_epoch
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self._seed + epoch)
+            generator = generator_of("pairs", self._seed, epoch)
             self._pairs = NSPDataBuilder.create_nsp_pairs(*self._arguments, generator=generator)
             self._epoch = epoch
         ids, mask, labels = (tensor[rows] for tensor in self._pairs)
@@ -219,7 +220,7 @@ class TextViews:
         batch = {}
         pad = self._tokenizer.pad_token_id or 0
         mask_prob, delete_prob, swap_prob = self._probabilities
-        generator = torch.Generator().manual_seed((self._seed << 32) + step)
+        generator = generator_of("texts", self._seed, step)
         options = {
             "special_ids": self._tokenizer.all_special_ids,
             "pad_token_id": pad,
