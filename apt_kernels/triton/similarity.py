@@ -65,7 +65,7 @@ def tiles(x: Tensor, gradient: bool = False) -> Tiles:
         depth, part, columns = min(32, depth), min(64, part), 32 if half else 16
         return Tiles(rows=64, columns=columns, depth=depth, part=part, warps=8, stages=2)
     if gradient:
-        columns = 64 if half else 32
+        columns = 32 if half else 16
         return Tiles(rows=64, columns=columns, depth=depth, part=part, warps=8, stages=2)
     return Tiles(rows=64, columns=64, depth=depth, part=part, warps=8, stages=3)
 

@@ -137,8 +137,8 @@ class LinearRows {
   const Weights weights_;
   bool from_chunks_;
   std::vector<double> lse_, grads_, logps_, entropies_;  // of rows_
-  std::vector<Ratio<double>> ratios_;  // [tokens.rows], of sequences
-  std::vector<RowSums<kPolicyMetrics>> sums_;  // [tokens.rows]
+  std::vector<Ratio<double>> ratios_;                    // [tokens.rows], of sequences
+  std::vector<RowSums<kPolicyMetrics>> sums_;            // [tokens.rows]
 };
 
 template <class T, class A>
