@@ -62,8 +62,8 @@ def tiles(x: Tensor, gradient: bool = False) -> Tiles:
     half = x.element_size() == 2
     depth, part = min(64 if half else 16, width), min(128, width)
     if gradient and torch.version.hip:
-        depth, part, columns = min(32, depth), min(64, part), 32 if half else 16
-        return Tiles(rows=64, columns=columns, depth=depth, part=part, warps=8, stages=2)
+        depth, part = min(32, depth), min(64, part)
+        return Tiles(rows=64, columns=16, depth=depth, part=part, warps=8, stages=2)
     if gradient:
         columns = 32 if half else 16
         return Tiles(rows=64, columns=columns, depth=depth, part=part, warps=8, stages=2)
