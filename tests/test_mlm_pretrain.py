@@ -377,7 +377,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
             assert_same_parameters(getattr(resumed, name), parameters_of(getattr(trainer, name)))
         assert resumed.get_statistics() == trainer.get_statistics()
         assert resumed.curves.columns == trainer.curves.columns
-    with pytest.raises(ValueError, match="modules"):
+    with pytest.raises(ValueError, match="both have a scheduler, or neither"):
         make().load_state_dict(in_memory)
 
 

@@ -92,6 +92,7 @@ class TrainingLoop:
         self.curves = Curves()
         self.with_state: dict[str, Any] = {"curves": self.curves}  # more that a state holds
         self._statistics = dict.fromkeys(self.statistics, 0.0)
+        self._grad_norm, self._overflowed = 0.0, False
 
     def update(
         self,
