@@ -10,11 +10,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = {"eager": "#c44e52", "compiled": "#dd8452"}
+OF_PEERS = ("#4c72b0", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 
 
 def _bars(rows: list[dict], value, title: str, label: str, path: Path) -> None:
     cases = dict.fromkeys((r["operation"], r["shape"], r["dtype"], r["pass"]) for r in rows)
     others = list(dict.fromkeys(r["variant"] for r in rows if r["variant"] != "fused"))
+    peers = [o for o in others if o not in COLOURS]
+    colours = COLOURS | {o: OF_PEERS[i % len(OF_PEERS)] for i, o in enumerate(peers)}
     by_case = {(r["operation"], r["shape"], r["dtype"], r["pass"], r["variant"]): r for r in rows}
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.24 * len(cases) * max(1, len(others))))
     names, position = [], 0.0
@@ -25,7 +28,7 @@ def _bars(rows: list[dict], value, title: str, label: str, path: Path) -> None:
             row = by_case.get((*case, other))
             number = value(row, fused) if row and fused else None
             if number:
-                axis.barh(position, number, color=COLOURS.get(other, "#4c72b0"), height=0.9)
+                axis.barh(position, number, color=colours[other], height=0.9)
                 axis.text(number, position, f" {number:.1f}", va="center", fontsize=7)
             position += 1
         names.append((middle, f"{case[0]}\n{case[1]}, {case[2]}, {case[3]}"))
@@ -36,7 +39,7 @@ def _bars(rows: list[dict], value, title: str, label: str, path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xlabel(label)
     axis.set_title(title, fontsize=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS.get(o, "#4c72b0")) for o in others]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[o]) for o in others]
     axis.legend(handles, others, loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
