@@ -5,7 +5,8 @@
 Every comparison runs twice, each in a process of its own: with PyTorch as installed, and with
 PyTorch's memory on huge pages (THP_MEM_ALLOC_ENABLE=1). Accuracy is checked before time is taken;
 all sides run alternately on the same tensors; medians are reported. Writes a CSV with machine,
-versions and commit, and two pictures.
+versions and commit, and two pictures. Rows are written as they are measured, and replace those of
+the same operations in the file: a run of some operations keeps what is known of the others.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,18 +63,25 @@ def passes(function: Callable, sample: Sample, backward: bool) -> dict[str, Call
     return {"forward": forward, "forward+backward": both} if backward else {"forward": forward}
 
 
+def outcome(function: Callable, sample: Sample, backward: bool) -> list[torch.Tensor]:
+    """What one side gives: the first result and the gradients, or what it wrote in place."""
+    runs = passes(function, sample, backward)
+    result = first(runs["forward"]())
+    if result is None:
+        tensors = (t for a in sample.args for t in (a if isinstance(a, list) else [a]))
+        return [t for t in tensors if isinstance(t, torch.Tensor)]
+    return [result, *(runs["forward+backward"]() if backward else ())]
+
+
 def check(op: Op, variant: Callable, sample: Sample, dtype: torch.dtype, backward: bool) -> None:
     """The two sides must agree before either is timed."""
     rtol, atol = TOLERANCE[dtype]
-    for name in passes(op.function, sample, backward):
-        got = passes(op.function, sample, backward)[name]()
-        wanted = passes(variant, sample, backward)[name]()
-        got, wanted = (r if name != "forward" else (first(r),) for r in (got, wanted))
-        for a, b in zip(got, wanted, strict=True):
-            a, b = a.float(), b.float()
-            error = (a - b).abs().max() if a.numel() else 0.0
-            bound = atol + rtol * (b.abs().max() if b.numel() else 0.0)
-            assert error <= bound, f"{op.name} {name}: differs by {error} (allowed {bound})"
+    sides = (outcome(f, copied(sample), backward) for f in (op.function, variant))
+    for a, b in zip(*sides, strict=True):
+        a, b = a.float(), b.float()
+        error = (a - b).abs().max() if a.numel() else 0.0
+        bound = atol + rtol * (b.abs().max() if b.numel() else 0.0)
+        assert error <= bound, f"{op.name}: differs by {error} (allowed {bound})"
 
 
 def result_bytes(run: Callable) -> int:
@@ -85,13 +92,21 @@ def result_bytes(run: Callable) -> int:
 
 def on_device(sample: Sample, device: str) -> Sample:
     """The same call with tensors on the device; the CPU's own are not copied."""
+    return mapped(sample, lambda t: t.to(device))
 
+
+def copied(sample: Sample) -> Sample:
+    """The same call with tensors of its own, where it writes in place."""
+    return mapped(sample, lambda t: t.clone())
+
+
+def mapped(sample: Sample, change: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
     def move(value):
         if isinstance(value, (tuple, list)):
             return type(value)(move(v) for v in value)
         if not isinstance(value, torch.Tensor):
             return value
-        return value.detach().to(device).requires_grad_(value.requires_grad)
+        return change(value.detach()).requires_grad_(value.requires_grad)
 
     kwargs = {name: move(value) for name, value in sample.kwargs.items()}
     return Sample(sample.name, tuple(move(v) for v in sample.args), kwargs)
@@ -175,8 +190,9 @@ def facts() -> dict[str, str]:
 
 
 def child(only: list[str], seconds: float, path: Path) -> None:
-    """One setting, in this process."""
-    with path.open("w", newline="") as file:
+    """One setting, in this process; its rows go to the end of the file as they are measured."""
+    known = {**facts(), "pages": os.environ["APT_BENCH_PAGES"]}
+    with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         for op in OPS.values():
             if only and op.name not in only:
@@ -185,8 +201,22 @@ def child(only: list[str], seconds: float, path: Path) -> None:
                 for dtype in bench.dtypes if DEVICE in bench.devices else ():
                     print(f"{op.name} {bench.name} {dtype}", file=sys.stderr, flush=True)
                     for row in compare(op, bench, dtype, seconds):
-                        writer.writerow({**row, "pages": os.environ["APT_BENCH_PAGES"]})
+                        writer.writerow({**row, **known})
                         file.flush()
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def show(rows: list[dict]) -> None:
@@ -220,24 +250,19 @@ def main() -> None:
     if options.child:
         child(options.only, options.seconds, options.child)
         return
-    rows = []
-    for pages, settings in SETTINGS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "rows.csv"
-            command = [sys.executable, __file__, "--child", str(path), "--seconds"]
-            command += [str(options.seconds), "--only", *options.only]
-            environment = {**os.environ, **settings, "APT_BENCH_PAGES": pages}
-            subprocess.run(command, env=environment, check=True)
-            with path.open(newline="") as file:
-                rows += [{**row, **facts()} for row in csv.DictReader(file, FIELDS)]
     options.output.mkdir(parents=True, exist_ok=True)
-    name = "-".join(["kernels", DEVICE, *options.only])
-    target = options.output / f"{name}.csv"
-    with target.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    show(rows)
+    target = options.output / f"kernels-{DEVICE}.csv"
+    selected = set(options.only or OPS)
+    write_rows(target, [r for r in read_rows(target) if r["operation"] not in selected])
+    for pages, settings in SETTINGS.items():
+        command = [sys.executable, __file__, "--child", str(target), "--seconds"]
+        command += [str(options.seconds), "--only", *options.only]
+        environment = {**os.environ, **settings, "APT_BENCH_PAGES": pages}
+        subprocess.run(command, env=environment, check=True)
+    order = list(OPS)
+    rows = sorted(read_rows(target), key=lambda r: order.index(r["operation"]))
+    write_rows(target, rows)
+    show([row for row in rows if row["operation"] in selected])
     plots.draw(rows, target.with_suffix(""))
     print(f"wrote {target} and {target.stem}-speed.png, {target.stem}-memory.png")
 
