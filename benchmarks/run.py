@@ -129,11 +129,12 @@ def variants_of(op: Op, bench: Benchmark, device: str) -> dict[str, Callable]:
 
 def installed_peers(op: Op, bench: Benchmark, device: str) -> dict[str, Callable]:
     found = gpu_peers.of(op.name)[0] if device == "cuda" else {}
-    try:
-        return found | (bench.peers() if bench.peers else {})
-    except ImportError as error:
-        print(f"{op.name}: left out, {error}", file=sys.stderr)
-        return found
+    for peer in bench.peers:
+        try:
+            found |= peer()
+        except ImportError as error:
+            print(f"{op.name}: left out, {error}", file=sys.stderr)
+    return found
 
 
 def compare(

@@ -50,9 +50,9 @@ class Benchmark:
     backward_bytes_moved: Callable[[Sample], int] | None = None
     flops: Callable[[Sample], int] | None = None
     backward_flops: Callable[[Sample], int] | None = None
-    # Other libraries' functions of the same arguments, by name; imported when called, and left out
-    # where they are not installed.
-    peers: Callable[[], dict[str, Callable]] | None = None
+    # Each gives another library's functions of the same arguments, by name; imported when called,
+    # and left out where it is not installed.
+    peers: tuple[Callable[[], dict[str, Callable]], ...] = ()
     comparable: bool = True  # the same values: checked before time is taken
     compiled: bool = True  # compare with torch.compile(eager) as well
     devices: tuple[str, ...] = ("cpu", "cuda")

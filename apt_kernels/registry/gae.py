@@ -239,7 +239,12 @@ def eager(
     return advantages, advantages + values
 
 
-def _peers() -> dict[str, Callable]:
+def _copy() -> dict[str, Callable]:
+    """What the memory's traffic alone takes."""
+    return {"copy of the inputs": lambda *inputs: tuple(x.clone() for x in inputs)}
+
+
+def _torchrl() -> dict[str, Callable]:
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
     def torchrl(rewards: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,7 +268,7 @@ def _benchmark(rows: int, length: int, devices: tuple[str, ...] = ("cpu", "cuda"
         backward=False,
         # reads rewards and values, writes advantages and returns
         bytes_moved=lambda s: s.args[0].numel() * (2 * s.args[0].element_size() + 8),
-        peers=_peers,
+        peers=(_copy, _torchrl),
         devices=devices,
         compiled=False,  # a loop of a thousand steps does not compile in reasonable time
     )

@@ -115,7 +115,7 @@ def _benchmark(count: int, width: int, devices: tuple[str, ...] = ("cpu", "cuda"
         backward_bytes_moved=lambda s: 4 * s.args[0].nbytes,
         flops=lambda s: 2 * count * count * width,
         backward_flops=lambda s: 6 * count * count * width,
-        peers=_open_clip,
+        peers=(_open_clip,),
         devices=devices,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -148,6 +148,34 @@ def eager(input_ids: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tenso
     return torch.where(random, words, masked_ids), labels
 
 
+def _collators() -> dict[str, Callable]:
+    """Hugging Face's collator, given the mask of special tokens or finding them by itself."""
+    from tokenizers import Tokenizer, models
+    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+    special = dict(zip(("pad", "unk", "cls", "sep", "mask"), (0, 100, 101, 102, 103), strict=True))
+    words = {f"[{name.upper()}]": i for name, i in special.items()}
+    others = (i for i in range(30522) if i not in special.values())
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words | {str(i): i for i in others}, "[UNK]")),
+        **{f"{name}_token": f"[{name.upper()}]" for name in special},
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer)
+    ids = torch.tensor([*special.values()])
+    known: dict[torch.Size, torch.Tensor] = {}  # found once, as a data loader would
+
+    # A copy of the ids, as the collator writes into what it is given.
+    def given(input_ids: torch.Tensor, **_) -> tuple[torch.Tensor, torch.Tensor]:
+        if input_ids.shape not in known:
+            known[input_ids.shape] = torch.isin(input_ids, ids)
+        return collator.torch_mask_tokens(input_ids.clone(), known[input_ids.shape])
+
+    def found(input_ids: torch.Tensor, **_) -> tuple[torch.Tensor, torch.Tensor]:
+        return collator.torch_mask_tokens(input_ids.clone(), None)
+
+    return {"Hugging Face, mask given": given, "Hugging Face": found}
+
+
 def _benchmark(rows: int, length: int) -> Benchmark:
     return Benchmark(
         name=f"{rows} x {length}",
@@ -159,6 +187,8 @@ def _benchmark(rows: int, length: int) -> Benchmark:
         backward=False,
         # reads the ids, writes ids, labels and positions
         bytes_moved=lambda s: s.args[0].numel() * (3 * s.args[0].element_size() + 1),
+        peers=(_collators,),
+        comparable=False,  # other random numbers
     )
 
 

@@ -86,7 +86,7 @@ def _benchmark(count: int, width: int) -> Benchmark:
         backward_bytes_moved=lambda s: 4 * s.args[0].nbytes,
         flops=lambda s: 2 * count * count * width,
         backward_flops=lambda s: 6 * count * count * width,
-        peers=_open_clip,
+        peers=(_open_clip,),
     )
 
 

@@ -120,7 +120,7 @@ def _benchmark(count: int, width: int, classes: int) -> Benchmark:
         backward_bytes_moved=lambda s: 2 * s.args[0].nbytes,
         flops=lambda s: count * count * width,
         backward_flops=lambda s: 3 * count * count * width,
-        peers=_metric_learning,
+        peers=(_metric_learning,),
     )
 
 
