@@ -80,6 +80,7 @@ def dpo_loss(
         ValueError, TypeError: a wrong argument, or an option that the type does not use.
     """
     _check_options(loss_type, beta, label_smoothing, reduction, discopop_tau, simpo_gamma)
+    checks.flag("reference_free", reference_free)
     pc, pr = policy_chosen_logps, policy_rejected_logps
     rc, rr = ref_chosen_logps, ref_rejected_logps
     _check_pairs(loss_type, pc, pr, rc, rr)

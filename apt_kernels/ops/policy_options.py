@@ -43,7 +43,9 @@ def check_options(
     if loss_type in ("sapo", "reinforce"):
         for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
             if value != _DEFAULT_CLIP:
-                raise ValueError(f"{name}: expected {_DEFAULT_CLIP}, as {loss_type} has no clip")
+                raise ValueError(
+                    f"{name}: expected {_DEFAULT_CLIP}, as {loss_type} has no clip, got {value}"
+                )
     if dual_clip is not None:
         if loss_type != "clip":
             checks.unused("dual_clip", dual_clip, f"{loss_type} has none")
@@ -59,7 +61,7 @@ def check_options(
                 checks.unused(name, value, f"{loss_type} has none")
             checks.positive(name, value)
     if ratio_level == "sequence" and loss_type == "reinforce":
-        raise ValueError("ratio_level: expected 'token', as reinforce has no ratio")
+        raise ValueError("ratio_level: expected 'token', as reinforce has no ratio, got 'sequence'")
 
 
 def check_tensors(

@@ -36,8 +36,7 @@ def sequence_logps(
     checks.tensor("mask", mask, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
     checks.shape("mask", mask, logps.shape, "that of logps")
     checks.same_device("mask", mask, "logps", logps)
-    if not isinstance(average, bool):
-        raise TypeError(f"average: expected True or False, got {average!r}")
+    checks.flag("average", average)
     backend = dispatch.choose("sequence_logps", logps.device, backend)
     if backend == "reference":
         return reference.sequence_logps(logps, mask, average=average)

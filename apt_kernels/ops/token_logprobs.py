@@ -69,6 +69,7 @@ def token_logprobs(
     checks.row_mask("mask", mask, logits, rows)
     if softcap is not None:
         checks.positive("softcap", softcap)
+    checks.flag("return_entropy", return_entropy)
     backend = dispatch.choose("token_logprobs", logits.device, backend)
     if backend == "reference":
         return reference.token_logprobs(
