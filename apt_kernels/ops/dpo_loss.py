@@ -314,7 +314,7 @@ class _DpoLoss(torch.autograd.Function):
 
 @dispatch.fake("dpo_loss_fwd")
 def _(pc, pr, rc, rr, code, reduction, *options):
-    dtype = torch.float64 if pc.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(pc)
     chosen_rewards, rejected_rewards, grads = (
         pc.new_empty(shape, dtype=dtype) for shape in (pc.shape, pc.shape, (2, *pc.shape))
     )

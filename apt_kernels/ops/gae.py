@@ -106,7 +106,7 @@ def _bool(flags: Tensor | None) -> Tensor | None:
 
 @dispatch.fake("gae_fwd")
 def _(rewards, values, *arguments):
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(rewards)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(
         rewards.shape, dtype=dtype
     )

@@ -38,9 +38,7 @@ def check_steps(
 def check_flags(rewards: Tensor, **flags: Tensor | None) -> None:
     for name, flag in flags.items():
         if flag is not None:
-            checks.tensor(name, flag, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
-            checks.shape(name, flag, rewards.shape, "that of rewards")
-            checks.same_device(name, flag, "rewards", rewards)
+            checks.token_mask(name, flag, "rewards", rewards)
 
 
 def check_bootstrap(

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
 from .linear_head import (
-    accumulate_dtype,
     check_head,
     fake_gradients,
     kernel_layout,

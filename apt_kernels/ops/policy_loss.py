@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
 from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
 from .tokens import adjacent, alike, boolean, normalizer_tensor
 
@@ -134,7 +135,7 @@ class _PolicyLoss(torch.autograd.Function):
 
 @dispatch.fake("policy_loss_fwd")
 def _(logps, *arguments):
-    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logps)
     need_entropy = arguments[-1]
     shapes = (), (len(METRICS),), logps.shape, logps.shape if need_entropy else (0,)
     return tuple(logps.new_empty(shape, dtype=dtype) for shape in shapes)
