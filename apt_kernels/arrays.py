@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
-
-try:
-    import numpy
-
-    ARRAY = (numpy.ndarray,)
-except ImportError:  # then nothing can be an array
-    ARRAY = ()
 
 
 def is_array(value: Any) -> bool:
-    return isinstance(value, ARRAY)
+    return isinstance(value, numpy.ndarray)
 
 
 def described(name: str, value: Any) -> Any:
@@ -37,6 +31,15 @@ def described(name: str, value: Any) -> Any:
 def copied(value: Any) -> Any:
     """The tensor of an array, with memory of its own: an array may be read-only."""
     return torch.from_numpy(numpy.array(value, order="C")) if is_array(value) else value
+
+
+def shared(name: str, value: Any) -> Any:
+    """The tensor on an array's memory; of a copy where a tensor cannot be; None for None."""
+    if described(name, value) is None:
+        return None
+    if not value.flags.writeable or any(stride < 0 for stride in value.strides):
+        value = value.copy()
+    return torch.from_numpy(value)
 
 
 def contiguous(value: Any) -> Any:

@@ -6,7 +6,7 @@ devices, never values, so they cost no synchronisation and torch.compile traces 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -162,8 +162,19 @@ def between(name: str, value: Any, low: float, high: float, *, open_end: bool = 
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> None:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: expected one of {list(options)}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+    """True or False: any other value would be taken for one of them in silence."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def iterable(name: str, value: Any, of: str) -> None:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected {of}, got {type(value).__name__}")
 
 
 def unused(name: str, value: Any, why: str) -> None:

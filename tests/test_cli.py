@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from apt_model import training_run
+from apt_model import cli, training_run
 from apt_model.cli import main
 from apt_model.preference_data import (
     BadRow,
@@ -64,6 +64,12 @@ def write(path, lines):
         )
     )
     return path
+
+
+def test_missing_packages_are_named_before_anything_is_read(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else name)
+    assert main(["train-dpo", "--model", "nowhere", "--data", "nothing"]) == 1
+    assert "missing packages: matplotlib (pip install" in capsys.readouterr().err
 
 
 @pytest.fixture

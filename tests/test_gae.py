@@ -46,10 +46,13 @@ def test_numpy_arrays_that_tensors_cannot_be():
     np.testing.assert_array_equal(got[0], expected[0])
     doubles = gae(rewards.astype(np.float64), values.astype(np.float64))
     assert doubles[0].dtype == np.float64
-    with pytest.raises(TypeError, match="values: expected a tensor"):
+    with pytest.raises(TypeError, match="values: expected a NumPy array"):
         gae(rewards, list(values))
     with pytest.raises(TypeError, match="rewards: expected dtype"):
         gae(rewards.astype(np.int64), values)
+    for wrong in (values.astype(object), values.astype(">f4"), torch.from_numpy(values), [1.0]):
+        with pytest.raises(TypeError, match=r"values: expected an? .*array.*, got "):
+            gae(rewards, wrong)
 
 
 @native

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import pytest
@@ -91,6 +92,18 @@ def test_upstream_gradient_scales(op, sample):
 def test_wrong_arguments_are_rejected(op, case):
     with pytest.raises(case.error, match=case.message):
         op.function(*case.args, **case.kwargs)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=name) for name, op in OPS.items()])
+def test_what_is_no_argument_at_all_is_refused_by_name(op):
+    signature = inspect.signature(op.function)
+    sample = next(iter(op.samples(op.dtypes[0])))
+    for name, parameter in signature.parameters.items():
+        bound = signature.bind(*sample.args, **sample.kwargs)
+        is_choice = isinstance(parameter.default, str)
+        bound.arguments[name] = ["not hashable"] if is_choice else object()
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected .*, got "):
+            op.function(*bound.args, **bound.kwargs)
 
 
 class _Calls(TorchDispatchMode):

@@ -133,6 +133,6 @@ class _BradleyTerryLoss(torch.autograd.Function):
 
 @dispatch.fake("bradley_terry_loss_fwd")
 def _(chosen, rejected, margins, margin, center_coef, reduction):
-    dtype = torch.float64 if chosen.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(chosen)
     loss = chosen.new_empty(chosen.shape if reduction == 0 else (), dtype=dtype)
     return loss, loss.new_empty((2, *chosen.shape))

@@ -80,6 +80,7 @@ def dpo_loss(
         ValueError, TypeError: a wrong argument, or an option that the type does not use.
     """
     _check_options(loss_type, beta, label_smoothing, reduction, discopop_tau, simpo_gamma)
+    checks.flag("reference_free", reference_free)
     pc, pr = policy_chosen_logps, policy_rejected_logps
     rc, rr = ref_chosen_logps, ref_rejected_logps
     _check_pairs(loss_type, pc, pr, rc, rr)
@@ -313,7 +314,7 @@ class _DpoLoss(torch.autograd.Function):
 
 @dispatch.fake("dpo_loss_fwd")
 def _(pc, pr, rc, rr, code, reduction, *options):
-    dtype = torch.float64 if pc.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(pc)
     chosen_rewards, rejected_rewards, grads = (
         pc.new_empty(shape, dtype=dtype) for shape in (pc.shape, pc.shape, (2, *pc.shape))
     )

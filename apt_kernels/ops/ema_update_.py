@@ -40,6 +40,8 @@ def ema_update_(
     Raises:
         ValueError, TypeError: a wrong argument; no target has been changed then.
     """
+    checks.iterable("targets", targets, "tensors, or one")
+    checks.iterable("sources", sources, "tensors, or one")
     targets = [targets] if isinstance(targets, Tensor) else list(targets)
     sources = [sources] if isinstance(sources, Tensor) else list(sources)
     checks.between("momentum", momentum, 0, 1)

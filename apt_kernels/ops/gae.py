@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference
+from .. import arrays, dispatch, reference
 from ..reference.numerics import accumulate_dtype
 from .gae_arguments import check_bootstrap, check_flags, check_options, check_steps
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 dispatch.register("gae", "gae_fwd")
 
 
 @torch.no_grad()
 def gae(
-    rewards: Tensor | np.ndarray,
-    values: Tensor | np.ndarray,
+    rewards: Tensor | ndarray,
+    values: Tensor | ndarray,
     *,
     gamma: float = 0.99,
     gae_lambda: float = 0.95,
-    mask: Tensor | np.ndarray | None = None,
-    terminated: Tensor | np.ndarray | None = None,
-    truncated: Tensor | np.ndarray | None = None,
-    bootstrap: Tensor | np.ndarray | None = None,
+    mask: Tensor | ndarray | None = None,
+    terminated: Tensor | ndarray | None = None,
+    truncated: Tensor | ndarray | None = None,
+    bootstrap: Tensor | ndarray | None = None,
     whiten: bool = False,
     time_major: bool = False,
-    cu_seqlens: Tensor | np.ndarray | None = None,
+    cu_seqlens: Tensor | ndarray | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor] | tuple[np.ndarray, np.ndarray]:
+) -> tuple[Tensor, Tensor] | tuple[ndarray, ndarray]:
     """A_t = delta_t + gamma * gae_lambda * A_(t+1), delta_t = r_t + gamma V_(t+1) - V_t; A + V.
 
     One pass, which reads every input once and writes both results; whitening adds two passes over
@@ -62,13 +66,14 @@ def gae(
     Raises:
         ValueError, TypeError: a wrong argument.
     """
-    if isinstance(rewards, np.ndarray):
-        arrays = rewards, values, mask, terminated, truncated, bootstrap, cu_seqlens
-        r, v, m, e, c, after, offsets = map(_from_numpy, arrays)
+    if arrays.is_array(rewards):
+        named = {
+            "rewards": rewards, "values": values, "mask": mask, "terminated": terminated,
+            "truncated": truncated, "bootstrap": bootstrap, "cu_seqlens": cu_seqlens,
+        }  # fmt: skip
         results = gae(
-            r, v, gamma=gamma, gae_lambda=gae_lambda, mask=m, terminated=e, truncated=c,
-            bootstrap=after, whiten=whiten, time_major=time_major, cu_seqlens=offsets,
-            backend=backend,
+            **{name: arrays.shared(name, value) for name, value in named.items()}, gamma=gamma,
+            gae_lambda=gae_lambda, whiten=whiten, time_major=time_major, backend=backend,
         )  # fmt: skip
         return results[0].numpy(), results[1].numpy()
     check_options(gamma, gae_lambda, whiten, time_major)
@@ -95,21 +100,13 @@ def gae(
     )  # fmt: skip
 
 
-def _from_numpy(array: np.ndarray | None) -> Tensor | None:
-    if not isinstance(array, np.ndarray):
-        return array
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()  # a tensor can be neither
-    return torch.from_numpy(array)
-
-
 def _bool(flags: Tensor | None) -> Tensor | None:
     return flags if flags is None or flags.dtype == torch.bool else flags != 0
 
 
 @dispatch.fake("gae_fwd")
 def _(rewards, values, *arguments):
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(rewards)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(
         rewards.shape, dtype=dtype
     )

@@ -11,22 +11,24 @@ from .. import checks
 def check_options(gamma: float, gae_lambda: float, whiten: bool, time_major: bool) -> None:
     checks.between("gamma", gamma, 0, 1)
     checks.between("gae_lambda", gae_lambda, 0, 1)
-    for name, flag in (("whiten", whiten), ("time_major", time_major)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    checks.flag("whiten", whiten)
+    checks.flag("time_major", time_major)
 
 
 def check_steps(
     rewards: Tensor, values: Tensor, time_major: bool, cu_seqlens: Tensor | None
 ) -> None:
     checks.tensor("rewards", rewards)
+    if cu_seqlens is not None:
+        checks.tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
     checks.dims("rewards", rewards, 2 if cu_seqlens is None else 1)
     checks.pair("values", values, "rewards", rewards)
     if cu_seqlens is None:
         return
     if time_major:
-        raise ValueError("time_major: expected False (packed sequences have one dimension)")
-    checks.tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
+        raise ValueError(
+            "time_major: expected False (packed sequences have one dimension), got True"
+        )
     checks.dims("cu_seqlens", cu_seqlens, 1)
     checks.same_device("cu_seqlens", cu_seqlens, "rewards", rewards)
     if cu_seqlens.shape[0] < 1:
@@ -36,9 +38,7 @@ def check_steps(
 def check_flags(rewards: Tensor, **flags: Tensor | None) -> None:
     for name, flag in flags.items():
         if flag is not None:
-            checks.tensor(name, flag, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
-            checks.shape(name, flag, rewards.shape, "that of rewards")
-            checks.same_device(name, flag, "rewards", rewards)
+            checks.token_mask(name, flag, "rewards", rewards)
 
 
 def check_bootstrap(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
 
 dispatch.register("group_advantages", "group_advantages_fwd")
 
@@ -43,8 +44,7 @@ def group_advantages(
     """
     checks.tensor("rewards", rewards, (*checks.FLOATS, *checks.INTEGERS, torch.bool))
     checks.dims("rewards", rewards, 1)
-    if isinstance(group_size, bool) or not isinstance(group_size, (int, torch.SymInt)):
-        raise TypeError(f"group_size: expected an integer, got {type(group_size).__name__}")
+    checks.integer("group_size", group_size)
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
             f"group_size: expected a divisor of the number of rewards, {rewards.shape[0]}, "
@@ -64,5 +64,5 @@ def group_advantages(
 
 @dispatch.fake("group_advantages_fwd")
 def _(rewards, group_size, kind, eps):
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(rewards)
     return rewards.new_empty(rewards.shape, dtype=dtype)

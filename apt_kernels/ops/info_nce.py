@@ -64,6 +64,8 @@ def info_nce(
     similarity.check_rows("query", query)
     similarity.check_like("key", key, "query", query)
     similarity.check_options(temperature, reduction, process_group, "query", query)
+    checks.flag("normalize", normalize)
+    checks.flag("symmetric", symmetric)
     _check_classes(query, key, negatives, symmetric, label_offset, process_group)
     backend = dispatch.choose("info_nce", query.device, backend)
     if backend == "reference":

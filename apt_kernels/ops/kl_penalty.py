@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
 from .tokens import alike, boolean
 
 dispatch.register("kl_penalty", "kl_penalty_fwd", "kl_penalty_bwd")
@@ -77,7 +78,7 @@ class _KlPenalty(torch.autograd.Function):
 
 @dispatch.fake("kl_penalty_fwd")
 def _(logps, ref_logps, mask, estimator):
-    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logps)
     return logps.new_empty(logps.shape, dtype=dtype)
 
 

@@ -8,14 +8,15 @@ from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
 from ..reference.logprobs import head_logits
+from ..reference.numerics import accumulate_dtype
 from .linear_head import (
-    accumulate_dtype,
     check_head,
     fake_gradients,
     head_logprobs,
     kernel_layout,
     needs_gradient,
 )
+from .tokens import normalizer_tensor
 
 KERNEL = "linear_cross_entropy_fwd"
 dispatch.register("linear_cross_entropy", KERNEL)
@@ -71,8 +72,7 @@ def linear_cross_entropy(
             is a ValueError on the CPU; on a GPU it makes the loss NaN.
     """
     _check(hidden, weight, labels, bias, softcap, logit_scale, normalizer)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    checks.integer("ignore_index", ignore_index)
     checks.between("label_smoothing", label_smoothing, 0.0, 1.0, open_end=True)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if reduction != "mean":
@@ -93,15 +93,10 @@ def linear_cross_entropy(
             logit_scale=logit_scale,
         )
     head = kernel_layout(hidden, weight, bias)
-    dtype = accumulate_dtype(head[0])
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(dtype)
-    elif normalizer is not None:
-        normalizer = torch.full((), float(normalizer), dtype=dtype, device=hidden.device)
     loss, correct = _LinearCrossEntropy.apply(
         *head,
         labels.long().reshape(-1).contiguous(),
-        normalizer,
+        normalizer_tensor(normalizer, head[0]),
         ignore_index,
         float(label_smoothing),
         0.0 if softcap is None else float(softcap),
@@ -129,13 +124,7 @@ def _check(
     checks.tensor("labels", labels, checks.INTEGERS)
     checks.shape("labels", labels, rows, "one label a row of hidden")
     checks.same_device("labels", labels, "hidden", hidden)
-    if isinstance(normalizer, Tensor):
-        checks.tensor("normalizer", normalizer, (*checks.FLOATS, *checks.INTEGERS))
-        checks.dims("normalizer", normalizer, 0)
-        checks.same_device("normalizer", normalizer, "hidden", hidden)
-        checks.constant("normalizer", normalizer)
-    elif normalizer is not None:
-        checks.positive("normalizer", normalizer)
+    checks.normalizer(normalizer, "hidden", hidden)
 
 
 def _row_losses(

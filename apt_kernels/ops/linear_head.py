@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch
+from ..reference.numerics import accumulate_dtype
 
 FORWARD, BACKWARD = "linear_token_logprobs_fwd", "linear_token_logprobs_bwd"
 
@@ -54,10 +55,6 @@ def kernel_layout(
         weight.to(dtype).contiguous(),
         None if bias is None else bias.to(dtype).contiguous(),
     )
-
-
-def accumulate_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def needs_gradient(t: Tensor | None) -> bool:

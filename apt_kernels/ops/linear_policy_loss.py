@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
 from .linear_head import (
-    accumulate_dtype,
     check_head,
     fake_gradients,
     kernel_layout,
     needs_gradient,
 )
-from .policy_options import METRICS, check_options, check_tensors, kernel_options
+from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
 from .tokens import boolean, normalizer_tensor
 
 KERNEL = "linear_policy_loss_fwd"
@@ -95,20 +95,11 @@ def linear_policy_loss(
         ValueError, TypeError: a wrong argument, or an option that the loss type does not use. An
             id outside [0, V) in a token that counts is a ValueError on the CPU, a NaN on a GPU.
     """
-    options = {
-        "loss_type": loss_type,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "dual_clip": dual_clip,
-        "ratio_level": ratio_level,
-        "sapo_temperature_pos": sapo_temperature_pos,
-        "sapo_temperature_neg": sapo_temperature_neg,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "entropy_coef": entropy_coef,
-        "aggregation": aggregation,
-    }
-    check_options(**options)
+    options = PolicyOptions(
+        loss_type, clip_low, clip_high, dual_clip, ratio_level, sapo_temperature_pos,
+        sapo_temperature_neg, kl_coef, kl_estimator, entropy_coef, aggregation,
+    )  # fmt: skip
+    check_options(options)
     rows = check_head(hidden, weight, bias, softcap, logit_scale)
     checks.dims("hidden", hidden, 3)
     checks.tensor("token_ids", token_ids, checks.INTEGERS)
@@ -122,7 +113,8 @@ def linear_policy_loss(
         return reference.linear_policy_loss(
             hidden, weight, token_ids, old_logps, advantages, mask, bias=bias,
             temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            ref_logps=ref_logps, rollout_weights=rollout_weights, normalizer=normalizer, **options,
+            ref_logps=ref_logps, rollout_weights=rollout_weights, normalizer=normalizer,
+            **options._asdict(),
         )  # fmt: skip
     head = kernel_layout(hidden, weight, bias)
     dtype = accumulate_dtype(head[0])
@@ -141,7 +133,7 @@ def linear_policy_loss(
         1.0 if per_token else float(temperature),
         0.0 if softcap is None else float(softcap),
         float(logit_scale),
-        *kernel_options(**options),
+        *kernel_options(options),
         tuple(needs_gradient(t) for t in head),
         backend,
     )

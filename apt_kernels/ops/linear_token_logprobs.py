@@ -61,6 +61,7 @@ def linear_token_logprobs(
     checks.same_device("token_ids", token_ids, "hidden", hidden)
     checks.temperature("temperature", temperature, hidden, rows)
     checks.row_mask("mask", mask, hidden, rows)
+    checks.flag("return_entropy", return_entropy)
     backend = dispatch.choose("linear_token_logprobs", hidden.device, backend)
     if backend == "reference":
         return reference.linear_token_logprobs(

@@ -85,7 +85,7 @@ def mlm_mask(
     }
     as_arrays = arrays.is_array(input_ids)
     check_tensors(**{k: arrays.described(k, v) for k, v in named.items()} if as_arrays else named)
-    check_numbers(mask_token_id, vocab_size, special_token_ids, seed, step)
+    check_numbers(mask_token_id, vocab_size, special_token_ids, seed, step, at_least_one)
     runs, words = special_runs((*special_token_ids, mask_token_id), vocab_size)
     check_probabilities(mask_prob, mask_token_prob, random_token_prob, words)
     backend = dispatch.choose(
@@ -101,7 +101,7 @@ def mlm_mask(
         seed % WORD,
         seed // WORD % WORD,
         step,
-        bool(at_least_one),
+        at_least_one,
     )
     if as_arrays and backend == "native":
         return dispatch.array_kernel("mlm_mask_fwd")(*normalised(**named), *numbers)

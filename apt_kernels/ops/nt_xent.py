@@ -60,6 +60,7 @@ def nt_xent(
     similarity.check_like("z2", z2, "z1", z1)
     checks.shape("z2", z2, z1.shape, "that of z1")
     similarity.check_options(temperature, reduction, process_group, "z1", z1)
+    checks.flag("normalize", normalize)
     backend = dispatch.choose("nt_xent", z1.device, backend)
     if backend == "reference":
         return reference.nt_xent(

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
-from .policy_options import METRICS, check_options, check_tensors, kernel_options
+from ..reference.numerics import accumulate_dtype
+from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
 from .tokens import adjacent, alike, boolean, normalizer_tensor
 
 dispatch.register("policy_loss", "policy_loss_fwd")
@@ -74,20 +75,11 @@ def policy_loss(
     Raises:
         ValueError, TypeError: a wrong argument, or an option that the loss type does not use.
     """
-    options = {
-        "loss_type": loss_type,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "dual_clip": dual_clip,
-        "ratio_level": ratio_level,
-        "sapo_temperature_pos": sapo_temperature_pos,
-        "sapo_temperature_neg": sapo_temperature_neg,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "entropy_coef": entropy_coef,
-        "aggregation": aggregation,
-    }
-    check_options(**options)
+    options = PolicyOptions(
+        loss_type, clip_low, clip_high, dual_clip, ratio_level, sapo_temperature_pos,
+        sapo_temperature_neg, kl_coef, kl_estimator, entropy_coef, aggregation,
+    )  # fmt: skip
+    check_options(options)
     checks.tensor("logps", logps)
     checks.dims("logps", logps, 2)
     inputs = (old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer)
@@ -100,13 +92,13 @@ def policy_loss(
     if backend == "reference":
         return reference.policy_loss(
             logps, old_logps, advantages, mask, ref_logps=ref_logps, entropy=entropy,
-            rollout_weights=rollout_weights, normalizer=normalizer, **options,
+            rollout_weights=rollout_weights, normalizer=normalizer, **options._asdict(),
         )  # fmt: skip
     loss, metrics = _PolicyLoss.apply(
         *alike(logps, old_logps, advantages, rollout_weights, ref_logps, entropy),
         adjacent(boolean(mask)),
         normalizer_tensor(normalizer, logps),
-        *kernel_options(**options),
+        *kernel_options(options),
         backend,
     )
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
@@ -143,7 +135,7 @@ class _PolicyLoss(torch.autograd.Function):
 
 @dispatch.fake("policy_loss_fwd")
 def _(logps, *arguments):
-    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logps)
     need_entropy = arguments[-1]
     shapes = (), (len(METRICS),), logps.shape, logps.shape if need_entropy else (0,)
     return tuple(logps.new_empty(shape, dtype=dtype) for shape in shapes)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .linear_policy_loss import linear_policy_loss
 from .policy_loss import policy_loss
-from .policy_options import check_options
+from .policy_options import PolicyOptions, check_options
 
 
 class _PolicyModule(nn.Module):
@@ -27,21 +27,12 @@ class _PolicyModule(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        options = {
-            "loss_type": loss_type,
-            "clip_low": clip_low,
-            "clip_high": clip_high,
-            "dual_clip": dual_clip,
-            "ratio_level": ratio_level,
-            "sapo_temperature_pos": sapo_temperature_pos,
-            "sapo_temperature_neg": sapo_temperature_neg,
-            "kl_coef": kl_coef,
-            "kl_estimator": kl_estimator,
-            "entropy_coef": entropy_coef,
-            "aggregation": aggregation,
-        }
-        check_options(**options)
-        self.options = {**options, "backend": backend}
+        options = PolicyOptions(
+            loss_type, clip_low, clip_high, dual_clip, ratio_level, sapo_temperature_pos,
+            sapo_temperature_neg, kl_coef, kl_estimator, entropy_coef, aggregation,
+        )  # fmt: skip
+        check_options(options)
+        self.options = {**options._asdict(), "backend": backend}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,47 +20,54 @@ METRICS = (
 _DEFAULT_CLIP, _DEFAULT_TAU_POS, _DEFAULT_TAU_NEG = 0.2, 1.0, 1.05
 
 
-def check_options(
-    loss_type: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    ratio_level: str,
-    sapo_temperature_pos: float | None,
-    sapo_temperature_neg: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    aggregation: str,
-) -> None:
+class PolicyOptions(NamedTuple):
+    """The options of `policy_loss`, by the names that its docstring explains."""
+
+    loss_type: str
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    ratio_level: str
+    sapo_temperature_pos: float | None
+    sapo_temperature_neg: float | None
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+    aggregation: str
+
+
+def check_options(options: PolicyOptions) -> None:
+    loss_type = options.loss_type
     checks.choice("loss_type", loss_type, _LOSS_TYPES)
-    checks.choice("ratio_level", ratio_level, _RATIO_LEVELS)
-    checks.choice("kl_estimator", kl_estimator, _ESTIMATORS)
-    checks.choice("aggregation", aggregation, AGGREGATIONS)
-    checks.between("clip_low", clip_low, 0, 1)
-    checks.at_least_zero("clip_high", clip_high)
-    checks.finite("kl_coef", kl_coef)
-    checks.finite("entropy_coef", entropy_coef)
+    checks.choice("ratio_level", options.ratio_level, _RATIO_LEVELS)
+    checks.choice("kl_estimator", options.kl_estimator, _ESTIMATORS)
+    checks.choice("aggregation", options.aggregation, AGGREGATIONS)
+    checks.between("clip_low", options.clip_low, 0, 1)
+    checks.at_least_zero("clip_high", options.clip_high)
+    checks.finite("kl_coef", options.kl_coef)
+    checks.finite("entropy_coef", options.entropy_coef)
     if loss_type in ("sapo", "reinforce"):
-        for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
+        for name, value in (("clip_low", options.clip_low), ("clip_high", options.clip_high)):
             if value != _DEFAULT_CLIP:
-                raise ValueError(f"{name}: expected {_DEFAULT_CLIP}, as {loss_type} has no clip")
-    if dual_clip is not None:
+                raise ValueError(
+                    f"{name}: expected {_DEFAULT_CLIP}, as {loss_type} has no clip, got {value}"
+                )
+    if options.dual_clip is not None:
         if loss_type != "clip":
-            checks.unused("dual_clip", dual_clip, f"{loss_type} has none")
-        checks.finite("dual_clip", dual_clip)
-        if dual_clip <= 1:
-            raise ValueError(f"dual_clip: expected a number above 1, got {dual_clip}")
+            checks.unused("dual_clip", options.dual_clip, f"{loss_type} has none")
+        checks.finite("dual_clip", options.dual_clip)
+        if options.dual_clip <= 1:
+            raise ValueError(f"dual_clip: expected a number above 1, got {options.dual_clip}")
     for name, value in (
-        ("sapo_temperature_pos", sapo_temperature_pos),
-        ("sapo_temperature_neg", sapo_temperature_neg),
+        ("sapo_temperature_pos", options.sapo_temperature_pos),
+        ("sapo_temperature_neg", options.sapo_temperature_neg),
     ):
         if value is not None:
             if loss_type != "sapo":
                 checks.unused(name, value, f"{loss_type} has none")
             checks.positive(name, value)
-    if ratio_level == "sequence" and loss_type == "reinforce":
-        raise ValueError("ratio_level: expected 'token', as reinforce has no ratio")
+    if options.ratio_level == "sequence" and loss_type == "reinforce":
+        raise ValueError("ratio_level: expected 'token', as reinforce has no ratio, got 'sequence'")
 
 
 def check_tensors(
@@ -87,30 +95,19 @@ def check_tensors(
     checks.normalizer(normalizer, name, like)
 
 
-def kernel_options(
-    loss_type: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    ratio_level: str,
-    sapo_temperature_pos: float | None,
-    sapo_temperature_neg: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    aggregation: str,
-) -> tuple[int | float, ...]:
+def kernel_options(options: PolicyOptions) -> tuple[int | float, ...]:
     """The options as the kernel takes them, in its order."""
+    tau_pos, tau_neg = options.sapo_temperature_pos, options.sapo_temperature_neg
     return (
-        _LOSS_TYPES[loss_type],
-        _RATIO_LEVELS[ratio_level],
-        _ESTIMATORS[kl_estimator],
-        AGGREGATIONS[aggregation],
-        float(clip_low),
-        float(clip_high),
-        math.inf if dual_clip is None else float(dual_clip),
-        _DEFAULT_TAU_POS if sapo_temperature_pos is None else float(sapo_temperature_pos),
-        _DEFAULT_TAU_NEG if sapo_temperature_neg is None else float(sapo_temperature_neg),
-        float(kl_coef),
-        float(entropy_coef),
+        _LOSS_TYPES[options.loss_type],
+        _RATIO_LEVELS[options.ratio_level],
+        _ESTIMATORS[options.kl_estimator],
+        AGGREGATIONS[options.aggregation],
+        float(options.clip_low),
+        float(options.clip_high),
+        math.inf if options.dual_clip is None else float(options.dual_clip),
+        _DEFAULT_TAU_POS if tau_pos is None else float(tau_pos),
+        _DEFAULT_TAU_NEG if tau_neg is None else float(tau_neg),
+        float(options.kl_coef),
+        float(options.entropy_coef),
     )

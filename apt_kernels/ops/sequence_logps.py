@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
 from .once import differentiable_once
 
 dispatch.register("sequence_logps", "sequence_logps_fwd", "sequence_logps_bwd")
@@ -33,11 +34,8 @@ def sequence_logps(
     """
     checks.tensor("logps", logps)
     checks.dims("logps", logps, 2)
-    checks.tensor("mask", mask, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
-    checks.shape("mask", mask, logps.shape, "that of logps")
-    checks.same_device("mask", mask, "logps", logps)
-    if not isinstance(average, bool):
-        raise TypeError(f"average: expected True or False, got {average!r}")
+    checks.token_mask("mask", mask, "logps", logps)
+    checks.flag("average", average)
     backend = dispatch.choose("sequence_logps", logps.device, backend)
     if backend == "reference":
         return reference.sequence_logps(logps, mask, average=average)
@@ -65,7 +63,7 @@ class _SequenceLogps(torch.autograd.Function):
 
 @dispatch.fake("sequence_logps_fwd")
 def _(logps, mask, average):
-    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logps)
     return logps.new_empty(logps.shape[0], dtype=dtype)
 
 

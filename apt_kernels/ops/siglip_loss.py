@@ -60,6 +60,7 @@ def siglip_loss(
     similarity.check_rows("query", query)
     similarity.check_like("key", key, "query", query)
     similarity.check_options(temperature, reduction, process_group, "query", query)
+    checks.flag("normalize", normalize)
     if isinstance(logit_bias, Tensor):
         similarity.check_scalar("logit_bias", logit_bias, "query", query)
     else:

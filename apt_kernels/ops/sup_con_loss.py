@@ -61,6 +61,7 @@ def sup_con_loss(
     checks.shape("labels", labels, features.shape[:1], "one label a row")
     checks.same_device("labels", labels, "features", features)
     similarity.check_options(temperature, reduction, process_group, "features", features)
+    checks.flag("normalize", normalize)
     backend = dispatch.choose("sup_con_loss", features.device, backend)
     if backend == "reference":
         return reference.sup_con_loss(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
 
 dispatch.register("token_logprobs", "token_logprobs_fwd", "token_logprobs_bwd")
 
@@ -69,6 +70,7 @@ def token_logprobs(
     checks.row_mask("mask", mask, logits, rows)
     if softcap is not None:
         checks.positive("softcap", softcap)
+    checks.flag("return_entropy", return_entropy)
     backend = dispatch.choose("token_logprobs", logits.device, backend)
     if backend == "reference":
         return reference.token_logprobs(
@@ -82,7 +84,7 @@ def token_logprobs(
     outer = (math.prod(rows[:-1]), rows[-1]) if rows else (1, 1)
     temperatures = None
     if isinstance(temperature, Tensor):
-        temperatures = temperature.to(_accumulate_dtype(logits)).reshape(outer).contiguous()
+        temperatures = temperature.to(accumulate_dtype(logits)).reshape(outer).contiguous()
     flat_logits = logits.reshape(*outer, logits.shape[-1])
     logps, entropy = _TokenLogprobs.apply(
         flat_logits if flat_logits.stride(-1) == 1 else flat_logits.contiguous(),
@@ -96,10 +98,6 @@ def token_logprobs(
     )
     logps = logps.reshape(token_ids.shape)
     return (logps, entropy.reshape(rows)) if return_entropy else logps
-
-
-def _accumulate_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -142,7 +140,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 @dispatch.fake("token_logprobs_fwd")
 def _(logits, token_ids, mask, temperatures, temperature, softcap, return_entropy):
-    logps = logits.new_empty(token_ids.shape, dtype=_accumulate_dtype(logits))
+    logps = logits.new_empty(token_ids.shape, dtype=accumulate_dtype(logits))
     rows = logits.shape[:-1]
     entropy = logps.new_empty(rows if return_entropy else 0)
     return logps, entropy, logps.new_empty(rows, dtype=torch.float64)

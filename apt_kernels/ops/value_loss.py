@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, reference
+from ..reference.numerics import accumulate_dtype
 from .tokens import AGGREGATIONS, adjacent, alike, boolean, normalizer_tensor
 
 dispatch.register("value_loss", "value_loss_fwd")
@@ -141,5 +142,5 @@ class _ValueLoss(torch.autograd.Function):
 
 @dispatch.fake("value_loss_fwd")
 def _(values, *arguments):
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(values)
     return tuple(values.new_empty(shape, dtype=dtype) for shape in ((), (2,), values.shape))

@@ -5,14 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from .cli_pretraining import add_commands as add_pretraining
 from .command_options import add_commands
+
+NEEDED = ("transformers", "tqdm", "matplotlib")  # the extra `train`; the library needs none
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     options = _parser().parse_args(arguments)
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:  # said now, not after the training
+        print(
+            f"apt-model: error: missing packages: {', '.join(missing)} "
+            "(pip install 'apt-kernels[train]')",
+            file=sys.stderr,
+        )
+        return 1
     try:
         return options.run(options)
     except (FileNotFoundError, FloatingPointError, ValueError) as error:

@@ -62,20 +62,24 @@ def hidden_states_of(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    get = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
-    if isinstance(get("last_hidden_state"), Tensor):
-        return get("last_hidden_state")
-    layers = get("hidden_states")
-    if isinstance(layers, Tensor):
-        return layers
-    if isinstance(layers, (tuple, list)) and layers:
-        return layers[-1]
+    last = found(output, "last_hidden_state")
+    if last is not None:
+        return last
+    layers = found(output, "hidden_states", (Tensor, tuple, list))
+    if layers is not None and len(layers):
+        return layers if isinstance(layers, Tensor) else layers[-1]
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(
-        "a model must return its hidden states (B, S, H): bare, as `last_hidden_state`, as the "
-        f"last of `hidden_states` or first in a tuple; got {type(output).__name__}"
+        "a model must return its hidden states: bare, as `last_hidden_state`, as the last of "
+        f"`hidden_states` or first in a tuple; got {type(output).__name__}"
     )
+
+
+def found(output: Any, name: str, kinds: Any = Tensor) -> Any:
+    """Returns what a model's output holds by this name, attribute or key, if it is of `kinds`."""
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, kinds) else None
 
 
 def has_output_embedding(inner: nn.Module) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..hidden_states import found, has_output_embedding, hidden_states_of
 from ..model_access import FSDPModule, base_model, has_adapter, without_wrapper
 
 
@@ -44,7 +44,7 @@ class Encoder:
         inner = base_model(model)
         self._name = type(inner).__name__
         self._model = model
-        has_head = _has_output_embedding(inner)
+        has_head = has_output_embedding(inner)
         plain = model is without_wrapper(model) and not isinstance(model, FSDPModule)
         trunk = getattr(inner, "base_model", None)
         if has_head and plain and not has_adapter(model) and isinstance(trunk, nn.Module):
@@ -84,42 +84,10 @@ class Encoder:
             output = self._model(input_ids=inputs, **options)
         else:
             output = self._model(inputs, **options)
-        encoded = Encoded(hidden_states_of(output), _found(output, "pooler_output"))
+        encoded = Encoded(hidden_states_of(output), found(output, "pooler_output"))
         if encoded.hidden.dim() not in (2, 3) or len(encoded.hidden) != len(inputs):
             raise ValueError(
                 f"{self._name} must return (B, S, H) or (B, H) for a batch "
                 f"{tuple(inputs.shape)}, got {tuple(encoded.hidden.shape)}"
             )
         return encoded
-
-
-def hidden_states_of(output: Any) -> Tensor:
-    """Returns the last hidden states in what a model returned.
-
-    A tensor, `last_hidden_state` or the last of `hidden_states` (as attributes or keys), or the
-    first item of a tuple.
-    """
-    if isinstance(output, Tensor):
-        return output
-    last = _found(output, "last_hidden_state")
-    if last is not None:
-        return last
-    layers = _found(output, "hidden_states", (Tensor, tuple, list))
-    if layers is not None and len(layers):
-        return layers if isinstance(layers, Tensor) else layers[-1]
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise TypeError(
-        "a model must return its hidden states: bare, as `last_hidden_state`, as the last of "
-        f"`hidden_states` or first in a tuple; got {type(output).__name__}"
-    )
-
-
-def _found(output: Any, name: str, kinds: Any = Tensor) -> Any:
-    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-    return value if isinstance(value, kinds) else None
-
-
-def _has_output_embedding(inner: nn.Module) -> bool:
-    getter = getattr(inner, "get_output_embeddings", None)
-    return callable(getter) and getter() is not None
