@@ -1,6 +1,8 @@
-"""The two tables of the README: operations x backends from the registry, speed from a CSV.
+"""The tables of the README: operations x backends from the registry, speed from a CSV.
 
-python benchmarks/readme.py        rewrites them in README.md
+python benchmarks/readme.py        rewrites them in README.md and docs/benchmarks.md
+
+The README shows of every shape the most that was measured, docs/benchmarks.md everything.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ import re
 import sys
 from pathlib import Path
 
+import plots
 from apt_kernels.registry import OPS, Op
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results" / "kernels-cpu.csv"
 
 
@@ -38,11 +42,12 @@ def operations_table() -> str:
     return "\n".join(lines)
 
 
-def measured_table(path: Path = RESULTS) -> str:
+def measured_table(whole: bool = False, path: Path = RESULTS) -> str:
     """Median milliseconds, and how many times as long the others take: installed / huge pages."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    keys = dict.fromkeys((r["operation"], r["shape"], r["dtype"], r["pass"]) for r in rows)
+    shown = rows if whole else plots.last_passes(rows)
+    keys = dict.fromkeys((r["operation"], r["shape"], r["dtype"], r["pass"]) for r in shown)
     cell = {
         (r["operation"], r["shape"], r["dtype"], r["pass"], r["variant"], r["pages"]): r
         for r in rows
@@ -50,11 +55,16 @@ def measured_table(path: Path = RESULTS) -> str:
 
     def pair(key: tuple, variant: str, field: str) -> str:
         values = [cell.get((*key, variant, pages)) for pages in ("installed", "huge pages")]
-        return " / ".join(v[field] if v else "–" for v in values)
+        return " / ".join(v[field] if v else "–" for v in values) if any(values) else "–"
+
+    def peers(key: tuple) -> str:
+        names = dict.fromkeys(k[4] for k in cell if k[:4] == key)
+        others = [n for n in names if n not in ("fused", "eager", "compiled")]
+        return ", ".join(f"{n} {pair(key, n, 'fused_speedup')}" for n in others) or "–"
 
     lines = [
-        "| operation | shape, dtype, pass | fused ms | eager × | compiled × | extra MiB |",
-        "|---|---|---|---|---|---|",
+        "| operation | shape, dtype, pass | fused ms | eager × | compiled × | others × | MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key in keys:
         eager, compiled = (pair(key, v, "fused_speedup") for v in ("eager", "compiled"))
@@ -63,18 +73,40 @@ def measured_table(path: Path = RESULTS) -> str:
         ]
         lines.append(
             f"| `{key[0]}` | {key[1]}, {key[2]}, {key[3]} | {pair(key, 'fused', 'ms')} | {eager} | "
-            f"{compiled} | {', '.join(memory)} |"
+            f"{compiled} | {peers(key)} | {', '.join(memory)} |"
         )
-    first = rows[0]
+    where = dict.fromkeys(
+        f"{r['machine']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}, "
+        f"{r['date']}"
+        for r in rows
+    )
     lines += [
         "",
-        f"{first['machine']}, {first['threads']} threads, torch {first['torch']}, commit "
-        f"{first['commit']}, {first['date']}; `{path.relative_to(ROOT)}`. Each pair is PyTorch as "
-        "installed / on huge pages (`THP_MEM_ALLOC_ENABLE=1`); × is the time divided by ours.",
+        f"{'; '.join(where)}; `{path.relative_to(ROOT)}`. Each pair is PyTorch as installed / on "
+        "huge pages (`THP_MEM_ALLOC_ENABLE=1`); × is the time divided by ours; MiB is the peak "
+        "beyond inputs and results, ours and eager's.",
     ]
     return "\n".join(lines)
 
 
+def benchmarks_page() -> str:
+    stem = RESULTS.with_suffix("").name
+    return "\n".join(
+        [
+            "# Every measured figure",
+            "",
+            "Written by `benchmarks/readme.py` from the file that `make bench` writes. Medians of",
+            "alternating runs; below 1 the other side is faster.",
+            "",
+            measured_table(whole=True),
+            "",
+            *(f"![{what}](../benchmarks/results/{stem}-{what}.png)" for what in PICTURES),
+            "",
+        ]
+    )
+
+
+PICTURES = ("speed", "memory")
 TABLES = {"operations": operations_table, "measured": measured_table}
 
 
@@ -98,6 +130,7 @@ def main() -> None:
         after = rest.split(end, 1)[1]
         text = f"{before}{begin}\n{table()}\n{end}{after}"
     README.write_text(text)
+    BENCHMARKS.write_text(benchmarks_page())
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ def compare(
     if bench.comparable:
         check(op, bench.eager, sample, dtype, bench.backward)
     for name in passes(op.function, sample, bench.backward):
-        runs = {v: passes(f, sample, bench.backward)[name] for v, f in variants.items()}
+        sides = variants | (bench.floor if name == "forward" else {})
+        runs = {v: passes(f, sample, bench.backward)[name] for v, f in sides.items()}
         times = measure.alternate(runs, seconds)
         moved = bench.bytes_moved(sample) if bench.bytes_moved else None
         if moved and name != "forward":

@@ -24,6 +24,10 @@ def test_measured_table_is_that_of_the_results_file():
     assert readme.section(TEXT, "measured") == readme.measured_table()
 
 
+def test_page_of_all_figures_is_that_of_the_results_file():
+    assert readme.BENCHMARKS.read_text() == readme.benchmarks_page()
+
+
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_examples_run(number):
     exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})

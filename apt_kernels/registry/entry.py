@@ -53,6 +53,8 @@ class Benchmark:
     # Each gives another library's functions of the same arguments, by name; imported when called,
     # and left out where it is not installed.
     peers: tuple[Callable[[], dict[str, Callable]], ...] = ()
+    # A plain pass over the memory, by name, which the forward is held against.
+    floor: dict[str, Callable] = field(default_factory=dict)
     comparable: bool = True  # the same values: checked before time is taken
     compiled: bool = True  # compare with torch.compile(eager) as well
     devices: tuple[str, ...] = ("cpu", "cuda")
