@@ -39,7 +39,7 @@ def _bars(rows: list[dict], value, title: str, label: str, path: Path) -> None:
         middle = position + (len(numbers) - 1) / 2
         for other, number in numbers.items():
             if number:
-                axis.barh(position, number, color=colours[other], height=0.9)
+                axis.barh(position, number - 1, left=1, color=colours[other], height=0.9)
                 axis.text(number, position, f" {number:.3g}", va="center", fontsize=7)
             position += 1
         names.append((middle, f"{case[0]}\n{case[1]}, {case[2]}, {case[3]}"))
