@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from .. import checks, dispatch, reference
 from ..reference.numerics import accumulate_dtype
 from . import similarity
+from .info_nce_ring import InfoNCERing
+from .ring import ring_of
 
 FORWARD, BACKWARD = "info_nce_fwd", "info_nce_bwd"
 dispatch.register("info_nce", FORWARD, BACKWARD)
@@ -50,7 +52,9 @@ def info_nce(
         process_group: every rank brings its own queries and keys, as many as it likes, and the keys
             of all are the classes (label_offset must be 0). Its loss is its part of the whole times
             the number of ranks: averages over ranks, DistributedDataParallel's of gradients too,
-            are those of one process with the whole batch. Every rank must run backward.
+            are those of one process with the whole batch. Keys travel around the ranks and every
+            rank holds its own and two blocks of them: memory does not grow with the ranks. Every
+            rank must run backward.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
@@ -80,7 +84,7 @@ def info_nce(
             reduction=reduction,
             process_group=process_group,
         )
-    ranks = similarity.ranks_of(process_group, query)
+    ranks = ring_of(process_group, query.shape[0], query.device)
     options = (*similarity.scalar(temperature), bool(normalize), bool(symmetric))
     need_slopes = similarity.differentiable(temperature)
     if ranks is None or negatives is not None:
@@ -88,7 +92,7 @@ def info_nce(
             query, key, negatives, *options, label_offset, need_slopes, backend
         )
     else:
-        losses, right = _InfoNCEOverRanks.apply(query, key, *options, need_slopes, backend, ranks)
+        losses, right = InfoNCERing.apply(query, key, *options, need_slopes, backend, ranks)
     total, world = (query.shape[0], 1) if ranks is None else (ranks.total, ranks.world)
     return similarity.reduced(losses, reduction, total, world), similarity.share(right)
 
@@ -150,7 +154,7 @@ class _InfoNCE(torch.autograd.Function):
         ctx, query, key, negatives, temperature, number, normalize, symmetric, label_offset,
         need_slopes, backend,
     ):  # fmt: skip
-        losses, right, slopes, row_stats, column_stats = dispatch.kernel(FORWARD, backend)(
+        losses, right, slopes, row_stats, column_stats, _ = dispatch.kernel(FORWARD, backend)(
             query, key, negatives, temperature, number, normalize, symmetric, label_offset, None,
             need_slopes,
         )  # fmt: skip
@@ -182,81 +186,29 @@ class _InfoNCE(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-class _InfoNCEOverRanks(torch.autograd.Function):
-    """The rows of this rank against those of all.
-
-    What a row does to the losses of other ranks is in the coefficients of its own pairs, which take
-    the others' log-sum-exps and upstream gradients: O(N) numbers are exchanged backward, no rows.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, query, key, temperature, number, normalize, symmetric, need_slopes, backend, ranks
-    ):
-        forward = dispatch.kernel(FORWARD, backend)
-        options = (None, temperature, number, normalize, False, ranks.start, None, need_slopes)
-        keys = ranks.gather(key)
-        queries = ranks.gather(query) if symmetric or ctx.needs_input_grad[1] else keys[:0]
-        losses, right, slopes, row_stats, column_stats = forward(query, keys, *options)
-        if symmetric:
-            more, more_right, more_slopes, column_stats, _ = forward(key, queries, *options)
-            losses, right = 0.5 * (losses + more), 0.5 * (right + more_right)
-            slopes = 0.5 * (slopes + more_slopes)
-        ctx.save_for_backward(
-            query, key, keys, queries, temperature, slopes, row_stats, column_stats
-        )
-        ctx.options = (number, normalize, symmetric, backend, ranks)
-        ctx.mark_non_differentiable(right)
-        return losses, right
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_losses, _):
-        query, key, keys, queries, temperature, slopes, row_stats, column_stats = ctx.saved_tensors
-        number, normalize, symmetric, backend, ranks = ctx.options
-        needs = ctx.needs_input_grad
-        backward = dispatch.kernel(BACKWARD, backend)
-        options = (None, temperature, number, normalize, ranks.start, None)
-        rows = (grad_losses * 0.5 if symmetric else grad_losses).contiguous()
-        grad_query = grad_key = grad_temperature = None
-        if needs[0]:
-            columns, stats = None, column_stats
-            if symmetric:
-                columns, stats = ranks.gather(rows), ranks.gather(column_stats)
-            grad_query, _, _ = backward(
-                rows, columns, query, keys, *options, row_stats, stats, True, False, False
-            )
-        if needs[1]:
-            columns, stats = ranks.gather(rows), ranks.gather(row_stats)
-            grad_key, _, _ = backward(
-                rows if symmetric else None, columns, key, queries, *options, column_stats, stats,
-                True, False, False,
-            )  # fmt: skip
-        if needs[2]:
-            grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
-        return grad_query, grad_key, grad_temperature, None, None, None, None, None, None
-
-
 @dispatch.fake(FORWARD)
 def _(
     query, key, negatives, temperature, number, normalize, symmetric, label_offset, self_offset,
-    need_slopes,
+    need_slopes, before=None,
 ):  # fmt: skip
     rows = query.shape[0]
     losses = query.new_empty(rows, dtype=accumulate_dtype(query))
     stats = losses.new_empty((rows, 2), dtype=torch.float64)
-    column_stats = stats.new_empty((rows if symmetric else 0, 2))
+    column_stats = stats.new_empty((rows if symmetric and before is None else 0, 2))
+    after = stats.new_empty(0 if before is None else before.shape)
     slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
-    return losses, torch.empty_like(losses), slopes, stats, column_stats
+    return losses, torch.empty_like(losses), slopes, stats, column_stats, after
 
 
 @dispatch.fake(BACKWARD)
 def _(
     grad_losses, grad_column_losses, query, key, negatives, temperature, number, normalize,
     label_offset, self_offset, row_stats, column_stats, need_query, need_key, need_negatives,
+    unrounded=False,
 ):  # fmt: skip
     def gradient(need, of):
         of = key if of is None else of
-        return of.new_empty(of.shape if need else 0)
+        dtype = accumulate_dtype(of) if unrounded else of.dtype
+        return of.new_empty(of.shape if need else 0, dtype=dtype)
 
     return gradient(need_query, query), gradient(need_key, key), gradient(need_negatives, negatives)

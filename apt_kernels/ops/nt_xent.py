@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 from .. import checks, dispatch, reference
 from ..reference.numerics import accumulate_dtype
 from . import similarity
+from .nt_xent_ring import RECTANGLE, NTXentRing
+from .ring import ring_of
 
 FORWARD, BACKWARD = "nt_xent_fwd", "nt_xent_bwd"
-# Over ranks the similarities are no triangle: rows of this rank against the classes of all.
-RECTANGLE_FORWARD, RECTANGLE_BACKWARD = "info_nce_fwd", "info_nce_bwd"
-dispatch.register("nt_xent", FORWARD, BACKWARD, RECTANGLE_FORWARD, RECTANGLE_BACKWARD)
+dispatch.register("nt_xent", FORWARD, BACKWARD, *RECTANGLE)
 
 
 def nt_xent(
@@ -45,7 +45,9 @@ def nt_xent(
         process_group: every rank brings its own views, as many samples as it likes, and the views
             of all are the classes. Its loss is its part of the whole times the number of ranks:
             averages over ranks, DistributedDataParallel's of gradients too, are those of one
-            process with the whole batch. Every rank must run backward.
+            process with the whole batch. Views travel half way around the ranks, so that each pair
+            is multiplied once there too; a rank holds its own and two blocks of them: memory does
+            not grow with the ranks. Every rank must run backward.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
@@ -71,15 +73,15 @@ def nt_xent(
             reduction=reduction,
             process_group=process_group,
         )
-    ranks = similarity.ranks_of(process_group, z1)
+    ranks = ring_of(process_group, 2 * z1.shape[0], z1.device)
     options = (*similarity.scalar(temperature), bool(normalize))
     need_slopes = similarity.differentiable(temperature)
     if ranks is None:
         losses, right = _NTXent.apply(z1, z2, *options, need_slopes, backend)
     else:
-        losses, right = _NTXentOverRanks.apply(z1, z2, *options, need_slopes, backend, ranks)
-    total, world = (z1.shape[0], 1) if ranks is None else (ranks.total, ranks.world)
-    return similarity.reduced(losses, reduction, 2 * total, world), similarity.share(right)
+        losses, right = NTXentRing.apply(z1, z2, *options, need_slopes, backend, ranks)
+    total, world = (2 * z1.shape[0], 1) if ranks is None else (ranks.total, ranks.world)
+    return similarity.reduced(losses, reduction, total, world), similarity.share(right)
 
 
 class NTXentLoss(nn.Module):
@@ -117,7 +119,7 @@ class NTXentLoss(nn.Module):
 class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z1, z2, temperature, number, normalize, need_slopes, backend):
-        losses, right, slopes, stats = dispatch.kernel(FORWARD, backend)(
+        losses, right, slopes, stats, _ = dispatch.kernel(FORWARD, backend)(
             z1, z2, temperature, number, normalize, need_slopes
         )
         ctx.save_for_backward(z1, z2, temperature, slopes, stats)
@@ -145,65 +147,17 @@ class _NTXent(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _NTXentOverRanks(torch.autograd.Function):
-    """The views of this rank against those of all, the first and the second apart.
-
-    What a row does to the losses of other ranks is in the coefficients of its own pairs, which take
-    the others' log-sum-exps and upstream gradients: O(N) numbers are exchanged backward, no rows.
-    """
-
-    @staticmethod
-    def forward(ctx, z1, z2, temperature, number, normalize, need_slopes, backend, ranks):
-        classes = torch.cat([ranks.gather(z1), ranks.gather(z2)])
-        start, total = ranks.start, ranks.total
-        parts = [
-            dispatch.kernel(RECTANGLE_FORWARD, backend)(
-                z, classes, None, temperature, number, normalize, False, label, itself, need_slopes
-            )
-            for z, label, itself in ((z1, total + start, start), (z2, start, total + start))
-        ]
-        losses, right, slopes = (torch.cat([part[k] for part in parts]) for k in range(3))
-        ctx.save_for_backward(z1, z2, classes, temperature, slopes, parts[0][3], parts[1][3])
-        ctx.options = (number, normalize, backend, ranks)
-        ctx.mark_non_differentiable(right)
-        return losses, right
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_losses, _):
-        z1, z2, classes, temperature, slopes, stats1, stats2 = ctx.saved_tensors
-        number, normalize, backend, ranks = ctx.options
-        needs = ctx.needs_input_grad
-        start, total, count = ranks.start, ranks.total, z1.shape[0]
-        rows1, rows2 = grad_losses[:count].contiguous(), grad_losses[count:].contiguous()
-        columns = torch.cat([ranks.gather(rows1), ranks.gather(rows2)])
-        column_stats = torch.cat([ranks.gather(stats1), ranks.gather(stats2)])
-        views = (
-            (z1, rows1, stats1, total + start, start),
-            (z2, rows2, stats2, start, total + start),
-        )
-        grads = [
-            dispatch.kernel(RECTANGLE_BACKWARD, backend)(
-                rows, columns, z, classes, None, temperature, number, normalize, label, itself,
-                stats, column_stats, True, False, False,
-            )[0] if need else None
-            for need, (z, rows, stats, label, itself) in zip(needs, views, strict=False)
-        ]  # fmt: skip
-        grad_temperature = None
-        if needs[2]:
-            grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
-        return *grads, grad_temperature, None, None, None, None, None
-
-
 @dispatch.fake(FORWARD)
-def _(z1, z2, temperature, number, normalize, need_slopes):
+def _(z1, z2, temperature, number, normalize, need_slopes, before=None):
     rows = 2 * z1.shape[0]
     losses = z1.new_empty(rows, dtype=accumulate_dtype(z1))
     slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     stats = losses.new_empty((rows, 2), dtype=torch.float64)
-    return losses, torch.empty_like(losses), slopes, stats
+    after = stats.new_empty(0 if before is None else before.shape)
+    return losses, torch.empty_like(losses), slopes, stats, after
 
 
 @dispatch.fake(BACKWARD)
-def _(grad_losses, z1, z2, temperature, number, normalize, stats):
-    return z1.new_empty((2 * z1.shape[0], z1.shape[1]))
+def _(grad_losses, z1, z2, temperature, number, normalize, stats, unrounded=False):
+    dtype = accumulate_dtype(z1) if unrounded else z1.dtype
+    return z1.new_empty((2 * z1.shape[0], z1.shape[1]), dtype=dtype)

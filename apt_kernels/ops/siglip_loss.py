@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from .. import checks, dispatch, reference
 from ..reference.numerics import accumulate_dtype
 from . import similarity
+from .ring import gradients, no_classes, ring_of
 
 FORWARD, BACKWARD = "siglip_loss_fwd", "siglip_loss_bwd"
 dispatch.register("siglip_loss", FORWARD, BACKWARD)
@@ -47,7 +48,9 @@ def siglip_loss(
         process_group: every rank brings its own queries and keys, as many as it likes, and the keys
             of all take part (label_offset must be 0). Its loss is its part of the whole times the
             number of ranks: averages over ranks, DistributedDataParallel's of gradients too, are
-            those of one process with the whole batch. Every rank must run backward.
+            those of one process with the whole batch. Keys travel around the ranks and every rank
+            holds its own and two blocks of them: memory does not grow with the ranks. Every rank
+            must run backward.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
@@ -78,7 +81,7 @@ def siglip_loss(
             reduction=reduction,
             process_group=process_group,
         )
-    ranks = similarity.ranks_of(process_group, query)
+    ranks = ring_of(process_group, query.shape[0], query.device)
     need_slopes = similarity.differentiable(temperature) or similarity.differentiable(logit_bias)
     losses, right = _SigLIPLoss.apply(
         query, key, *similarity.scalar(temperature), *similarity.scalar(logit_bias),
@@ -127,72 +130,73 @@ class SigLIPLoss(nn.Module):
 
 
 class _SigLIPLoss(torch.autograd.Function):
-    """Over ranks, rows of this rank against those of all.
-
-    The coefficient of a pair needs only its own similarity and the upstream gradient of its query,
-    so O(N) numbers are exchanged backward, no rows.
-    """
+    """Over ranks, the keys travel: see `ring.gradients`. The losses of a row are sums over keys."""
 
     @staticmethod
     def forward(
         ctx, query, key, temperature, number, bias, bias_number, normalize, label_offset,
         need_slopes, backend, ranks,
     ):  # fmt: skip
-        keys, queries, offset = key, query, label_offset
-        if ranks is not None:
-            keys, offset = ranks.gather(key), ranks.start
-            queries = ranks.gather(query) if ctx.needs_input_grad[1] else keys[:0]
-        losses, right, slopes, bias_slopes = dispatch.kernel(FORWARD, backend)(
-            query, keys, temperature, number, bias, bias_number, normalize, offset, need_slopes
-        )
-        ctx.save_for_backward(
-            query, key, keys, queries, temperature, bias, slopes, bias_slopes
-        )  # keys and queries are key and query without ranks
-        ctx.options = (number, bias_number, normalize, offset, backend, ranks)
+        state = None if ranks is None else no_classes(query, 5)
+        blocks = [(key,)] if ranks is None else ranks.blocks(key)
+        for step, (keys,) in enumerate(blocks):
+            offset = label_offset if step == 0 else len(keys)  # beyond: no positives here
+            losses, right, slopes, bias_slopes, state = dispatch.kernel(FORWARD, backend)(
+                query, keys, temperature, number, bias, bias_number, normalize, offset,
+                need_slopes, state,
+            )  # fmt: skip
+        ctx.save_for_backward(query, key, temperature, bias, slopes, bias_slopes)
+        ctx.options = (number, bias_number, normalize, label_offset, backend, ranks)
         ctx.mark_non_differentiable(right)
         return losses, right
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses, _):
-        query, key, keys, queries, temperature, bias, slopes, bias_slopes = ctx.saved_tensors
-        number, bias_number, normalize, offset, backend, ranks = ctx.options
-        needs = ctx.needs_input_grad
-        backward = dispatch.kernel(BACKWARD, backend)
-        options = (temperature, number, bias, bias_number, normalize, offset)
-        rows = grad_losses.contiguous()
+        query, key, temperature, bias, slopes, bias_slopes = ctx.saved_tensors
+        number, bias_number, normalize, label_offset, backend, ranks = ctx.options
+        needs, rows = ctx.needs_input_grad, grad_losses.contiguous()
+
+        def part(step, keys, unrounded=True):
+            return dispatch.kernel(BACKWARD, backend)(
+                rows, None, query, keys, temperature, number, bias, bias_number, normalize,
+                label_offset if step == 0 else len(keys), needs[0], needs[1], unrounded,
+            )  # fmt: skip
+
         grad_query = grad_key = grad_temperature = grad_bias = None
-        if ranks is None and (needs[0] or needs[1]):
-            grad_query, grad_key = backward(rows, None, query, key, *options, needs[0], needs[1])
-        elif ranks is not None:
-            if needs[0]:
-                grad_query, _ = backward(rows, None, query, keys, *options, True, False)
-            if needs[1]:
-                columns = ranks.gather(rows)
-                grad_key, _ = backward(None, columns, key, queries, *options, True, False)
+        if needs[0] or needs[1]:
+            if ranks is None:
+                grad_query, grad_key = part(0, key, unrounded=False)
+            else:
+                grad_query, grad_key = gradients(ranks, part, key, need_sent=needs[1])
         if needs[2]:
             grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
         if needs[4]:
             grad_bias = (grad_losses * bias_slopes).sum().to(bias.dtype)
         return (
-            grad_query if needs[0] else None, grad_key if needs[1] else None, grad_temperature,
-            None, grad_bias, None, None, None, None, None, None,
+            grad_query.to(query.dtype) if needs[0] else None,
+            grad_key.to(key.dtype) if needs[1] else None,
+            grad_temperature, None, grad_bias, None, None, None, None, None, None,
         )  # fmt: skip
 
 
 @dispatch.fake(FORWARD)
-def _(query, key, temperature, number, bias, bias_number, normalize, label_offset, need_slopes):
+def _(
+    query, key, temperature, number, bias, bias_number, normalize, label_offset, need_slopes,
+    before=None,
+):  # fmt: skip
     rows = query.shape[0]
     losses = query.new_empty(rows, dtype=accumulate_dtype(query))
     slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
-    return losses, torch.empty_like(losses), slopes, torch.empty_like(slopes)
+    after = slopes.new_empty(0 if before is None else before.shape)
+    return losses, torch.empty_like(losses), slopes, torch.empty_like(slopes), after
 
 
 @dispatch.fake(BACKWARD)
 def _(
     grad_losses, grad_column_losses, query, key, temperature, number, bias, bias_number, normalize,
-    label_offset, need_query, need_key,
+    label_offset, need_query, need_key, unrounded=False,
 ):  # fmt: skip
-    return query.new_empty(query.shape if need_query else 0), key.new_empty(
-        key.shape if need_key else 0
-    )
+    dtype = accumulate_dtype(query) if unrounded else query.dtype
+    grad_query = query.new_empty(query.shape if need_query else 0, dtype=dtype)
+    return grad_query, key.new_empty(key.shape if need_key else 0, dtype=dtype)

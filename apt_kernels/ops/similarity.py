@@ -1,4 +1,4 @@
-"""What the contrastive losses share: checks, temperatures, reductions, the ranks of a group."""
+"""What the contrastive losses share: checks, temperatures, reductions."""
 
 from __future__ import annotations
 
@@ -101,40 +101,3 @@ def reduced(losses: Tensor, reduction: str, total: int | Tensor, world: int = 1)
 
 def share(right: Tensor) -> Tensor:
     return right.sum() / max(right.shape[0], 1)
-
-
-class Ranks:
-    """The rows of all ranks of a process group, in the order of the ranks."""
-
-    def __init__(self, group: dist.ProcessGroup, count: int, device: torch.device):
-        sizes = torch.zeros(group.size(), dtype=torch.int64, device=device)
-        dist.all_gather(list(sizes.unbind()), torch.tensor(count, device=device), group=group)
-        self.group, self.world = group, group.size()
-        self.sizes = sizes.tolist()  # the one wait for the device: batches may differ
-        self.start, self.total = sum(self.sizes[: group.rank()]), sum(self.sizes)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, without a graph; bytes travel, so every dtype does."""
-        longest = max(self.sizes)
-        padded = rows.detach().contiguous()
-        if len(rows) < longest:
-            padding = rows.new_zeros(longest - len(rows), *rows.shape[1:])
-            padded = torch.cat([padded, padding])
-        parts = rows.new_empty(self.world, longest, *rows.shape[1:])
-        if longest:
-            outputs = [part.view(-1).view(torch.uint8) for part in parts.unbind()]
-            dist.all_gather(outputs, padded.view(-1).view(torch.uint8), group=self.group)
-        if min(self.sizes) == longest:
-            return parts.flatten(0, 1)
-        return torch.cat([part[:n] for part, n in zip(parts, self.sizes, strict=True)])
-
-    def sum(self, count: Tensor) -> Tensor:
-        count = count.clone()
-        dist.all_reduce(count, group=self.group)
-        return count
-
-
-def ranks_of(group: dist.ProcessGroup | None, rows: Tensor) -> Ranks | None:
-    if group is None or group.size() == 1:
-        return None
-    return Ranks(group, rows.shape[0], rows.device)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from .. import checks, dispatch, reference
 from ..reference.numerics import accumulate_dtype
 from . import similarity
+from .ring import no_classes, ring_of
 
 FORWARD, BACKWARD = "sup_con_loss_fwd", "sup_con_loss_bwd"
 dispatch.register("sup_con_loss", FORWARD, BACKWARD)
@@ -45,7 +46,8 @@ def sup_con_loss(
         process_group: every rank brings its own rows, as many as it likes, and the rows of all are
             the classes. Its loss is its part of the whole times the number of ranks: averages over
             ranks, DistributedDataParallel's of gradients too, are those of one process with the
-            whole batch. Every rank must run backward.
+            whole batch. Rows travel around the ranks and every rank holds its own and two blocks of
+            them: memory does not grow with the ranks. Every rank must run backward.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
@@ -72,7 +74,7 @@ def sup_con_loss(
             reduction=reduction,
             process_group=process_group,
         )
-    ranks = similarity.ranks_of(process_group, features)
+    ranks = ring_of(process_group, features.shape[0], features.device)
     losses, right, anchor = _SupConLoss.apply(
         features, labels.long().contiguous(), *similarity.scalar(temperature), bool(normalize),
         similarity.differentiable(temperature), backend, ranks,
@@ -118,21 +120,22 @@ class SupConLoss(nn.Module):
 
 
 class _SupConLoss(torch.autograd.Function):
-    """Over ranks, rows of this rank against those of all; see `nt_xent` for what is exchanged."""
+    """Over ranks, rows and labels travel, backward with their upstream gradients and statistics.
+
+    The coefficient of a pair holds what it does to the losses of both of its rows, so that every
+    rank makes the whole gradient of its own rows and no gradient travels.
+    """
 
     @staticmethod
     def forward(ctx, features, labels, temperature, number, normalize, need_slopes, backend, ranks):
-        classes = class_labels = None
-        start = 0
-        if ranks is not None:
-            classes, class_labels = ranks.gather(features), ranks.gather(labels)
-            start = ranks.start
-        losses, right, slopes, stats = dispatch.kernel(FORWARD, backend)(
-            features, labels, classes, class_labels, temperature, number, normalize, start,
-            need_slopes,
-        )  # fmt: skip
-        ctx.save_for_backward(features, labels, classes, class_labels, temperature, slopes, stats)
-        ctx.options = (number, normalize, start, backend, ranks)
+        state = None if ranks is None else no_classes(features, 7, lowest=(0, 3, 4))
+        for step, (classes, class_labels) in enumerate(_blocks(ranks, features, labels)):
+            losses, right, slopes, stats, state = dispatch.kernel(FORWARD, backend)(
+                features, labels, *_classes(step, classes, class_labels), temperature, number,
+                normalize, _itself(step, classes), need_slopes, state,
+            )  # fmt: skip
+        ctx.save_for_backward(features, labels, temperature, slopes, stats)
+        ctx.options = (number, normalize, backend, ranks)
         anchor = stats[:, 1] > 0
         ctx.mark_non_differentiable(right, anchor)
         return losses, right, anchor
@@ -140,34 +143,58 @@ class _SupConLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses, *_):
-        features, labels, classes, class_labels, temperature, slopes, stats = ctx.saved_tensors
-        number, normalize, start, backend, ranks = ctx.options
-        rows, columns, class_stats = grad_losses.contiguous(), None, None
+        features, labels, temperature, slopes, stats = ctx.saved_tensors
+        number, normalize, backend, ranks = ctx.options
         grad_features = grad_temperature = None
         if ctx.needs_input_grad[0]:
-            if ranks is not None:
-                columns, class_stats = ranks.gather(rows), ranks.gather(stats)
-            grad_features = dispatch.kernel(BACKWARD, backend)(
-                rows, columns, features, labels, classes, class_labels, temperature, number,
-                normalize, start, stats, class_stats,
-            )  # fmt: skip
+            rows = grad_losses.contiguous()
+            blocks = _blocks(ranks, features, labels, rows, stats)
+            for step, (classes, class_labels, columns, class_stats) in enumerate(blocks):
+                grad = dispatch.kernel(BACKWARD, backend)(
+                    rows, columns if step else None, features, labels,
+                    *_classes(step, classes, class_labels), temperature, number, normalize,
+                    _itself(step, classes), stats, class_stats if step else None,
+                    ranks is not None,
+                )  # fmt: skip
+                grad_features = grad if step == 0 else grad_features.add_(grad)
+            grad_features = grad_features.to(features.dtype)
         if ctx.needs_input_grad[2]:
             grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
         return grad_features, None, grad_temperature, None, None, None, None, None
 
 
+def _blocks(ranks, *tensors):
+    return [tensors] if ranks is None else ranks.blocks(*tensors)
+
+
+def _classes(step, classes, class_labels):
+    """Of the rows of this rank itself, each pair is multiplied once."""
+    return (classes, class_labels) if step else (None, None)
+
+
+def _itself(step, classes):
+    """From a row to itself; beyond the classes that it is none of."""
+    return len(classes) if step else 0
+
+
 @dispatch.fake(FORWARD)
 def _(
     features, labels, classes, class_labels, temperature, number, normalize, self_offset,
-    need_slopes,
+    need_slopes, before=None,
 ):  # fmt: skip
     rows = features.shape[0]
     losses = features.new_empty(rows, dtype=accumulate_dtype(features))
     slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     stats = losses.new_empty((rows, 2), dtype=torch.float64)
-    return losses, torch.empty_like(losses), slopes, stats
+    after = stats.new_empty(0 if before is None else before.shape)
+    return losses, torch.empty_like(losses), slopes, stats, after
 
 
 @dispatch.fake(BACKWARD)
-def _(grad_losses, grad_class_losses, features, *arguments):
-    return features.new_empty(features.shape)
+def _(
+    grad_losses, grad_class_losses, features, labels, classes, class_labels, temperature, number,
+    normalize, self_offset, stats, class_stats, unrounded=False,
+):  # fmt: skip
+    return features.new_empty(
+        features.shape, dtype=accumulate_dtype(features) if unrounded else features.dtype
+    )

@@ -122,6 +122,16 @@ def softmax_results(running, positive, temperatures, temperature, slopes):
     return losses, right, row_slopes, stats
 
 
+def state_of(before, running, positive, column_running=None, column_positive=None):
+    """What the next call on other classes takes as `before`; (0,) where this one took none."""
+    if before is None:
+        return running.new_empty(0, dtype=torch.float64)
+    state = torch.cat([running, positive[None]]).mT.double()
+    if column_running is not None:
+        state = torch.cat([state, torch.cat([column_running, column_positive[None]]).mT.double()])
+    return state.contiguous()
+
+
 def _one_dtype(query, negatives):
     """A queue may be of another dtype; then both are multiplied as float32."""
     if negatives is None or negatives.dtype == query.dtype:
@@ -131,17 +141,21 @@ def _one_dtype(query, negatives):
 
 def info_nce_fwd(
     query, key, negatives, temperatures, temperature, normalize, symmetric, label_offset,
-    self_offset, need_slopes,
+    self_offset, need_slopes, before=None,
 ):  # fmt: skip
-    """(losses (N,), right (N,), slopes (N,)|(0,), row_stats (N,4), column_stats (N,4)|(0,4))."""
+    """(losses (N,), right (N,), slopes (N,)|(0,), row_stats (N,4), column_stats (N,4)|(0,4), after)
+
+    before, after: statistics of rows (and columns); with `before` the results are of rows alone.
+    """
     query, negatives = _one_dtype(query, negatives)
     a = side(query, normalize)
     itself = NOWHERE if self_offset is None else self_offset
     options = {"slopes": need_slopes, "self_offset": itself}
+    column_running = column_positive = None
     if negatives is None:
         running, positive, column_running, column_positive = softmax_statistics(
             a, side(key, normalize), temperatures, temperature, label_offset=label_offset,
-            columns=symmetric, **options,
+            columns=symmetric, before=before, **options,
         )  # fmt: skip
     else:
         running, positive, _, _ = softmax_statistics(
@@ -162,21 +176,23 @@ def info_nce_fwd(
     losses, right, slopes, stats = softmax_results(
         running, positive, temperatures, temperature, need_slopes
     )
+    after = state_of(before, running, positive, column_running, column_positive)
     column_stats = stats[:0]
-    if symmetric:
+    if symmetric and before is None:
         more, more_right, more_slopes, column_stats = softmax_results(
             column_running, column_positive, temperatures, temperature, need_slopes
         )
         losses, right = 0.5 * (losses + more), 0.5 * (right + more_right)
         slopes = 0.5 * (slopes + more_slopes)
-    return losses, right, slopes, stats, column_stats
+    return losses, right, slopes, stats, column_stats, after
 
 
 def info_nce_bwd(
     grad_losses, grad_column_losses, query, key, negatives, temperatures, temperature, normalize,
     label_offset, self_offset, row_stats, column_stats, need_query, need_key, need_negatives,
+    unrounded=False,
 ):  # fmt: skip
-    """(grad_query, grad_key, grad_negatives), each (0,) unless needed."""
+    """(grad_query, grad_key, grad_negatives), each (0,) unless needed; `unrounded` in float32."""
     itself = NOWHERE if self_offset is None else self_offset
     empty = query.new_empty(0)
     if negatives is not None:
@@ -191,12 +207,12 @@ def info_nce_bwd(
     if need_query:
         grad_query = gradient(
             a, b, *row_side, *column_side, temperatures, temperature, label_offset=label_offset,
-            self_offset=itself,
+            self_offset=itself, unrounded=unrounded,
         )  # fmt: skip
     if need_key:
         grad_key = gradient(
             b, a, *column_side, *row_side, temperatures, temperature, label_offset=-label_offset,
-            self_offset=itself if self_offset is None else -itself,
+            self_offset=itself if self_offset is None else -itself, unrounded=unrounded,
         )  # fmt: skip
     return grad_query, grad_key, empty
 

@@ -113,9 +113,13 @@ def _sigmoid_results_kernel(
 
 
 def siglip_loss_fwd(
-    query, key, temperatures, temperature, biases, logit_bias, normalize, label_offset, need_slopes
-):
-    """(losses (N,), right (N,), slopes (N,)|(0,), bias_slopes (N,)|(0,)), float32."""
+    query, key, temperatures, temperature, biases, logit_bias, normalize, label_offset, need_slopes,
+    before=None,
+):  # fmt: skip
+    """(losses (N,), right (N,), slopes (N,)|(0,), bias_slopes (N,)|(0,), after (N,5)|(0,)).
+
+    before, after: (the largest d of the others, the positive's, loss, slope, bias slope) of rows.
+    """
     a, b = side(query, normalize), side(key, normalize)
     N, M = a.count, b.count
     t = tiles(query)
@@ -124,11 +128,15 @@ def siglip_loss_fwd(
     splits = max(1, min(triton.cdiv(PROGRAMS, max(row_blocks, 1)), count, SPLITS))
     per_split = triton.cdiv(count, splits) if count else 1
     splits = triton.cdiv(count, per_split)
-    part = query.new_empty((splits, PLANES, N), dtype=torch.float32)
+    parts = splits + (before is not None)
+    part = query.new_empty((parts, PLANES, N), dtype=torch.float32)
     losses, right, positive = (part.new_empty(N) for _ in range(3))
     slopes, bias_slopes = (part.new_empty(N if need_slopes else 0) for _ in range(2))
+    after = part.new_empty(0, dtype=torch.float64) if before is None else before.clone()
     if N == 0:
-        return losses, right, slopes, bias_slopes
+        return losses, right, slopes, bias_slopes, after
+    if before is not None:
+        part[-1], positive = before.mT[[2, 3, 4, 0]], before[:, 1].float()
     with rows.device_of(query):
         _sigmoid_losses_kernel[(row_blocks, splits)](
             *a.arguments(), *b.arguments(), temperatures, biases, positive, part, N, M,
@@ -137,18 +145,22 @@ def siglip_loss_fwd(
         )  # fmt: skip
         _sigmoid_results_kernel[(triton.cdiv(N, BLOCK),)](
             part, positive, losses, right, slopes if need_slopes else None,
-            bias_slopes if need_slopes else None, N, splits, BLOCK=BLOCK,
+            bias_slopes if need_slopes else None, N, parts, BLOCK=BLOCK,
         )  # fmt: skip
-    return losses, right, slopes, bias_slopes
+    if before is not None:
+        after[:, 0], after[:, 1] = part[:, 3].amax(0), positive
+        after[:, 2:] = part[:, :3].double().sum(0).mT
+    return losses, right, slopes, bias_slopes, after
 
 
 def siglip_loss_bwd(
     grad_losses, grad_column_losses, query, key, temperatures, temperature, biases, logit_bias,
-    normalize, label_offset, need_query, need_key,
+    normalize, label_offset, need_query, need_key, unrounded=False,
 ):  # fmt: skip
-    """(grad_query, grad_key), each (0,) unless needed."""
+    """(grad_query, grad_key), each (0,) unless needed; `unrounded` in float32."""
     a, b = side(query, normalize), side(key, normalize)
     options = {"self_offset": NOWHERE, "loss": SIGMOID, "biases": biases, "bias": logit_bias}
+    options["unrounded"] = unrounded
     grad_query, grad_key = query.new_empty(0), key.new_empty(0)
     if need_query:
         grad_query = gradient(

@@ -182,7 +182,7 @@ def _similarity_bwd_kernel(
 def gradient(
     a, b, weights, stats, column_weights, column_stats, temperatures, temperature, *,
     label_offset, self_offset, loss=SOFTMAX, triangle=False, own=None, biases=None, bias=0.0,
-    labels=None, column_labels=None,
+    labels=None, column_labels=None, unrounded=False,
 ):  # fmt: skip
     """The gradient (N, D) of the rows of side `a`, contiguous, in their dtype.
 
@@ -204,9 +204,11 @@ def gradient(
         bias: the number that counts without the tensor.
         labels: of the rows of SUP_CON.
         column_labels: of its columns.
+        unrounded: in float32, to be added to others.
     """
     N, D = a.x.shape
-    grad = torch.empty((N, D), dtype=a.x.dtype, device=a.x.device)
+    dtype = torch.float32 if unrounded else a.x.dtype
+    grad = torch.empty((N, D), dtype=dtype, device=a.x.device)
     if N == 0:
         return grad
     t = tiles(a.x, gradient=True)

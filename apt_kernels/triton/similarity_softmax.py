@@ -221,9 +221,19 @@ def _neutral(planes, count, like):
     return running
 
 
+def _start(planes, count, like, before):
+    """Statistics and positives: those of `before`, (count, planes and the positive if kept)."""
+    if before is None:
+        running = _neutral(planes, count, like)
+        return running, running.new_zeros(count)
+    running = before.mT[:planes].to(torch.float32, copy=True).contiguous()
+    positive = before.mT[planes].float() if before.shape[1] > planes else running.new_zeros(count)
+    return running, positive
+
+
 def softmax_statistics(
     a, b, temperatures, temperature, *, label_offset, self_offset, triangle=False, columns=False,
-    slopes=False, labels=None, column_labels=None,
+    slopes=False, labels=None, column_labels=None, before=None,
 ):  # fmt: skip
     """Statistics and positives of the rows, and of the columns if asked for.
 
@@ -239,6 +249,8 @@ def softmax_statistics(
         slopes: weighted sums.
         labels: of the rows, for LABEL_PLANES.
         column_labels: of the columns.
+        before: None, or what an earlier call found of other classes, (N, PLANES and the positive
+            without labels) float64; of the columns after the rows.
 
     Returns:
         `(running (PLANES, N), positive (N,), column_running, column_positive)`; the last two are
@@ -247,11 +259,11 @@ def softmax_statistics(
     t = tiles(a.x)
     N, M = a.count, b.count
     planes = SOFTMAX_PLANES if labels is None else LABEL_PLANES
-    running = _neutral(planes, N, a.x)
-    positive = running.new_zeros(N)
+    running, positive = _start(planes, N, a.x, None if before is None else before[:N])
     column_running = column_positive = None
     if columns and not triangle:
-        column_running, column_positive = _neutral(planes, M, a.x), running.new_zeros(M)
+        column_before = None if before is None else before[N:]
+        column_running, column_positive = _start(planes, M, a.x, column_before)
     if N == 0 or M == 0:
         return running, positive, column_running, column_positive
     row_blocks, column_blocks = triton.cdiv(N, t.rows), triton.cdiv(M, t.columns)

@@ -46,15 +46,18 @@ def _sup_con_results_kernel(
 
 def sup_con_loss_fwd(
     features, labels, classes, class_labels, temperatures, temperature, normalize, self_offset,
-    need_slopes,
+    need_slopes, before=None,
 ):  # fmt: skip
-    """(losses (N,), right (N,), slopes (N,)|(0,), stats (N,3)), float32."""
+    """(losses (N,), right (N,), slopes (N,)|(0,), stats (N,3), after (N,7)|(0,)).
+
+    before, after: statistics of the rows.
+    """
     a = side(features, normalize)
     b = a if classes is None else side(classes, normalize)
     running, _, _, _ = softmax_statistics(
         a, b, temperatures, temperature, label_offset=NOWHERE, self_offset=self_offset,
         triangle=classes is None, slopes=need_slopes, labels=labels,
-        column_labels=labels if classes is None else class_labels,
+        column_labels=labels if classes is None else class_labels, before=before,
     )  # fmt: skip
     N = a.count
     losses, right = running.new_empty(N), running.new_empty(N)
@@ -66,14 +69,15 @@ def sup_con_loss_fwd(
                 running, temperatures, losses, right, slopes if need_slopes else None, stats, N,
                 1.0 / temperature, WIDTH=STATS, BLOCK=BLOCK,
             )  # fmt: skip
-    return losses, right, slopes, stats
+    after = running.mT if before is not None else running.new_empty(0)
+    return losses, right, slopes, stats, after.double().contiguous()
 
 
 def sup_con_loss_bwd(
     grad_losses, grad_class_losses, features, labels, classes, class_labels, temperatures,
-    temperature, normalize, self_offset, stats, class_stats,
+    temperature, normalize, self_offset, stats, class_stats, unrounded=False,
 ):  # fmt: skip
-    """grad_features (N,D), contiguous, in the dtype of the features."""
+    """grad_features (N,D), contiguous, in the dtype of the features; `unrounded` in float32."""
     a = side(features, normalize)
     b, column_weights, column_stats, column_labels = a, grad_losses, stats, labels
     if classes is not None:
@@ -82,5 +86,5 @@ def sup_con_loss_bwd(
     return gradient(
         a, b, grad_losses, stats, column_weights, column_stats, temperatures, temperature,
         label_offset=NOWHERE, self_offset=self_offset, loss=SUP_CON, labels=labels,
-        column_labels=column_labels,
+        column_labels=column_labels, unrounded=unrounded,
     )  # fmt: skip

@@ -23,10 +23,11 @@ InfoNCE arguments(const Tensor& query, const Tensor& key, const OptionalTensor& 
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd_cpu(
     const Tensor& query, const Tensor& key, const OptionalTensor& negatives,
     const OptionalTensor& temperatures, double temperature, bool normalize, bool symmetric,
-    int64_t label_offset, OptionalOffset self_offset, bool need_slopes) {
+    int64_t label_offset, OptionalOffset self_offset, bool need_slopes,
+    const OptionalTensor& before) {
   InfoNCE a = arguments(query, key, negatives, temperatures, temperature, normalize, label_offset,
                         self_offset);
   const int64_t rows = query.size(0);
@@ -34,7 +35,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd_cpu(
   const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
   const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
   const Tensor row_stats = at::empty({rows, 2}, wide);
-  const Tensor column_stats = at::empty({symmetric ? rows : 0, 2}, wide);
+  const bool both = symmetric && !before.has_value();
+  const Tensor column_stats = at::empty({both ? rows : 0, 2}, wide);
+  const Tensor after = after_if(before);
   a.symmetric = symmetric;
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
@@ -42,8 +45,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd_cpu(
   a.slopes = slopes.mutable_data_ptr<double>();
   a.row_stats = row_stats.mutable_data_ptr<double>();
   a.column_stats = column_stats.mutable_data_ptr<double>();
+  a.before = optional_data<double>(before);
+  a.after = after_data(before, after);
   APT_CALL_KERNEL(info_nce_fwd, a);
-  return {losses, right, slopes, row_stats, column_stats};
+  return {losses, right, slopes, row_stats, column_stats, after};
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_bwd_cpu(
@@ -51,13 +56,14 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd_cpu(
     const Tensor& query, const Tensor& key, const OptionalTensor& negatives,
     const OptionalTensor& temperatures, double temperature, bool normalize, int64_t label_offset,
     OptionalOffset self_offset, const Tensor& row_stats, const Tensor& column_stats,
-    bool need_query, bool need_key, bool need_negatives) {
+    bool need_query, bool need_key, bool need_negatives, bool unrounded) {
   InfoNCE a = arguments(query, key, negatives, temperatures, temperature, normalize, label_offset,
                         self_offset);
-  const Tensor grad_query = gradient_if(need_query, query);
-  const Tensor grad_key = gradient_if(need_key, key);
+  a.similarity.unrounded = unrounded;
+  const Tensor grad_query = gradient_if(need_query, query, unrounded);
+  const Tensor grad_key = gradient_if(need_key, key, unrounded);
   const Tensor grad_negatives =
-      gradient_if(need_negatives, negatives.has_value() ? *negatives : key);
+      gradient_if(need_negatives, negatives.has_value() ? *negatives : key, unrounded);
   a.grad_losses = optional_data(grad_losses);
   a.grad_column_losses = optional_data(grad_column_losses);
   a.row_stats = const_cast<double*>(row_stats.const_data_ptr<double>());
@@ -79,12 +85,14 @@ TORCH_LIBRARY_FRAGMENT(apt, m) {
   m.def(
       "info_nce_fwd(Tensor query, Tensor key, Tensor? negatives, Tensor? temperatures, "
       "float temperature, bool normalize, bool symmetric, SymInt label_offset, "
-      "SymInt? self_offset, bool need_slopes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "SymInt? self_offset, bool need_slopes, Tensor? before=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, Tensor key, "
       "Tensor? negatives, Tensor? temperatures, float temperature, bool normalize, "
       "SymInt label_offset, SymInt? self_offset, Tensor row_stats, Tensor column_stats, "
-      "bool need_query, bool need_key, bool need_negatives) -> (Tensor, Tensor, Tensor)");
+      "bool need_query, bool need_key, bool need_negatives, bool unrounded=False) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(apt, CPU, m) {

@@ -49,8 +49,19 @@ inline Similarity similarity_of(const Rows& rows, const Rows& columns, double sc
 inline Tensor empty_if(bool wanted, at::IntArrayRef sizes, const at::TensorOptions& options) {
   return wanted ? at::empty(sizes, options) : at::empty({0}, options);
 }
-inline Tensor gradient_if(bool wanted, const Tensor& of) {
-  return wanted ? empty_large(of.sizes(), of.options()) : at::empty({0}, of.options());
+// unrounded: in the type of the sums.
+inline Tensor gradient_if(bool wanted, const Tensor& of, bool unrounded) {
+  const auto options = unrounded ? accumulate_options(of) : of.options();
+  return wanted ? empty_large(of.sizes(), options) : at::empty({0}, options);
+}
+// What a call on some of the classes hands to the next; see the kernels' `before`.
+inline Tensor after_if(const OptionalTensor& before) {
+  if (!before.has_value()) return at::empty({0}, at::TensorOptions().dtype(at::kDouble));
+  TORCH_CHECK(before->is_contiguous());
+  return at::empty(before->sizes(), before->options());
+}
+inline double* after_data(const OptionalTensor& before, const Tensor& after) {
+  return before.has_value() ? after.mutable_data_ptr<double>() : nullptr;
 }
 inline void* data_if(bool wanted, const Tensor& t) {
   return wanted ? t.mutable_data_ptr() : nullptr;

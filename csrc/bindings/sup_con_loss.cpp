@@ -20,10 +20,10 @@ SupCon arguments(const Tensor& features, const Tensor& labels, const OptionalTen
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_loss_fwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sup_con_loss_fwd_cpu(
     const Tensor& features, const Tensor& labels, const OptionalTensor& classes,
     const OptionalTensor& class_labels, const OptionalTensor& temperatures, double temperature,
-    bool normalize, int64_t self_offset, bool need_slopes) {
+    bool normalize, int64_t self_offset, bool need_slopes, const OptionalTensor& before) {
   SupCon a = arguments(features, labels, classes, class_labels, temperatures, temperature,
                        normalize, self_offset);
   const int64_t rows = features.size(0);
@@ -31,13 +31,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_loss_fwd_cpu(
   const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
   const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
   const Tensor stats = at::empty({rows, 2}, options.dtype(at::kDouble));
+  const Tensor after = after_if(before);
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
   a.right = right.mutable_data_ptr();
   a.slopes = slopes.mutable_data_ptr<double>();
   a.stats = stats.mutable_data_ptr<double>();
+  a.before = optional_data<double>(before);
+  a.after = after_data(before, after);
   APT_CALL_KERNEL(sup_con_loss_fwd, a);
-  return {losses, right, slopes, stats};
+  return {losses, right, slopes, stats, after};
 }
 
 Tensor sup_con_loss_bwd_cpu(const Tensor& grad_losses, const OptionalTensor& grad_class_losses,
@@ -45,10 +48,11 @@ Tensor sup_con_loss_bwd_cpu(const Tensor& grad_losses, const OptionalTensor& gra
                             const OptionalTensor& classes, const OptionalTensor& class_labels,
                             const OptionalTensor& temperatures, double temperature, bool normalize,
                             int64_t self_offset, const Tensor& stats,
-                            const OptionalTensor& class_stats) {
+                            const OptionalTensor& class_stats, bool unrounded) {
   SupCon a = arguments(features, labels, classes, class_labels, temperatures, temperature,
                        normalize, self_offset);
-  const Tensor grad = empty_large(features.sizes(), features.options());
+  a.similarity.unrounded = unrounded;
+  const Tensor grad = gradient_if(true, features, unrounded);
   a.grad_losses = grad_losses.const_data_ptr();
   a.grad_column_losses = optional_data(grad_class_losses);
   a.stats = const_cast<double*>(stats.const_data_ptr<double>());
@@ -64,12 +68,12 @@ TORCH_LIBRARY_FRAGMENT(apt, m) {
   m.def(
       "sup_con_loss_fwd(Tensor features, Tensor labels, Tensor? classes, Tensor? class_labels, "
       "Tensor? temperatures, float temperature, bool normalize, SymInt self_offset, "
-      "bool need_slopes) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_slopes, Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sup_con_loss_bwd(Tensor grad_losses, Tensor? grad_class_losses, Tensor features, "
       "Tensor labels, Tensor? classes, Tensor? class_labels, Tensor? temperatures, "
-      "float temperature, bool normalize, SymInt self_offset, Tensor stats, Tensor? class_stats) "
-      "-> Tensor");
+      "float temperature, bool normalize, SymInt self_offset, Tensor stats, Tensor? class_stats, "
+      "bool unrounded=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(apt, CPU, m) {

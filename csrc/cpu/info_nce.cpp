@@ -18,6 +18,20 @@ struct Side {
   std::vector<A> positive;
   explicit Side(int64_t rows) : others(rows), positive(rows) {}
 
+  static constexpr int64_t kState = 4;  // of a row: see InfoNCE::before
+  void read(const double* state) {
+    for (size_t i = 0; i < positive.size(); ++i, state += kState) {
+      others.max[i] = A(state[0]), others.sum[i] = state[1], others.weighted[i] = state[2];
+      positive[i] = A(state[3]);
+    }
+  }
+  void write(double* state) const {
+    for (size_t i = 0; i < positive.size(); ++i, state += kState) {
+      state[0] = others.max[i], state[1] = others.sum[i], state[2] = others.weighted[i];
+      state[3] = positive[i];
+    }
+  }
+
   struct Result {
     double loss, right, slope, lse, rest;
   };
@@ -81,6 +95,11 @@ void forward(const InfoNCE& a) {
   const Norms<A> norms(s);
   Side<A> rows(s.rows.count), other(a.symmetric ? s.columns.count : 0);
   Side<A>* columns = s.triangle ? &rows : a.symmetric ? &other : nullptr;
+  const int64_t behind_rows = s.rows.count * Side<A>::kState;
+  if (a.before) {
+    rows.read(a.before);
+    other.read(a.before + behind_rows);
+  }
   for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
     tile.along(s.self_offset, [](int64_t, int64_t, A& d) { d = -kInf; });
     for_positives(s, tile, [&](int64_t i, int64_t j, A& d) {
@@ -93,7 +112,11 @@ void forward(const InfoNCE& a) {
   for_own_positives(a, norms.rows(), [&](int64_t i, const A* query, const A* key) {
     rows.positive[i] = A(dot(query, key, a.own.width));
   });
-  write_results(a, rows, a.symmetric ? &other : nullptr);
+  if (a.after) {
+    rows.write(a.after);
+    other.write(a.after + behind_rows);
+  }
+  write_results(a, rows, a.symmetric && !a.after ? &other : nullptr);
 }
 
 // d of a tile becomes the coefficients of the gradient.
@@ -124,8 +147,9 @@ void backward(const InfoNCE& a) {
   using A = typename P::Scalar;
   const Similarity& s = a.similarity;
   const Norms<A> norms(s);
-  Gradient<A> grad_rows(s.rows, a.grad_rows), grad_columns(s.columns, a.grad_columns);
-  Gradient<A> grad_own(a.own, a.grad_own);
+  Gradient<A> grad_rows(s.rows, a.grad_rows, s.unrounded);
+  Gradient<A> grad_columns(s.columns, a.grad_columns, s.unrounded);
+  Gradient<A> grad_own(a.own, a.grad_own, s.unrounded);
   if (grad_rows || grad_columns) {
     for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
       coefficients(a, tile, w);

@@ -16,6 +16,11 @@ struct InfoNCE {
   void *losses, *right;              // [rows]
   double* slopes;                    // [rows]
   double *row_stats, *column_stats;  // [rows, 2]; [columns, 2] if symmetric
+  // Null, or what earlier calls found of other classes and what is found with them: (max d, sum,
+  // weighted sum, the positive's d) of rows and, where symmetric, of columns after them. Results
+  // are of rows alone then.
+  const double* before;
+  double* after;
 
   // bwd: upstream gradients of the losses of rows and of columns, each null if there is none.
   const void *grad_losses, *grad_column_losses;

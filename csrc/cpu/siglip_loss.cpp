@@ -16,6 +16,20 @@ struct RowSums {
   std::vector<double> loss, slope, bias_slope;
   explicit RowSums(int64_t rows)
       : best(rows, A(-kInf)), positive(rows), loss(rows), slope(rows), bias_slope(rows) {}
+
+  static constexpr int64_t kState = 5;  // of a row: see SigLIP::before
+  void read(const double* state) {
+    for (size_t i = 0; i < best.size(); ++i, state += kState) {
+      best[i] = A(state[0]), positive[i] = A(state[1]);
+      loss[i] = state[2], slope[i] = state[3], bias_slope[i] = state[4];
+    }
+  }
+  void write(double* state) const {
+    for (size_t i = 0; i < best.size(); ++i, state += kState) {
+      state[0] = best[i], state[1] = positive[i];
+      state[2] = loss[i], state[3] = slope[i], state[4] = bias_slope[i];
+    }
+  }
 };
 
 template <bool kSlopes, class A>
@@ -46,6 +60,7 @@ void forward(const SigLIP& a) {
   using A = typename P::Scalar;
   const Similarity& s = a.similarity;
   RowSums<A> rows(s.rows.count);
+  if (a.before) rows.read(a.before);
   for_each_product<P>(s, Norms<A>(s), [&](const Tile<A>& tile, Worker<P>&) {
     tile.along(s.label_offset, [&](int64_t i, int64_t, A& d) {
       rows.positive[i] = d;
@@ -54,6 +69,7 @@ void forward(const SigLIP& a) {
     const auto add = a.need_slopes ? add_tile<true, A> : add_tile<false, A>;
     add(tile, A(s.scale), A(a.logit_bias), rows);
   });
+  if (a.after) rows.write(a.after);
   for (int64_t i = 0; i < s.rows.count; ++i) {
     const double d = rows.positive[i];
     const Logistic<double> own = logistic(d * s.scale + a.logit_bias);
@@ -95,7 +111,8 @@ void backward(const SigLIP& a) {
   using A = typename P::Scalar;
   const Similarity& s = a.similarity;
   const Norms<A> norms(s);
-  Gradient<A> grad_rows(s.rows, a.grad_rows), grad_columns(s.columns, a.grad_columns);
+  Gradient<A> grad_rows(s.rows, a.grad_rows, s.unrounded);
+  Gradient<A> grad_columns(s.columns, a.grad_columns, s.unrounded);
   Workspace<A> positives(s.rows.count);
   for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
     coefficients(a, tile, w, positives.data());

@@ -14,6 +14,10 @@ struct SigLIP {
   // fwd. slopes, bias_slopes: d loss / d scale and / d logit_bias.
   void *losses, *right;          // [rows]
   double *slopes, *bias_slopes;  // [rows]
+  // Null, or what earlier calls found of other keys and what is found with them: (the largest d
+  // but the positive's, the positive's; loss, slope and bias slope without the positive's) of rows.
+  const double* before;
+  double* after;
 
   // bwd: pair (i, j) counts grad_losses[i] + grad_column_losses[j] times; each may be null.
   const void *grad_losses, *grad_column_losses;

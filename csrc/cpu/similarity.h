@@ -25,6 +25,7 @@ struct Similarity {
   bool triangle;   // columns are the rows: only one of (i, j) and (j, i) is computed
   bool normalize;  // u = x / |x|, and 0 for |x|^2 <= 1e-24
   double scale;    // 1 / temperature
+  bool unrounded;  // gradients have the type of their sums and not that of the rows
   // The column that is excluded from row i is i + self_offset; the one that is its positive
   // i + label_offset. Columns beyond the matrix, and kNowhere: none.
   int64_t self_offset, label_offset;

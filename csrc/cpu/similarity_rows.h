@@ -131,10 +131,8 @@ void inverse_norms(const Rows& rows, bool normalize, A* out) {
 template <class A>
 class Gradient {
  public:
-  Gradient(const Rows& rows, void* out)
-      : rows_(rows),
-        out_(out),
-        in_place_(rows.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32)) {
+  Gradient(const Rows& rows, void* out, bool unrounded)
+      : rows_(rows), out_(out), in_place_(unrounded || rows.dtype == kSums) {
     if (out == nullptr) return;
     if (!in_place_) own_.allocate(rows.count * rows.width);
     sums_ = in_place_ ? static_cast<A*>(out) : own_.data();
@@ -167,8 +165,10 @@ class Gradient {
   }
 
  private:
+  static constexpr DType kSums = sizeof(A) == 8 ? DType::f64 : DType::f32;
+
   void store_row(int64_t i, A factor) {
-    with_type(rows_.dtype, [&](auto* type) {
+    with_type(in_place_ ? kSums : rows_.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       T* out = static_cast<T*>(out_) + i * rows_.width;
       for (int64_t c = 0; c < rows_.width; ++c) from_float(row(i)[c] * factor, out + c);

@@ -36,8 +36,9 @@ template <class A>
 struct Positives {
   std::vector<A> best, best_negative;
   std::vector<double> sum;
+  std::vector<int64_t> number;
   explicit Positives(int64_t rows)
-      : best(rows, A(-kInf)), best_negative(rows, A(-kInf)), sum(rows) {}
+      : best(rows, A(-kInf)), best_negative(rows, A(-kInf)), sum(rows), number(rows) {}
   void add(int64_t i, A positive, A negative, double total) {
     best[i] = std::max(best[i], positive);
     best_negative[i] = std::max(best_negative[i], negative);
@@ -84,14 +85,31 @@ const A* padded_labels(const std::vector<A>& labels, const Tile<A>& t, Worker<P>
   return padded;
 }
 
+constexpr int64_t kState = 7;  // of a row: see SupCon::before
+
 template <class A>
-void write_results(const SupCon& a, const Labels<A>& labels, const Running<A>& all,
-                   const Positives<A>& positives) {
+void read_state(const double* state, Running<A>& all, Positives<A>& positives) {
+  for (size_t i = 0; i < all.max.size(); ++i, state += kState) {
+    all.max[i] = A(state[0]), all.sum[i] = state[1], all.weighted[i] = state[2];
+    positives.best[i] = A(state[3]), positives.best_negative[i] = A(state[4]);
+    positives.sum[i] = state[5], positives.number[i] = int64_t(state[6]);
+  }
+}
+
+template <class A>
+void write_state(double* state, const Running<A>& all, const Positives<A>& positives) {
+  for (size_t i = 0; i < all.max.size(); ++i, state += kState) {
+    state[0] = all.max[i], state[1] = all.sum[i], state[2] = all.weighted[i];
+    state[3] = positives.best[i], state[4] = positives.best_negative[i];
+    state[5] = positives.sum[i], state[6] = double(positives.number[i]);
+  }
+}
+
+template <class A>
+void write_results(const SupCon& a, const Running<A>& all, const Positives<A>& positives) {
   const Similarity& s = a.similarity;
   for (int64_t i = 0; i < s.rows.count; ++i) {
-    const int64_t itself = i + s.self_offset;
-    const int64_t count =
-        labels.counts[int64_t(labels.rows[i])] - (itself >= 0 && itself < s.columns.count);
+    const int64_t count = positives.number[i];
     const double mean = positives.sum[i] / count, log_sum = std::log(all.sum[i]);
     a.stats[2 * i] = count ? all.max[i] + log_sum / s.scale : 0;
     a.stats[2 * i + 1] = count ? 1. / count : 0;
@@ -108,6 +126,12 @@ void forward(const SupCon& a) {
   const Labels<A> labels(a);
   Running<A> all(s.rows.count);
   Positives<A> positives(s.rows.count);
+  if (a.before) read_state(a.before, all, positives);
+  for (int64_t i = 0; i < s.rows.count; ++i) {
+    const int64_t itself = i + s.self_offset;
+    positives.number[i] +=
+        labels.counts[int64_t(labels.rows[i])] - (itself >= 0 && itself < s.columns.count);
+  }
   for_each_product<P>(s, Norms<A>(s), [&](const Tile<A>& tile, Worker<P>& w) {
     tile.along(s.self_offset, [](int64_t, int64_t, A& d) { d = -kInf; });
     const bool both = s.triangle && !tile.diagonal;
@@ -116,7 +140,8 @@ void forward(const SupCon& a) {
         w.length, positives);
     add_tile(tile, w, s.scale, a.need_slopes, all, s.triangle ? &all : nullptr);
   });
-  write_results(a, labels, all, positives);
+  if (a.after) write_state(a.after, all, positives);
+  write_results(a, all, positives);
 }
 
 // Upstream gradients of the losses of rows that have a positive (0 else), and their share in each.
@@ -165,7 +190,7 @@ void backward(const SupCon& a) {
   const Labels<A> labels(a);
   const Weights<A> rows(a.grad_losses, a.stats, s.rows.count);
   const Weights<A> other(a.grad_column_losses, a.column_stats, s.triangle ? 0 : s.columns.count);
-  Gradient<A> grad_rows(s.rows, a.grad_rows);
+  Gradient<A> grad_rows(s.rows, a.grad_rows, s.unrounded);
   for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
     coefficients(a, tile, w, labels, rows, s.triangle ? rows : other);
     P::add_to_rows(grad_rows.row(tile.row), tile, w.right, w.scratch);

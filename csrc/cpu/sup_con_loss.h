@@ -15,6 +15,10 @@ struct SupCon {
   void *losses, *right;  // [rows]
   double* slopes;        // [rows]
   double* stats;         // [rows, 2]
+  // Null, or what earlier calls found of other classes and what is found with them: (max d, sum,
+  // weighted sum, best positive, best negative, sum of the positives, their number) of rows.
+  const double* before;
+  double* after;
 
   // bwd: upstream gradients of the losses of rows and, but for a triangle, of columns with stats.
   const void *grad_losses, *grad_column_losses;

@@ -123,12 +123,12 @@ def test_rows_of_one_rank_against_all(monkeypatch):
     N, options = 20, (None, 0.5, True)
     x, y = (t.detach() for t in _views(N).args)
     classes, weights = torch.cat([x, y]), torch.randn(2 * N)
-    *results, stats = kernels.nt_xent_fwd(x, y, *options, True)
+    *results, stats, _ = kernels.nt_xent_fwd(x, y, *options, True)
     grad = kernels.nt_xent_bwd(weights, x, y, *options, stats)
     for view, label in ((slice(3, 17), N + 3), (slice(N + 3, N + 17), 3)):
         own = classes[view]
         offsets = (label, view.start)
-        *some, own_stats, _ = kernels.info_nce_fwd(
+        *some, own_stats, _, _ = kernels.info_nce_fwd(
             own, classes, None, *options, False, *offsets, True
         )
         _assert_close(some, [t[view] for t in results])
@@ -139,12 +139,12 @@ def test_rows_of_one_rank_against_all(monkeypatch):
         _assert_close([some_grad], [grad[view]])
 
     labels, own = torch.arange(2 * N) % 7, slice(11, 30)
-    *results, stats = kernels.sup_con_loss_fwd(classes, labels, None, None, *options, 0, True)
+    *results, stats, _ = kernels.sup_con_loss_fwd(classes, labels, None, None, *options, 0, True)
     grad = kernels.sup_con_loss_bwd(
         weights, None, classes, labels, None, None, *options, 0, stats, None
     )
     inputs = (classes[own], labels[own], classes, labels, *options, 11)
-    *some, own_stats = kernels.sup_con_loss_fwd(*inputs, True)
+    *some, own_stats, _ = kernels.sup_con_loss_fwd(*inputs, True)
     _assert_close(some, [t[own] for t in results])
     some_grad = kernels.sup_con_loss_bwd(weights[own], weights, *inputs, own_stats, stats)
     _assert_close([some_grad], [grad[own]])
