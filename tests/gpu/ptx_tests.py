@@ -27,7 +27,7 @@ dispatch.add_backend("triton", kernels)
 PTXError = ptx_execution.ptxrun.PTXError
 
 MOST_ELEMENTS = 6000
-SAMPLES = 6  # of an operation and dtype
+SAMPLES = 3  # of an operation and dtype, about, besides the first two
 TABLE_DTYPE = {torch.float16: "bfloat16", torch.int32: "int64"}  # those without rows of their own
 
 
@@ -149,10 +149,25 @@ def test_traffic_of_token_logprobs(compiler, vocab, dtype):
         _assert_streaming(counter.stop_counting(), 2 * logits.nbytes)
 
 
-def _assert_streaming(traffic, floor: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic_of_kl_penalty(dtype):
+    logps, ref_logps, grad = torch.randn(3, 16, 4096)
+    inputs = (logps.to(dtype), ref_logps.to(dtype), None, 3)
+    with ptx_execution.Triton() as counter:
+        counter.start_counting()
+        kernels.kl_penalty_fwd(*inputs)
+        _assert_streaming(counter.stop_counting(), logps.numel() * (2 * dtype.itemsize + 4))
+        counter.start_counting()
+        kernels.kl_penalty_bwd(grad, *inputs)
+        floor = logps.numel() * (2 * dtype.itemsize + 8)
+        # beside vectors of 8 bfloat16 a thread stores its 8 floats in two halves of a sector each
+        _assert_streaming(counter.stop_counting(), floor, sectors=1.5)
+
+
+def _assert_streaming(traffic, floor: int, sectors: float = SECTORS) -> None:
     moved = sum(t.bytes for t in traffic)
     assert floor <= moved <= BYTES * floor
-    assert sum(t.sectors for t in traffic) * ptx_execution.SECTOR <= SECTORS * floor
+    assert sum(t.sectors for t in traffic) * ptx_execution.SECTOR <= sectors * floor
     for part in traffic:
         if part.bytes > 0.1 * floor:  # the stores of the forward pass are a few numbers a row
             assert part.bytes >= 256 * part.requests
