@@ -172,7 +172,8 @@ def _strided(dtype: torch.dtype) -> Iterator[Sample]:
 def samples(dtype: torch.dtype) -> Iterator[Sample]:
     x = tokens(5, 37, dtype)
     yield _call("plain", x)
-    yield _call("grpo", {**x, "advantages": x["advantages"][:, 0]}, "ref_logps", kl_coef=0.04)
+    one_way = (x["advantages"] + 1)[:, 0]  # losses of both signs would cancel to 1 % of one
+    yield _call("grpo", {**x, "advantages": one_way}, "ref_logps", kl_coef=0.04)
     yield _call("gspo", x, ratio_level="sequence", entropy_coef=0.1)
     yield _call("cispo", x, "rollout_weights", loss_type="cispo", normalizer=40.0)
     yield from _options(dtype)

@@ -45,7 +45,7 @@ def _gae_fwd_kernel(
     mask_b: tl.int64, mask_t: tl.int64, terminated_b: tl.int64, terminated_t: tl.int64,
     truncated_b: tl.int64, truncated_t: tl.int64, bootstrap_b: tl.int64, bootstrap_t: tl.int64,
     out_b: tl.int64, out_t: tl.int64, gamma: tl.float32, decay: tl.float32,
-    PER_STEP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+    PER_STEP: tl.constexpr, VECTORS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     place = tl.arange(0, BLOCK_T)[None, :]
@@ -53,6 +53,8 @@ def _gae_fwd_kernel(
     sequence = row
     first = T * 0
     steps = T
+    if VECTORS:  # tells the compiler that no vector of 16 bytes lies across the end of a row
+        steps = T // 16 * 16
     if cu_seqlens_ptr is not None:  # BLOCK_B is 1; offsets outside the tensors are cut
         number = tl.program_id(0).to(tl.int64)
         first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + number), 0), T)
@@ -213,13 +215,14 @@ def gae_fwd(
         block_t = min(1024, triton.next_power_of_2(T))
         block_b = max(1, OF_A_WARP // block_t) if cu_seqlens is None else 1
         warps = max(1, block_t // OF_A_WARP)
+    adjacent = cu_seqlens is None and not time_major
     inputs = (rewards, values, mask, terminated, truncated, bootstrap)
     with rows.device_of(rewards):
         _gae_fwd_kernel[(triton.cdiv(B, block_b),)](
             *inputs, cu_seqlens, advantages, returns, B, T,
             *(stride for t in (*inputs, advantages) for stride in _strides(t, time_major)),
-            gamma, gamma * gae_lambda, PER_STEP=per_step, BLOCK_B=block_b, BLOCK_T=block_t,
-            num_warps=warps,
+            gamma, gamma * gae_lambda, PER_STEP=per_step, VECTORS=adjacent and T % 16 == 0,
+            BLOCK_B=block_b, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
         if whiten:
             _whiten(advantages, mask)

@@ -66,7 +66,9 @@ def tiles(x: Tensor, gradient: bool = False) -> Tiles:
         return Tiles(rows=64, columns=16, depth=depth, part=part, warps=8, stages=2)
     if gradient:
         columns = 32 if half else 16
-        return Tiles(rows=64, columns=columns, depth=depth, part=part, warps=8, stages=2)
+        # of narrow rows ptxas gives a thread too few registers on sm_100: a tile of half the size
+        taken, warps = (32, 4) if width == 16 else (64, 8)
+        return Tiles(rows=taken, columns=columns, depth=depth, part=part, warps=warps, stages=2)
     return Tiles(rows=64, columns=64, depth=depth, part=part, warps=8, stages=3)
 
 

@@ -157,6 +157,8 @@ def _similarity_bwd_kernel(
                 weight += tl.load(column_weight_ptr + own, mask=here, other=0.0)
             positive = -weight * sigmoid(-(d * scale + bias))
         else:  # the share of the other classes: p - 1 without its cancellation
+            if WEIGHTS != 2:  # loaded again: through the loop it would be spilled
+                _, _, share, _ = _load_side(weight_ptr, stats_ptr, row, live, WIDTH)
             positive = -weight * share
             if WEIGHTS != 1:
                 other_weight, _, other_share, _ = _load_side(

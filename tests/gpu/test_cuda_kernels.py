@@ -53,7 +53,7 @@ def test_under_sanitizer(sanitizer):
 
 
 # What one launch may ask of memory, per byte of the floor (logits read, or read and written).
-ODD = 1.02  # peeled heads and tails, and the elements of the ids
+MOST = 1.02  # peeled heads and tails, and the elements of the ids
 
 
 def _traffic(call) -> tuple:
@@ -79,17 +79,18 @@ def test_requests_are_wide_and_few(vocab, dtype):
     def backward(kernels):
         kernels.token_logprobs_bwd(*upstream, *saved)
 
+    sectors = MOST if vocab % 16 == 0 else 1.1  # rows of odd length begin in the middle of one
     loads, stores = _traffic(forward)
-    _assert_streaming(loads, floor)
+    _assert_streaming(loads, floor, sectors)
     assert stores.bytes == 0
     loads, stores = _traffic(backward)
-    _assert_streaming(loads, floor)
-    _assert_streaming(stores, floor)
+    _assert_streaming(loads, floor, sectors)
+    _assert_streaming(stores, floor, sectors)
 
 
-def _assert_streaming(traffic, floor: int) -> None:
-    assert floor <= traffic.bytes <= ODD * floor
-    assert traffic.sectors * 32 <= 1.1 * floor
+def _assert_streaming(traffic, floor: int, sectors: float = 1.1) -> None:
+    assert floor <= traffic.bytes <= MOST * floor
+    assert traffic.sectors * 32 <= sectors * floor
     assert traffic.bytes / traffic.requests >= 256
 
 
@@ -102,5 +103,5 @@ def test_requests_of_a_sliced_gradient_are_wide():
         lambda kernels: kernels.token_logprobs_bwd(torch.zeros(2, 2, 1), None, *saved)
     )
     floor = logits.numel() * 2
-    assert loads.bytes <= 2 * ODD * floor and loads.bytes / loads.requests >= 256
+    assert loads.bytes <= 2 * MOST * floor and loads.bytes / loads.requests >= 256
     _assert_streaming(stores, floor)

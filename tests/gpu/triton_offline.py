@@ -65,23 +65,32 @@ def as_on(target: str):
         yield
 
 
+def bound(kernel: JITFunction, values: tuple, named: dict) -> Launch:
+    """kernel[grid](*values, **named)"""
+    options = {key: named.pop(key) for key in OPTIONS if key in named}
+    arguments = dict(zip(kernel.arg_names, values, strict=False)) | named
+    assert set(arguments) == set(kernel.arg_names), f"{kernel.fn.__name__}: {set(arguments)}"
+    return Launch(kernel, arguments, options)
+
+
 def launches(launcher, *arguments, **named_arguments) -> list[Launch]:
     """What `launcher(*arguments)` would start; nothing is run, its results mean nothing."""
     seen = []
 
     def note(kernel, *values, grid, warmup=False, **named):
-        options = {key: named.pop(key) for key in OPTIONS if key in named}
-        bound = dict(zip(kernel.arg_names, values, strict=False)) | named
-        assert set(bound) == set(kernel.arg_names), f"{kernel.fn.__name__}: {set(bound)}"
-        seen.append(Launch(kernel, bound, options))
+        seen.append(bound(kernel, values, named))
 
     with mock.patch.object(JITFunction, "run", note):
         launcher(*arguments, **named_arguments)
     return seen
 
 
-def source(launch: Launch) -> ASTSource:
-    """The launch as Triton itself would specialise it for aligned tensors."""
+def source(launch: Launch, by_address: bool = False) -> ASTSource:
+    """The launch as Triton itself would specialise it: for aligned tensors, or by their address."""
+
+    def aligned(tensor):
+        return not by_address or tensor.data_ptr() % 16 == 0
+
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -93,19 +102,27 @@ def source(launch: Launch) -> ASTSource:
             continue
         if isinstance(value, tuple):  # of tensors
             signature[parameter.name] = tuple("*" + TYPES[t.dtype] for t in value)
-            for item in range(len(value)):
-                attributes[place, item] = [["tt.divisibility", 16]]
+            for item, tensor in enumerate(value):
+                if aligned(tensor):
+                    attributes[place, item] = [["tt.divisibility", 16]]
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
-            divisible = True
+            divisible = aligned(value)
         else:
             default = "fp32" if isinstance(value, float) else "i32"
+            default = "i64" if default == "i32" and abs(value) >= 2**31 else default
             signature[parameter.name] = parameter.annotation_type or default
             divisible = specialised and isinstance(value, int) and value % 16 == 0
         if divisible:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element of a tensor."""
+    elements = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return elements * tensor.element_size()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,16 +77,16 @@ def kernel_objects(
     kernels = {name: text for name, text in sources.items() if name.endswith(".cu")}
     kernels["launchers.cpp"] = (HERE / "launchers.cpp").read_text()
     return [
-        compile_object(name, text, sanitizer, _included(text, headers))
+        compile_object(name, text, sanitizer, included(text, headers))
         for name, text in kernels.items()
     ]
 
 
-def _included(text: str, headers: dict[str, str]) -> dict[str, str]:
+def included(text: str, headers: dict[str, str]) -> dict[str, str]:
     """The headers of csrc/cuda that `text` includes, and those that they include."""
     found = {}
     for name in re.findall(r'#include "(\w+\.cuh)"', text):
-        found |= {name: headers[name]} | _included(headers[name], headers)
+        found |= {name: headers[name]} | included(headers[name], headers)
     return found
 
 

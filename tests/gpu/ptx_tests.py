@@ -1,0 +1,173 @@
+"""Every kernel as compiled for sm_80, executed on the CPU, against float64. Run by .ci/run.
+
+Not collected by itself: the executor is in the folder that APT_GPU_ON_CPU names. Bounds, alignment,
+races and barriers are checked throughout. Of the registry's samples a few of every operation and
+dtype are run, so chosen that every kernel of the machine-code table is among them.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from contextlib import contextmanager
+
+import machine_code
+import ptx_execution
+import pytest
+import torch
+import triton_checks as checks
+
+import apt_kernels.triton as kernels
+from apt_kernels import dispatch
+from calls import tensors
+from gpu.cuda_emulation.checks import CHECKS
+from gpu.test_cuda_seeded_bugs import BUGS
+
+dispatch.add_backend("triton", kernels)
+PTXError = ptx_execution.ptxrun.PTXError
+
+MOST_ELEMENTS = 6000
+SAMPLES = 3  # of an operation and dtype, about, besides the first two
+TABLE_DTYPE = {torch.float16: "bfloat16", torch.int32: "int64"}  # those without rows of their own
+
+
+def _operations():
+    for op in machine_code.operations():
+        for dtype in op.dtypes:
+            if dtype != torch.float64:
+                yield pytest.param(op, dtype, id=f"{op.name}-{str(dtype)[6:]}")
+
+
+def _some(op, dtype) -> list:
+    """The first two, which are in the table, and others, each dtype other ones."""
+    small = [s for s in op.samples(dtype) if sum(t.numel() for t in tensors(s)) <= MOST_ELEMENTS]
+    step = max(1, len(small) // SAMPLES)
+    return [*small[:2], *small[2 + op.dtypes.index(dtype) * step // 3 :: step]]
+
+
+@pytest.mark.parametrize("op, dtype", _operations())
+def test_registry_samples(op, dtype):
+    with ptx_execution.Triton() as execution:
+        for sample in _some(op, dtype):
+            checks.registry_sample(kernels, op.name, sample.name, dtype)
+    named = TABLE_DTYPE.get(dtype, str(dtype).removeprefix("torch."))
+    rows = [r for r in machine_code.read() if (r["operation"], r["dtype"]) == (op.name, named)]
+    ran = {name.strip("_").removesuffix("_kernel") for name in execution.launches}
+    assert rows and {row["kernel"] for row in rows} <= ran
+
+
+@functools.cache
+def _cuda(patches=()):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed: its PTX is not executed")
+    return ptx_execution.Cuda(patches)
+
+
+@contextmanager
+def _launchers(compiler):
+    """(launchers, what counts their traffic)"""
+    if compiler == "nvcc":
+        with _cuda().noting():
+            yield _cuda(), _cuda()
+    else:
+        with ptx_execution.Triton() as execution:
+            yield kernels, execution
+
+
+SLOW = ("wide_strides", "many_pairs")  # much memory, and many launches of the same
+
+
+@pytest.mark.xdist_group("nvcc")
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in SLOW])
+def test_cuda_kernels(name):
+    with _launchers("nvcc") as (launchers, _):
+        CHECKS[name](launchers)
+
+
+@pytest.mark.xdist_group("nvcc")
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("shared_memory_of_two_sums_shared", "shared-memory race"),
+        ("one_vector_past_the_row", "out-of-bounds"),
+        ("vectors_not_aligned", "misaligned"),
+    ],
+)
+def test_seeded_bugs_of_cuda_kernels_are_noticed(name, message):
+    (bug,) = (bug for bug in BUGS if bug.name == name)
+    launchers = _cuda(bug.patch)
+    with launchers.noting(), pytest.raises(PTXError, match=message):
+        for check in bug.checks:
+            CHECKS[check](launchers)
+
+
+def _token_logprobs(name):
+    def check(bugged):
+        cases = checks.token_logprobs_cases(torch.float32)
+        checks.token_logprobs(bugged, next(case for case in cases if case.name == name))
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "stem, text, replacement, check, message",
+    [
+        ("rows", "head, column < columns", "head, column <= columns",
+         _token_logprobs("last_column_of_37"), "out-of-bounds"),
+        ("rows", "(ALIGN - misaligned) % ALIGN", "misaligned * 0",
+         _token_logprobs("sliced_columns"), "misaligned"),
+        ("dpo_loss", "if tl.program_id(0) == 0:", "if tl.program_id(0) >= 0:",
+         lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000), "race"),
+    ],
+)  # fmt: skip
+def test_seeded_bugs_of_triton_kernels_are_noticed(stem, text, replacement, check, message, seeded):
+    bugged = seeded(stem, text, replacement)
+    with ptx_execution.Triton(), pytest.raises(PTXError, match=message):
+        check(bugged)
+
+
+# What one pass may ask of memory, per byte of the floor: the logits read, backward also written.
+BYTES = 1.02  # the edges of rows, and ids and numbers of a row that every warp loads
+SECTORS = 1.10  # rows of odd length begin in the middle of one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [32000, 32003, 50257])
+@pytest.mark.parametrize(
+    "compiler", ["triton", pytest.param("nvcc", marks=pytest.mark.xdist_group("nvcc"))]
+)
+def test_traffic_of_token_logprobs(compiler, vocab, dtype):
+    logits = torch.randn(1, 2, vocab).to(dtype)
+    ids = torch.randint(0, vocab, (1, 2, 1))
+    with _launchers(compiler) as (launchers, counter):
+        counter.start_counting()
+        logps, entropy, lse = launchers.token_logprobs_fwd(logits, ids, None, None, 1.0, 0.0, True)
+        _assert_streaming(counter.stop_counting(), logits.nbytes)
+        saved = (logits, ids, None, None, lse, entropy, 1.0, 0.0)
+        counter.start_counting()
+        launchers.token_logprobs_bwd(logps, entropy, *saved)
+        _assert_streaming(counter.stop_counting(), 2 * logits.nbytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic_of_kl_penalty(dtype):
+    logps, ref_logps, grad = torch.randn(3, 16, 4096)
+    inputs = (logps.to(dtype), ref_logps.to(dtype), None, 3)
+    with ptx_execution.Triton() as counter:
+        counter.start_counting()
+        kernels.kl_penalty_fwd(*inputs)
+        _assert_streaming(counter.stop_counting(), logps.numel() * (2 * dtype.itemsize + 4))
+        counter.start_counting()
+        kernels.kl_penalty_bwd(grad, *inputs)
+        floor = logps.numel() * (2 * dtype.itemsize + 8)
+        # beside vectors of 8 bfloat16 a thread stores its 8 floats in two halves of a sector each
+        _assert_streaming(counter.stop_counting(), floor, sectors=1.5)
+
+
+def _assert_streaming(traffic, floor: int, sectors: float = SECTORS) -> None:
+    moved = sum(t.bytes for t in traffic)
+    assert floor <= moved <= BYTES * floor
+    assert sum(t.sectors for t in traffic) * ptx_execution.SECTOR <= sectors * floor
+    for part in traffic:
+        if part.bytes > 0.1 * floor:  # the stores of the forward pass are a few numbers a row
+            assert part.bytes >= 256 * part.requests
