@@ -60,7 +60,8 @@ def info_nce(
     Returns:
         `(loss, accuracy)`, float32 (float64 for float64 rows). accuracy, 0-dim, without a graph, is
         the share of rows (of this rank) whose key is strictly above every other class, so that
-        equal embeddings score 0; of both directions if symmetric; 0 for no rows.
+        equal embeddings score 0 (where their products are rounded alike); of both directions if
+        symmetric; 0 for no rows.
 
     Raises:
         ValueError, TypeError: a wrong argument.
