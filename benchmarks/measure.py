@@ -61,12 +61,13 @@ def _repeat(run: Callable[[], object], count: int) -> object:
 
 
 def alternate(
-    runs: dict[str, Callable[[], object]], seconds: float, most: int = 200
+    runs: dict[str, Callable[[], object]], seconds: float, most: int = 200, least: int = 5
 ) -> dict[str, list[float]]:
     """Times every function in turn, round after round, so that drift hits all of them alike.
 
     Returns:
-        Milliseconds of every round, by name; at least 5 rounds, then as many as fit in `seconds`.
+        Milliseconds of every round, by name; at least `least` rounds, then as many
+        as fit in `seconds`.
         On a GPU: of every repetition of triton.testing.do_bench (device time, cold second-level
         cache), in three rounds.
     """
@@ -74,13 +75,14 @@ def alternate(
         return _alternate_on_gpu(runs, seconds)
     repeat = {}
     for name, run in runs.items():  # short calls are repeated inside one measurement
-        run()
-        run()
-        repeat[name] = max(1, min(1000, int(0.002 / max(_timed(run), 1e-7))))
+        took = _timed(run)
+        for _ in range(2 if took < 1 else 0):
+            took = _timed(run)
+        repeat[name] = max(1, min(1000, int(0.002 / max(took, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
     rounds = 0
-    while rounds < 5 or (rounds < most and time.perf_counter() - begin < seconds):
+    while rounds < least or (rounds < most and time.perf_counter() - begin < seconds):
         rounds += 1
         for name, run in runs.items():
             times[name].append(_timed(lambda r=run, c=repeat[name]: _repeat(r, c)) * 1e3)

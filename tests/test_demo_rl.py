@@ -82,13 +82,18 @@ def test_verdicts_and_what_is_kept(tiny, tmp_path, capsys):
         summary = {
             "before": {"mean_reward": 0.1, "sequence_kl": 0.0},
             "held_out": [{"step": 3, "mean_reward": reward, "sequence_kl": kl}],
-            "total_steps": 3, "curves": {"loss": [1.0]}, "settings": {"data": "/x", "seed": 0},
+            "total_steps": 3, "curves": {"loss": [1.0]},
+            "settings": {"data": "/x", "seed": 0, "sizes": demo_rl.SIZES},
         }  # fmt: skip
         return demo_rl._report("rlhf", summary, 9.7, False)
 
     assert report(0.41, 9.9) and not report(0.39, 1.0) and not report(2.0, 10.0)
     kept = json.loads((tmp_path / "benchmarks/results/rl-demo-rlhf.json").read_text())
-    assert kept["settings"] == {"seed": 0} and kept["seconds"] == 10 and kept["total_steps"] == 3
+    assert kept["settings"]["seed"] == 0 and "data" not in kept["settings"]
+    assert set(kept["settings"]["sizes"]) == {
+        "pairs", "held_out_pairs", "prompts", "held_out_prompts",
+    }  # fmt: skip
+    assert kept["seconds"] == 10 and kept["total_steps"] == 3
     assert (tmp_path / "benchmarks/results/rl-demo-rlhf.png").exists()
     reached = {name: part[3] for name, part in demo_rl.PARTS.items()}
     assert reached["reward"]({}, {"accuracy": 0.75}) and not reached["reward"](

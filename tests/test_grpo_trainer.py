@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from apt_kernels import group_advantages
+from apt_kernels import group_advantages, policy_loss
 from apt_model.rl import GRPOConfig, GRPOTrainer, create_grpo_trainer
 from apt_model.rl.reward_source import TextReward
 from tiny_models import (
@@ -135,6 +135,36 @@ def test_the_first_update_has_a_ratio_of_one():
     assert loss.item() == pytest.approx(same.item(), abs=1e-12)
     for a, b in zip(*(torch.autograd.grad(x, policy.parameters()) for x, _ in results)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_loss_is_the_kernel_s():
+    policy, reference, batch = tiny_llama(), tiny_llama(1), sampled()
+    trainer = GRPOTrainer(policy, ref_policy_model=reference)
+    ids, mask = batch["responses"], batch["response_masks"]
+    logps = trainer.get_log_probs(policy, ids, mask)
+    old = logps.detach() + 0.3 * torch.sin(torch.arange(logps.numel())).view_as(logps)
+    advantages, _ = trainer.compute_group_advantages(batch["rewards"])
+    counted = (mask * (torch.arange(ids.shape[1]) >= PROMPT))[:, 1:].bool()
+    ref = trainer.get_log_probs(reference, ids, mask).detach()
+    expected, measured = policy_loss(
+        logps, old, advantages, counted, ref_logps=ref, kl_coef=0.1, aggregation="sequence_mean"
+    )
+    loss, metrics = trainer.compute_policy_loss(ids, mask, advantages, old, prompt_lengths=PROMPT)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert metrics["kl_divergence"].item() == pytest.approx(measured["ref_kl"].item(), abs=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, policy.parameters()) for x in (loss, expected))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_order_of_the_groups_does_not_matter():
+    batch, results = sampled(), []
+    for rows in (torch.arange(8), torch.tensor([6, 4, 7, 5, 3, 0, 2, 1])):
+        policy = tiny_model()
+        trainer = GRPOTrainer(policy, config={"learning_rate": 0.01})
+        metrics = trainer.train_step(**{name: tensor[rows] for name, tensor in batch.items()})
+        results.append((metrics, parameters_of(policy)))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-12)
+    assert_same_parameters(policy, results[0][1], 1e-9)
 
 
 def test_options_reach_the_loss():

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from apt_model.rl import RewardModel, RewardModelTrainer, create_reward_model
+from apt_kernels import bradley_terry_loss
+from apt_model.rl import GRPOTrainer, RewardModel, RewardModelTrainer, create_reward_model
 from apt_model.rl.reward_model import RewardEnsemble
 from tiny_models import VOCABULARY, parameters_of, random_pairs, tiny_llama
 from trainer_checks import assert_same_parameters, halving, shifted_left
@@ -188,6 +189,13 @@ def test_ensembles():
     each = torch.stack([model.get_rewards(ids, mask) for model in models])
     assert torch.equal(RewardEnsemble(models)(ids, mask)["rewards"], each.mean(0))
     assert torch.equal(RewardEnsemble(models, reduce="min")(ids, mask)["rewards"], each.amin(0))
+    length = mask.sum(1).double()
+    mixed = RewardEnsemble([models[0], lambda ids, mask: mask.sum(1).double(),
+                            lambda ids, mask: mask.sum(1).tolist()])  # fmt: skip
+    expected = (each[0].squeeze(1) + 2 * length) / 3
+    torch.testing.assert_close(mixed(ids, mask)["rewards"].squeeze(1), expected)
+    trainer = GRPOTrainer(tiny_llama(), mixed)  # usable wherever a reward model is
+    torch.testing.assert_close(trainer.compute_rewards(ids, mask), expected.detach())
     with pytest.raises(ValueError, match="mean or min"):
         RewardEnsemble(models, reduce="max")
     with pytest.raises(ValueError, match="at least one"):
@@ -264,6 +272,8 @@ def test_the_loss_is_the_kernel_s_with_a_graph():
     model, batch = reward_model(), pairs()
     trainer = RewardModelTrainer(model, margin=0.2)
     loss = trainer.compute_loss(**batch)
+    rewards = model.compare_responses(**batch)
+    assert loss.item() == pytest.approx(bradley_terry_loss(*rewards, margin=0.2).item(), abs=1e-12)
     assert loss.item() == pytest.approx(paper_loss(model, batch, 0.2)[0].item(), abs=1e-12)
     loss.backward()
     assert model.value_head[0].weight.grad.abs().sum() > 0
@@ -271,6 +281,18 @@ def test_the_loss_is_the_kernel_s_with_a_graph():
     full = {k: torch.ones_like(v) if k.endswith("mask") else v for k, v in batch.items()}
     ours, theirs = trainer.compute_loss(**without_masks), trainer.compute_loss(**full)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-12)
+
+
+def test_the_order_of_the_pairs_does_not_matter():
+    trainer, batch = RewardModelTrainer(reward_model(), margin=0.2), pairs()
+    mixed = {name: tensor[torch.tensor([2, 0, 3, 1])] for name, tensor in batch.items()}
+    loss = trainer.compute_loss(**batch).item()
+    assert trainer.compute_loss(**mixed).item() == pytest.approx(loss, abs=1e-12)
+    swap = {"chosen": "rejected", "rejected": "chosen"}
+    swapped = {f"{swap[k.split('_')[0]]}_{k.split('_')[1]}": v for k, v in batch.items()}
+    other = trainer.compute_loss(**swapped).item()
+    assert other == pytest.approx(paper_loss(trainer.model, swapped, 0.2)[0].item(), abs=1e-12)
+    assert other != pytest.approx(loss, abs=1e-3)
 
 
 def test_side_and_length_of_the_padding_do_not_matter():
@@ -366,7 +388,10 @@ def test_a_batch_that_does_not_fit_is_refused(message):
 
 
 def test_what_is_not_finite_or_impossible_is_refused():
-    for options in ({"margin": float("nan")}, {"center_coef": -1.0}, {"learning_rate": -1.0}):
+    for options in (
+        {"margin": float("nan")}, {"center_coef": -1.0}, {"learning_rate": -1.0},
+        {"max_grad_norm": -1.0}, {"max_grad_norm": float("nan")},
+    ):  # fmt: skip
         with pytest.raises(ValueError):
             RewardModelTrainer(reward_model(), **options)
     model = reward_model()

@@ -11,6 +11,7 @@ import torch
 
 import test_cli
 from apt_model.cli import main
+from apt_model.command_options import RECOMMENDED
 from apt_model.evaluation import Evaluation
 from apt_model.reward_run import load_text_reward
 from test_cli import GOOD, parameters, rows, write
@@ -263,6 +264,27 @@ def test_rewards_that_fail_and_prompts_that_differ(model_folder, files, tmp_path
     write(files["prompts"], [{"prompt": "a film", "wanted": "a"}, {"prompt": "a film"}])
     assert main(arguments) == 1
     assert "two rows have the prompt 'a film' and differ" in capsys.readouterr().err
+
+
+def test_what_is_outside_the_recommended_range_is_told(model_folder, files, tmp_path, capsys):
+    arguments = grpo(model_folder, files, tmp_path / "out", "--epochs=1", "--group-size=3")
+    assert main(arguments) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "recommended" in line]
+    assert notes == [
+        "apt-model: --group-size 3 is outside of 4 to 8, which is recommended",
+        "apt-model: --learning-rate 0.03 is outside of 1e-06 to 1e-05, which is recommended",
+    ]
+
+
+@pytest.mark.parametrize("name", RECOMMENDED)
+def test_help_names_the_ranges_that_are_checked(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option, (low, high) in RECOMMENDED[name].items():
+        words = f"recommended {low:g}-{high:g}".replace("e-0", "e-")
+        name_of_value = f"--{option.replace('_', '-')} {option.upper()} "
+        assert words in text.split(name_of_value)[1].split(" --")[0], option
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from apt_model.rl import GRPOTrainer, RewardModelTrainer, RLHFTrainer
+from apt_model.rl import DPOTrainer, GRPOTrainer, RewardModelTrainer, RLHFTrainer
 from test_grpo_trainer import sampled, tiny_model
 from test_reward_model import pairs, reward_model
+from tiny_models import random_pairs, tiny_llama
 from trainer_checks import assert_same_parameters
 
 
@@ -63,6 +64,10 @@ def echo(prompts, masks, max_new_tokens, temperature):
     return ids, real, torch.cat([0 * masks, masks.flip(1)], 1)
 
 
+def share(ids, masks):
+    return (ids * masks).double().sum(1) / 100
+
+
 def rlhf_steps(wrap, rank):
     policy, reference = tiny_model(0), tiny_model(1)
     policy = wrapped(policy, wrap, policy.lm_head)
@@ -70,21 +75,34 @@ def rlhf_steps(wrap, rank):
         reference = wrapped(reference, wrap, reference.lm_head)
     trainer = RLHFTrainer(
         policy,
-        lambda ids, masks: (ids * masks).double().sum(1) / 100,
+        share,
         reference,
-        config={"learning_rate": 0.01, "whiten_advantages": False, "batch_size": 8},
+        config={"learning_rate": 0.01, "batch_size": 8},
         rollout=echo,
         gradient_accumulation_steps=2 if wrap else 1,
     )
     batch = sampled(rows=5)
     prompts, masks = (batch[name][rows_of(rank)] for name in ("responses", "response_masks"))
-    metrics = [trainer.train_step(prompts, masks) for _ in range(2)]
-    for of_step in metrics:
-        del of_step["explained_variance"]  # of each process, then averaged
+    return policy, [trainer.train_step(prompts, masks) for _ in range(2)]
+
+
+def sampled_steps(wrap, rank):
+    """The likeliest responses of two rows, and steps on responses drawn by each process."""
+    policy = tiny_llama()
+    policy = wrapped(policy, wrap, policy.lm_head)
+    trainer = GRPOTrainer(
+        policy, share, config={"learning_rate": 0.0, "group_size": 2, "max_new_tokens": 5}
+    )
+    prompts = sampled(rows=2)["responses"]
+    metrics = [trainer.eval_step(prompts)]
+    if rank is not None:
+        torch.manual_seed(rank)
+        drawn = [trainer.train_step_from_prompts(prompts) for _ in range(2)]
+        assert all(step["response_length"] > 1 for step in drawn)
     return policy, metrics
 
 
-RUNS = {"rlhf": rlhf_steps, "reward": reward_steps, "grpo": grpo_steps}
+RUNS = {"sampled": sampled_steps, "rlhf": rlhf_steps, "reward": reward_steps, "grpo": grpo_steps}
 
 
 def run_all(rank, folder):
@@ -122,17 +140,43 @@ def test_two_processes_equal_one(results, name, wrap):
     assert_same_parameters(model, result["parameters"], 1e-9)
 
 
-def test_models_and_optimizers_prepared_by_accelerate():
+def accelerated_reward(prepare):
+    model, optimizer = prepare(*with_adamw(reward_model()))
+    return RewardModelTrainer(model, optimizer), lambda t: t.train_step(**pairs())
+
+
+def accelerated_dpo(prepare):
+    policy, optimizer = prepare(*with_adamw(tiny_model()))
+    return DPOTrainer(policy, tiny_model(1), optimizer), lambda t: t.train_step(**random_pairs())
+
+
+def accelerated_grpo(prepare):
+    policy, optimizer = prepare(*with_adamw(tiny_model()))
+    config = {"use_critic": True, "group_size": 2}
+    trainer = GRPOTrainer(policy, None, optimizer, config, ref_policy_model="copy")
+    return trainer, lambda t: t.train_step(**sampled())
+
+
+def accelerated_rlhf(prepare):
+    policy, optimizer = prepare(*with_adamw(tiny_model()))
+    trainer = RLHFTrainer(policy, share, None, optimizer, rollout=echo)
+    return trainer, lambda t: t.train_step(sampled()["responses"])
+
+
+def with_adamw(model):
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(
+    "make", [accelerated_reward, accelerated_dpo, accelerated_grpo, accelerated_rlhf]
+)
+def test_models_and_optimizers_prepared_by_accelerate(make):
     from accelerate import Accelerator
 
-    def steps(prepare):
-        policy = tiny_model()
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
-        policy, optimizer = prepare(policy, optimizer)
-        config = {"use_critic": True, "group_size": 2}
-        trainer = GRPOTrainer(policy, None, optimizer, config, ref_policy_model="copy")
-        return [trainer.train_step(**sampled()) for _ in range(3)], trainer
-
-    (ours, trainer), (expected, _) = steps(Accelerator(cpu=True).prepare), steps(lambda *a: a)
-    assert ours == expected
-    trainer.load_state_dict(trainer.state_dict())
+    runs = []
+    for prepare in (Accelerator(cpu=True).prepare, lambda *a: a):
+        trainer, step = make(prepare)
+        torch.manual_seed(0)
+        runs.append([step(trainer) for _ in range(3)])
+        trainer.load_state_dict(trainer.state_dict())
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][2]

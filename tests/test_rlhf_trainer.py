@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from apt_kernels import gae, policy_loss, value_loss
+from apt_model.output_head import Scoring
 from apt_model.rl import RewardModel, RLHFConfig, RLHFTrainer, create_rlhf_trainer
 from test_grpo_trainer import MODELS, tiny_model
 from tiny_models import VOCABULARY, TinyCausalModel, parameters_of, tiny_llama
@@ -246,6 +248,38 @@ def test_the_parts_make_the_step():
     assert parts.total_steps == 1
 
 
+def test_the_losses_are_the_kernels():
+    policy, reference = tiny_llama(), tiny_llama(1)
+    trainer = trainer_of(
+        policy, reference, rollout=fixed_rollout, ppo_epochs=1, batch_size=8, learning_rate=0.0
+    )
+    torch.nn.init.normal_(trainer.value_head.linear.weight)
+    ids, masks, old, tokens = trainer.generate_responses(PROMPTS, MASKS, 6, return_token_mask=True)
+    counted = tokens[:, 1:].bool()
+    old = old + 0.3 * torch.sin(torch.arange(old.numel())).view_as(old) * counted
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(old.shape, generator=generator, dtype=old.dtype)
+    rewards = torch.randn(old.shape, generator=generator, dtype=old.dtype)
+    advantages, returns = trainer.compute_advantages(rewards, values, tokens[:, 1:])
+    expected = gae(rewards, values, gamma=0.99, gae_lambda=0.95, mask=counted, whiten=True)
+    assert torch.equal(advantages, expected[0]) and torch.equal(returns, expected[1])
+    how = Scoring(1.0, True, trainer.value_head)
+    scored = trainer._policy.score(ids, masks, tokens.bool(), how=how)
+    of_policy, measured = policy_loss(
+        scored.logps, old, advantages, counted, entropy=scored.entropy, entropy_coef=0.01
+    )
+    of_values, _ = value_loss(scored.values, returns, counted, old_values=values, clip_range=0.2)
+    metrics = trainer.ppo_step(
+        ids, masks, old, advantages, returns, old_values=values, response_token_mask=tokens
+    )
+    assert metrics["ppo_loss"] == pytest.approx((of_policy + 0.1 * of_values).item(), abs=1e-9)
+    assert metrics["value_loss"] == pytest.approx(of_values.item(), abs=1e-9)
+    for key in ("policy_loss", "entropy", "clip_fraction", "approx_kl"):
+        assert metrics[key] == pytest.approx(measured[key].item(), abs=1e-9), key
+    explained = value_loss(values, returns, counted)[1]["explained_variance"].item()
+    assert metrics["explained_variance"] == pytest.approx(explained, abs=1e-9)
+
+
 def test_sampling_and_masks():
     policy = tiny_llama()
     trainer = trainer_of(policy)
@@ -405,6 +439,8 @@ def test_batches_that_do_not_fit():
         empty.train_step(PROMPTS, MASKS)
     with pytest.raises(ValueError, match="policy itself"):
         trainer_of(policy, policy)
+    with pytest.raises(ValueError, match="vocabulary"):
+        trainer_of(policy, tiny_model(vocabulary=70))
     with pytest.raises(TypeError, match="reward_model must be callable"):
         RLHFTrainer(policy, 3.0)
 

@@ -271,3 +271,15 @@ def test_a_step_of_several_updates_is_counted_once():
     trainer.finish_step({**metrics, "more": 1.0})
     assert trainer.total_steps == 1 and trainer.curves.columns["more"].tolist() == [1.0]
     assert trainer.optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_what_is_measured_now_and_then_is_drawn_as_one_line():
+    curves = Curves()
+    for step in range(1, 6):
+        curves.append({"step": step, "loss": 1 / step})
+        if step % 2 == 0:
+            curves.annotate({"held_out": step / 10})
+    panels = curves._figure(["loss", "held_out"]).axes
+    assert list(panels[0].lines[0].get_xdata()) == [1, 2, 3, 4, 5]
+    assert list(panels[1].lines[0].get_xdata()) == [2, 4]
+    assert list(panels[1].lines[0].get_ydata()) == [0.2, 0.4]

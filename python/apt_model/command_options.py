@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,16 @@ INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 CONTINUES = "Stopped by Ctrl-C and started again with the same options, it continues."
 ADVANTAGES = ("relative", "normalized", "rank")
 AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "dr_grpo")
+RECOMMENDED = {  # --help says so too; the commands warn of what lies outside
+    "train-dpo": {
+        "beta": (0.05, 0.5), "label_smoothing": (0, 0.1), "learning_rate": (1e-6, 1e-5),
+    },
+    "train-grpo": {"group_size": (4, 8), "learning_rate": (1e-6, 1e-5)},
+    "train-rlhf": {
+        "ppo_epochs": (4, 8), "clip_epsilon": (0.1, 0.3), "kl_coef": (0.01, 0.2),
+        "learning_rate": (1e-6, 1e-5),
+    },
+}  # fmt: skip
 PAIRS = "JSON lines with the strings prompt, chosen and rejected"
 PROMPTS = "JSON lines with the string prompt; other fields are for the reward function"
 
@@ -59,13 +70,18 @@ def _command(commands: Any, name: str, module: str, help: str, description: str)
         description=f"{description} {CONTINUES}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.set_defaults(run=partial(_run, module, name.replace("-", "_")))
+    command.set_defaults(run=partial(_run, module, name))
     return command
 
 
-def _run(module: str, function: str, options: argparse.Namespace) -> int:
+def _run(module: str, command: str, options: argparse.Namespace) -> int:
+    for name, (low, high) in RECOMMENDED.get(command, {}).items():
+        if not low <= (value := getattr(options, name)) <= high:
+            option = f"--{name.replace('_', '-')} {value:g}"
+            print(f"apt-model: {option} is outside of {low:g} to {high:g}, which is recommended",
+                  file=sys.stderr)  # fmt: skip
     # What it imports takes seconds, --help need not wait
-    train = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+    train = getattr(importlib.import_module(f"{__package__}.{module}"), command.replace("-", "_"))
     try:
         summary = train(options)
     except importlib.import_module(f"{__package__}.rl.reward_source").RewardError as error:

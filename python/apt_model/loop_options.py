@@ -64,6 +64,13 @@ def read_autocast_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known
 
 
+def read_max_grad_norm(norm: float | None) -> float | None:
+    """Returns the largest norm of a gradient; None: any."""
+    if norm is not None and not 0 < norm < float("inf"):
+        raise ValueError(f"max_grad_norm must be a finite number > 0, or None, got {norm!r}")
+    return norm
+
+
 def read_optimizer(
     modules: Mapping[str, nn.Module],
     optimizer: Optimizer | None,

@@ -20,6 +20,7 @@ from .loop_options import (
     move_modules,
     read_autocast_dtype,
     read_log,
+    read_max_grad_norm,
     read_optimizer,
     read_scheduler,
 )
@@ -54,9 +55,7 @@ class TrainingLoop:
     """
 
     monitored: Sequence[str] = ("loss",)  # the curves to draw
-    statistics: ClassVar[
-        Mapping[str, str]
-    ] = {}  # keys of get_statistics(), of which metric each is
+    statistics: ClassVar[Mapping[str, str]] = {}  # of get_statistics(): which metric each is
 
     def __init__(
         self,
@@ -79,7 +78,7 @@ class TrainingLoop:
         self.device = move_modules(self._modules.values(), device)
         self.gradient_accumulation_steps = steps
         self.autocast_dtype = read_autocast_dtype(autocast_dtype)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = read_max_grad_norm(max_grad_norm)
         self.optimizer = read_optimizer(self._modules, optimizer, learning_rate, weight_decay)
         self.scheduler = read_scheduler(self.optimizer, scheduler)
         self._scaler = torch.amp.GradScaler(
@@ -206,8 +205,8 @@ class TrainingLoop:
     def state_dict(self, include_frozen: bool = True) -> dict[str, Any]:
         """Returns all that a continued run needs, as a snapshot that later steps do not change.
 
-        What can change is copied to the CPU, frozen parameters are shared. Holds tensors, numbers
-        and strings only: `torch.load(…, weights_only=True)` reads it.
+        What can change is copied to the CPU, frozen parameters are shared. `torch.load(…,
+        weights_only=True)` reads it.
 
         Args: include_frozen: False: leave frozen parameters out, for runs that load them anyway.
         """

@@ -57,3 +57,11 @@ def check_real_rows(name: str, mask: Tensor) -> None:
     empty = (mask == 0).all(-1).nonzero()
     if len(empty):
         raise ValueError(f"row {int(empty[0])} of {name} has no real token")
+
+
+def check_responses(name: str, counted: Tensor) -> None:
+    """Raises ValueError for a row of which no token counts, where looking does not wait."""
+    if counted.device.type != "cpu" or counted.any(-1).all():
+        return
+    row = int((~counted.any(-1)).nonzero()[0])
+    raise ValueError(f"row {row} of {name} has an empty response: no token to learn from")

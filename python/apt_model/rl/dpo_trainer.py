@@ -17,6 +17,7 @@ from ..loop_options import evaluating
 from ..model_access import vocabulary_size
 from ..next_token import NextTokenScorer
 from ..training_loop import TrainingLoop, read_numbers
+from .batch_checks import check_responses
 from .dpo_config import DPOConfig
 from .pair_batch import PairBatch, make_pair_batch
 from .reference_model import ReferenceModel
@@ -28,8 +29,7 @@ class DPOTrainer(TrainingLoop):
     Args:
         policy_model: called as `model(input_ids, attention_mask=…)`; Hugging Face, PEFT, DDP- or
             FSDP2-wrapped or any other. Dropout is left as it is: 0 is recommended.
-        ref_policy_model: None: the PEFT adapter disabled, else a frozen copy of the policy, which
-            shares the parameters that are frozen now.
+        ref_policy_model: None: the PEFT adapter disabled, else a frozen copy of the policy.
         optimizer: None: AdamW with the configuration's learning rate.
         config: None, a mapping or a `DPOConfig`.
         device: None: where the policy is.
@@ -118,8 +118,7 @@ class DPOTrainer(TrainingLoop):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the mean loss of the pairs, with its graph, and the metrics as 0-dim tensors.
 
-        The metrics are those of `train_step`. An accuracy counts a tie as one half: a policy that
-        still is its reference has 0.5.
+        The metrics are those of `train_step`. An accuracy counts a tie as one half.
 
         Args:
             chosen_ids: `(B, S)`.
@@ -193,6 +192,8 @@ class DPOTrainer(TrainingLoop):
         pairs = make_pair_batch(
             *args, **batch, device=self.device, vocabulary_size=self._vocabulary_size
         )
+        check_responses("chosen_ids", pairs.counted[0])
+        check_responses("rejected_ids", pairs.counted[1])
         if pairs.ref_logps is not None and not self.config.has_reference:
             raise ValueError("ref_chosen_logps are given, but these options use no reference")
         return pairs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -128,22 +128,24 @@ class RewardEnsemble(nn.Module):
     """Several reward models as one: the mean of their rewards, or the smallest (Coste 2023).
 
     Args:
-        models: at least one, called as `model(ids, masks)`.
+        models: at least one module or function, called as `model(ids, masks)`.
         reduce: "mean" or "min".
     """
 
-    def __init__(self, models: Sequence[nn.Module], reduce: str = "mean") -> None:
+    def __init__(self, models: Sequence[Callable[..., Any]], reduce: str = "mean") -> None:
         super().__init__()
         if not models:
             raise ValueError("models must hold at least one reward model")
         if reduce not in ("mean", "min"):
             raise ValueError(f"reduce must be mean or min, got {reduce!r}")
-        self.models = nn.ModuleList(models)
+        self.models = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
+        self._members = list(models)
         self.reduce = reduce
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Returns `rewards` `(B, 1)`."""
-        each = torch.stack([rewards_of(m(input_ids, attention_mask)) for m in self.models])
+        members = (rewards_of(member(input_ids, attention_mask)) for member in self._members)
+        each = torch.stack([rewards.to(input_ids.device) for rewards in members])
         rewards = each.mean(0) if self.reduce == "mean" else each.amin(0)
         return {"rewards": rewards.unsqueeze(-1)}
 

@@ -106,8 +106,10 @@ class TextReward:
 
 
 def rewards_of(output: Any) -> Tensor:
-    """Returns the rewards `(B,)` in what a reward model returned: `{"rewards": …}` or a tensor."""
+    """Returns the rewards `(B,)` in what a reward model returned, with their graph."""
     rewards = output["rewards"] if isinstance(output, Mapping) else output
+    if isinstance(rewards, (list, tuple)):
+        rewards = torch.tensor(rewards, dtype=torch.float32)
     if not isinstance(rewards, Tensor) or rewards.dim() not in (1, 2):
         raise TypeError(f"a reward model must return rewards (B, 1) or (B,), got {type(rewards)}")
     return rewards.squeeze(-1) if rewards.dim() == 2 else rewards

@@ -13,6 +13,7 @@ from apt_kernels import gae, kl_penalty, value_loss
 
 from ..config import read_config, split_options
 from ..curves import read_numbers
+from .all_processes import rows_of_all
 from .policy_trainer import COPY, PolicyTrainer
 from .rlhf_config import RLHFConfig
 from .sequence_batch import SequenceBatch, at_last_token, checked_logps, minibatches
@@ -108,21 +109,22 @@ class RLHFTrainer(PolicyTrainer):
     ) -> tuple[Tensor, Tensor]:
         """Returns `(advantages, returns)`, `(B, T)` each, over the response tokens alone.
 
+        They are whitened over the tokens of all processes, which must all call this.
+
         Args:
             rewards: `(B, T)`, or `(B,)`: at each row's last token that counts.
             values: `(B, T)`, before each token.
             masks: `(B, T)`, 1 = token of the response.
         """
         rewards = at_last_token(rewards, masks) if rewards.dim() == 1 else rewards
-        return gae(
-            rewards,
-            values.detach(),
-            gamma=self.config.gamma,
-            gae_lambda=self.config.gae_lambda,
-            mask=masks,
-            whiten=self.config.whiten_advantages,
-            backend=self._backend,
-        )
+        whiten = self.config.whiten_advantages
+        groups = self._data_parallel_groups if whiten else []
+        rewards, values, masks, own = rows_of_all(rewards, values.detach(), masks, groups)
+        advantages, returns = gae(
+            rewards, values, gamma=self.config.gamma, gae_lambda=self.config.gae_lambda, mask=masks,
+            whiten=whiten, backend=self._backend,
+        )  # fmt: skip
+        return advantages[own], returns[own]
 
     def ppo_step(
         self,
@@ -154,9 +156,8 @@ class RLHFTrainer(PolicyTrainer):
         """
         batch = self._batch(responses, response_masks, old_log_probs=old_log_probs, **tokens)
         if old_values is None:
-            old_values = self._score_in_parts(batch.select(slice(None)), self.config.batch_size)[
-                "old_values"
-            ]
+            scored = self._score_in_parts(batch.select(slice(None)), self.config.batch_size)
+            old_values = scored["old_values"]
         given = {"advantages": advantages, "returns": returns, "old_values": old_values}
         for name, column in given.items():
             batch.columns[name] = checked_logps(name, column, batch)
@@ -172,10 +173,9 @@ class RLHFTrainer(PolicyTrainer):
             prompt_masks: `(B, P)`, 1 = real token; None: all are.
 
         Returns:
-            `mean_reward` (as the reward model gives it), `mean_kl` (to the reference, in nats a
-            token), `ppo_loss, policy_loss, value_loss, entropy`, means over all updates; also
-            `sequence_kl` (in nats a response), `response_length, kl_coef, learning_rate` and the
-            others of `ppo_step`.
+            `mean_reward`, `mean_kl` (to the reference, in nats a token), `ppo_loss, policy_loss,
+            value_loss, entropy`, means over all updates; also `sequence_kl` (in nats a response),
+            `response_length, kl_coef, learning_rate` and the others of `ppo_step`.
 
         Raises:
             ValueError: an argument, a reward or a prompt does not fit; no parameter was changed.
@@ -217,15 +217,16 @@ class RLHFTrainer(PolicyTrainer):
     def _ppo(self, batch: SequenceBatch) -> dict[str, float]:
         self._train_mode()
         columns = batch.columns
-        _, before = value_loss(columns["old_values"], columns["returns"], batch.tokens)
-        explained = {"explained_variance": before["explained_variance"] / self._processes}
+        groups = self._data_parallel_groups
+        foretold = rows_of_all(columns["old_values"], columns["returns"], batch.tokens, groups)
+        _, before = value_loss(*foretold[:3])
         updates = [
             self._update(batch.select(rows))
             for _ in range(self.config.ppo_epochs)
-            for rows in minibatches(batch, self.config.batch_size, self._data_parallel_groups)
+            for rows in minibatches(batch, self.config.batch_size, groups)
         ]
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        return {**means, **read_numbers(explained, self._data_parallel_groups)}
+        return {**means, "explained_variance": float(before["explained_variance"])}
 
     def _update(self, batch: SequenceBatch) -> dict[str, float]:
         tokens = self.count_over_processes(batch.tokens.sum().double())

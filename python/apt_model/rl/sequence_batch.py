@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hidden_states import last_real
-from .batch_checks import check_vocabulary, checked_ids, checked_mask, checked_prompt_lengths
+from .batch_checks import (
+    check_responses,
+    check_vocabulary,
+    checked_ids,
+    checked_mask,
+    checked_prompt_lengths,
+)
 
 
 @dataclass
@@ -113,9 +119,7 @@ def make_sequence_batch(
         counted = counted & answers
     ids = ids.masked_fill(~real, 0)
     check_vocabulary("responses", ids, vocabulary_size)
-    if counted.device.type == "cpu" and not counted.any(-1).all():
-        row = int((~counted.any(-1)).nonzero()[0])
-        raise ValueError(f"row {row} of responses has an empty response: no token to learn from")
+    check_responses("responses", counted)
     batch = SequenceBatch(ids, None if mask is None else mask.long(), counted)
     if old_log_probs is not None:
         batch.columns["old_logps"] = checked_logps("old_log_probs", old_log_probs, batch)
