@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["reached"] = _value(result) >= target
         results[name] = result
         print(_line(name, result), flush=True)
-        write_whole(file, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+        lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(r)}" for n, r in results.items())
+        write_whole(file, lambda path, lines=lines: path.write_text(f"{{\n{lines}\n}}\n"))
     write_whole(file.with_suffix(".png"), lambda path: draw(results, path))
     print(f"wrote {file} and {file.with_suffix('.png')}")
     return 0 if all(result["reached"] for result in results.values()) else 1
