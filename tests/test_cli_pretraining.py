@@ -170,6 +170,8 @@ def test_a_stopped_run_continues_to_the_same_model(model_folder, lines, tmp_path
         ("pretrain-mlm", "--mask-prob=2", "mask_prob"),
         ("pretrain-mlm", "--batch-size=0", "--batch-size must be at least 1"),
         ("pretrain-mlm", "--warmup-steps=-1", "--warmup-steps must not be negative"),
+        ("pretrain-mlm", "--segment-sentences=0", "--segment-sentences must be at least 1"),
+        ("pretrain-mlm", "--nsp --whole-word", "cannot be used with --nsp"),
         ("pretrain-contrastive", "--temperature=0", "temperature"),
         ("pretrain-contrastive", "--cache-chunk=0", "cache_chunk"),
         ("pretrain-contrastive", "--batch-size=1", "two samples or more"),
@@ -178,7 +180,7 @@ def test_a_stopped_run_continues_to_the_same_model(model_folder, lines, tmp_path
 def test_wrong_options_are_errors_of_one_line(
     model_folder, lines, tmp_path, command, option, message, capsys
 ):
-    options = [f"--model={model_folder}", option]
+    options = [f"--model={model_folder}", *option.split()]
     assert run(command, lines, tmp_path / "out", *options) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and message in errors[0]
@@ -212,10 +214,17 @@ def test_rows_that_cannot_be_used_are_named(model_folder, tmp_path, capsys):
         with pytest.raises(BadRow, match=r"texts\.jsonl:3: "):
             load_texts(file, fail_on_bad_row=True)
     empty = tmp_path / "empty.txt"
-    empty.write_text(" \n\n")
     options = [f"--model={model_folder}"]
-    assert run("pretrain-mlm", empty, tmp_path / "out", *options) == 1
-    assert "no row can be used" in capsys.readouterr().err
+    useless = {"": "no row can be used", "[SEP] never [CLS]": "1: has no tokens but special ones"}
+    for command in ("pretrain-mlm", "pretrain-contrastive"):
+        for text, message in useless.items():
+            empty.write_text(f"{text}\n \n")
+            assert run(command, empty, tmp_path / "out", *options) == 1
+            error = capsys.readouterr().err
+            assert message in error and "no row can be used" in error
+    empty.write_text("w1 w2 w3 a.\n")
+    assert run("pretrain-mlm", empty, tmp_path / "out", *options, "--nsp", "--bad-rows=fail") == 1
+    assert "empty.txt:1: has no two segments" in capsys.readouterr().err
     empty.write_bytes(b"one \xff\n")
     with pytest.raises(BadRow, match="no row"):
         load_texts(empty, report=lambda message: None)

@@ -8,6 +8,8 @@ from torch import nn
 
 from apt_model import demo_pretraining
 from apt_model.demo_pictures import draw
+from apt_model.pretraining.pretrain_run import evaluate
+from tiny_encoders import tiny_bert
 
 
 class Reads(nn.Module):
@@ -24,6 +26,26 @@ def test_the_probe_sees_what_is_there():
     images = torch.stack([torch.cos(angle), torch.sin(angle)], 1).view(-1, 1, 1, 2)
     assert demo_pretraining.probe(Reads(), images, labels, draws=2) > 0.95
     assert demo_pretraining.probe(Reads(), torch.randn(400, 1, 1, 2), labels, draws=2) < 0.25
+
+
+def test_the_pooled_output_compares_the_segments():
+    model = demo_pretraining.ComparedSegments(tiny_bert()).double()
+    ids = torch.tensor([[2, 7, 8, 3, 9, 10, 3, 0], [2, 6, 3, 12, 13, 14, 15, 3]])
+    mask = (ids != 0).long()
+    types = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        output = model.eval()(ids, mask, types)
+        hidden, width = output["last_hidden_state"], output["last_hidden_state"].shape[-1]
+        for row, (end, last) in enumerate(((4, 7), (3, 8))):
+            u, v = hidden[row, :end].mean(0), hidden[row, end:last].mean(0)
+            expected = width * (u / u.norm()) * (v / v.norm()) / (1 + 1e-5) ** 0.5
+            torch.testing.assert_close(output["pooler_output"][row], expected)
+        ids[0, 4], ids[0, 7] = 20, 21  # a word of the second segment, and padding
+        other = model(ids, mask, types)["last_hidden_state"]
+        assert torch.equal(other[0, :4], hidden[0, :4]) and torch.equal(other[1], hidden[1])
+        assert not torch.allclose(other[0, 4:7], hidden[0, 4:7])
+        trained = model.train()(ids, mask, types)["pooler_output"]
+    torch.testing.assert_close(trained.mean(0), torch.zeros(width).double(), rtol=0, atol=1e-12)
 
 
 class Views:
@@ -76,7 +98,7 @@ def test_metrics_of_tokens_are_means_over_tokens():
                 "values": [self.values[r] for r in rows],
             }
 
-    metrics = demo_pretraining.evaluate(Trainer, Data())
+    metrics = evaluate(Trainer, Data(), 7)
     assert metrics == {
         "mlm_accuracy": pytest.approx(4 / 6),
         "nsp_loss": pytest.approx(0.5),
@@ -84,10 +106,10 @@ def test_metrics_of_tokens_are_means_over_tokens():
 
 
 def test_the_report_and_the_picture(tmp_path, monkeypatch, capsys):
-    text = {"before": 0.1, "after": 0.2, "curve": [3.0, 2.0, 1.0]}
+    text = {"before": 0.1, "after": 0.2, "curve": [3.0, 2.0, 1.0], "curve_of": "loss"}
     places = {"before": [[0, 1], [1, 0]], "after": [[0, 0], [1, 1]], "labels": [0, 1]}
     parts = {
-        "SimCLR": lambda: {"before": 0.8, "after": 0.95, "curve": [1.0, 0.5], "embedding": places},
+        "SimCLR": lambda: {**text, "before": 0.8, "after": 0.95, "embedding": places},
         "contrastive text": lambda: dict(text),
         "mlm": lambda: dict(text),
     }

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,6 +28,8 @@ from .demo_dpo import package_folder
 from .demo_pictures import draw
 from .pretraining import create_contrastive_pretrainer, create_mlm_pretrainer
 from .pretraining.image_data import ImageViews, SmallCNN
+from .pretraining.masked_batch import make_masked_batch
+from .pretraining.pretrain_run import evaluate
 from .pretraining.text_data import MaskedTexts, SentencePairs, Text, TextViews, segments
 from .run_files import EpochBatches, write_whole
 
@@ -39,8 +42,11 @@ SETTINGS = {
     "digits": {"steps": 150, "batch": 256, "learning_rate": 2e-3, "temperature": 0.2},
     "contrastive text": {"steps": 60, "batch": 32, "learning_rate": 3e-5, "temperature": 0.05},
     "mlm": {"steps": 150, "batch": 16, "learning_rate": 5e-4, "mlm_loss_weight": 1.0},
-    "mlm+nsp": {"steps": 200, "batch": 16, "learning_rate": 1e-4, "mlm_loss_weight": 0.1},
+    "mlm+nsp": {"steps": 100, "batch": 16, "learning_rate": 1e-4, "mlm_loss_weight": 0.1},
 }
+TOKENS = {"contrastive text": 96, "mlm": 64, "mlm+nsp": 128}
+MET = 8  # batches that the batch norm has met before anything is measured
+ALIKE = 0.02  # the classifier's weights at the start, of the size of BERT's
 TARGETS = {
     "SimCLR": ("linear probe", 0.90),
     "MoCo": ("linear probe", 0.90),
@@ -71,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["reached"] = _value(result) >= target
         results[name] = result
         print(_line(name, result), flush=True)
-        write_whole(file, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+        lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(r)}" for n, r in results.items())
+        write_whole(file, lambda path, lines=lines: path.write_text(f"{{\n{lines}\n}}\n"))
     write_whole(file.with_suffix(".png"), lambda path: draw(results, path))
     print(f"wrote {file} and {file.with_suffix('.png')}")
     return 0 if all(result["reached"] for result in results.values()) else 1
@@ -123,6 +130,7 @@ def digits(moco: bool) -> dict[str, Any]:
         "before": before,
         "after": probe(encoder, images, labels),
         "curve": list(trainer.curves.columns["loss"]),
+        "curve_of": "loss",
         "embedding": {**shown, "labels": labels.tolist()},
     }
 
@@ -201,8 +209,8 @@ def contrastive_text() -> dict[str, Any]:
     model, tokenizer = load_minilm()
     wanted = settings["steps"] * settings["batch"]
     rows = [Text(*parts[:2]) for parts in load_documents(wanted + HELD_OUT)]
-    held_out = TextViews(rows[:HELD_OUT], tokenizer, 96)
-    train = TextViews(rows[HELD_OUT:], tokenizer, 96)
+    held_out = TextViews(rows[:HELD_OUT], tokenizer, TOKENS["contrastive text"])
+    train = TextViews(rows[HELD_OUT:], tokenizer, TOKENS["contrastive text"])
     trainer = create_contrastive_pretrainer(
         model,
         WIDTH,
@@ -214,7 +222,8 @@ def contrastive_text() -> dict[str, Any]:
     before = recall(trainer, held_out)
     _train(trainer, EpochBatches(len(train), settings["batch"], 0, train), settings["steps"])
     after = recall(trainer, held_out)
-    return {"before": before, "after": after, "curve": list(trainer.curves.columns["loss"])}
+    curve = list(trainer.curves.columns["loss"])
+    return {"before": before, "after": after, "curve": curve, "curve_of": "loss"}
 
 
 @torch.no_grad()
@@ -233,21 +242,59 @@ def recall(trainer: Any, views: TextViews) -> float:
     return (nearest == torch.arange(len(nearest))).double().mean().item()
 
 
+class ComparedSegments(torch.nn.Module):
+    """MiniLM for pairs: reads each segment on its own; its pooled output compares their means.
+
+    MiniLM was trained to say what a text is about in the mean of its tokens, and never saw a pair:
+    its [CLS] token and its pooler hardly tell whether segments belong together, and so few steps
+    do not teach it. The products of the means' entries begin as a cosine similarity does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.norm = torch.nn.BatchNorm1d(model.config.hidden_size, momentum=0.3, affine=False)
+        self.norm.to(model.device)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Returns the encoder's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Returns the hidden states and the pooled output."""
+        same = token_type_ids.unsqueeze(2) == token_type_ids.unsqueeze(1)
+        seen = (same & (attention_mask != 0).unsqueeze(1)).unsqueeze(1)
+        hidden = self.model(input_ids, seen, token_type_ids).last_hidden_state
+        first, second = (
+            F.normalize((hidden * (attention_mask * segment).unsqueeze(-1)).sum(1), dim=1)
+            for segment in (1 - token_type_ids, token_type_ids)
+        )
+        compared = hidden.shape[-1] * first * second  # entries of about 1
+        return {"last_hidden_state": hidden, "pooler_output": self.norm(compared)}
+
+
 def masked_words(nsp: bool) -> dict[str, Any]:
     """Masked tokens of reviews, alone or with whether three sentences follow three others."""
-    settings = SETTINGS["mlm+nsp" if nsp else "mlm"]
+    part = "mlm+nsp" if nsp else "mlm"
+    settings, tokens = SETTINGS[part], TOKENS[part]
     model, tokenizer = load_minilm()
     held = HELD_OUT if nsp else 160
     wanted = settings["steps"] * settings["batch"] + held
     documents = load_documents(wanted, 2 if nsp else 1)
     if nsp:
         documents = [parts[:2] for parts in documents]
-        held_out = SentencePairs(documents[:held], tokenizer, 96, 1)
-        train = SentencePairs(documents[held:], tokenizer, 96, 0)
+        held_out = SentencePairs(documents[:held], tokenizer, tokens, 1)
+        train = SentencePairs(documents[held:], tokenizer, tokens, 0)
+        model = ComparedSegments(model)
     else:
         rows = [Text(" ".join(parts)) for parts in documents]
-        held_out = MaskedTexts(rows[:held], tokenizer, 64)
-        train = MaskedTexts(rows[held:], tokenizer, 64)
+        held_out = MaskedTexts(rows[:held], tokenizer, tokens)
+        train = MaskedTexts(rows[held:], tokenizer, tokens)
+    batches = EpochBatches(len(train), settings["batch"], 0, train)
+    if nsp:
+        train.per_epoch = batches.per_epoch
     trainer = create_mlm_pretrainer(
         model,
         WIDTH,
@@ -263,32 +310,32 @@ def masked_words(nsp: bool) -> dict[str, Any]:
         scheduler=partial(_up_and_down, steps=settings["steps"]),
         lm_head=model.get_input_embeddings(),
     )
-    with torch.no_grad():  # the new layer begins by passing on what the encoder knows
-        trainer.mlm_head.dense.weight.copy_(torch.eye(WIDTH))
+    _begin_with_what_is_known(trainer, batches)
     name = "nsp_accuracy" if nsp else "mlm_accuracy"
-    before = evaluate(trainer, held_out)
-    batches = EpochBatches(len(train), settings["batch"], 0, train)
-    if nsp:
-        train.per_epoch = batches.per_epoch
+    before = evaluate(trainer, held_out, 20)
     _train(trainer, batches, settings["steps"])
-    after = evaluate(trainer, held_out)
-    curve = list(trainer.curves.columns[name if nsp else "mlm_loss"])
-    both = {"all_before": before, "all_after": after}
-    return {"before": before[name], "after": after[name], "curve": curve, **both}
+    after = evaluate(trainer, held_out, 20)
+    shown = name if nsp else "mlm_loss"
+    return {
+        "before": before[name],
+        "after": after[name],
+        "curve": list(trainer.curves.columns[shown]),
+        "curve_of": shown.replace("_", " "),
+        "all_before": before,
+        "all_after": after,
+    }
 
 
-def evaluate(trainer: Any, data: Callable[[list[int], int], Mapping[str, Tensor]]) -> dict:
-    """Returns the metrics of held-out data: means over masked tokens, and over pairs."""
-    totals: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    for start in range(0, len(data), 20):
-        rows = list(range(start, min(start + 20, len(data))))
-        metrics = trainer.eval_step(**data(rows, 0))
-        for key, value in metrics.items():
-            weight = metrics["num_masked"] if key.startswith("mlm") else len(rows)
-            totals[key] = totals.get(key, 0.0) + value * weight
-            counts[key] = counts.get(key, 0.0) + weight
-    return {key: totals[key] / counts[key] for key in totals if key.endswith(("loss", "accuracy"))}
+@torch.no_grad()
+def _begin_with_what_is_known(trainer: Any, batches: EpochBatches) -> None:
+    """Lets the new layers begin by passing on what the encoder knows."""
+    trainer.mlm_head.dense.weight.copy_(torch.eye(WIDTH))
+    if trainer.nsp_head is None:
+        return
+    trainer.nsp_head.classifier.weight.copy_(torch.tensor([[ALIKE], [-ALIKE]]))
+    for step in range(MET):
+        batch = make_masked_batch(trainer.config, **batches[step]).to(trainer.device)
+        trainer.model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
 
 
 def _up_and_down(optimizer: Optimizer, steps: int) -> LambdaLR:
@@ -298,8 +345,9 @@ def _up_and_down(optimizer: Optimizer, steps: int) -> LambdaLR:
 def _train(trainer: Any, batches: EpochBatches, steps: int) -> None:
     from tqdm import tqdm
 
-    for step in tqdm(range(steps), leave=False, mininterval=2):
-        trainer.train_step(**batches[step])
+    for step in (bar := tqdm(range(steps), leave=False, mininterval=2)):
+        metrics = trainer.train_step(**batches[step])
+        bar.set_postfix({k: f"{v:.3f}" for k, v in metrics.items() if k.endswith("accuracy")})
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {

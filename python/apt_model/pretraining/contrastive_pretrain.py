@@ -95,8 +95,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
             gradient_accumulation_steps=gradient_accumulation_steps,
             **options,
         )
-        self.hidden_size, self.cache_chunk = hidden_size, cache_chunk
-        self._backend = backend
+        self.hidden_size, self.cache_chunk, self._backend = hidden_size, cache_chunk, backend
         self._wanted = {"device": self.device, "vocabulary_size": vocabulary_size(encoder)}
         self._features = PooledFeatures(encoder, hidden_size, c.pooling, self, cache_chunk)
         if has_batch_norm(encoder) and (cache_chunk or gradient_accumulation_steps > 1):
@@ -106,8 +105,9 @@ class ContrastivePretrainer(CreatedModulesLoop):
             bring_beside(encoder, copied)
             size = (c.projection_dim if c.use_projection else hidden_size, c.queue_size)
             self._momentum = MomentumNetworks(
-                encoder, self.projection, copied, size, c.momentum, encoder_momentum, backend
-            )
+                encoder, self.projection, copied, size, c.momentum, encoder_momentum, backend,
+                self._data_parallel_groups,
+            )  # fmt: skip
             self._key_features = PooledFeatures(
                 self._momentum.encoder, hidden_size, c.pooling, self, cache_chunk
             )
@@ -196,7 +196,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
         metrics = self.update([views], lambda views: self._share(views, count, keys))
         if self._momentum is not None:
             self._momentum.follow()
-            self._momentum.push(torch.cat(keys), self._data_parallel_groups)
+            self._momentum.push(torch.cat(keys))
         return metrics
 
     @torch.no_grad()

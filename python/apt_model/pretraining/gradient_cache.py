@@ -55,6 +55,7 @@ class _InParts(torch.autograd.Function):
             with ctx.last(index == len(ctx.slices) - 1):
                 with torch.enable_grad():
                     output = ctx.run(rows)
-                torch.autograd.backward(output, grad[rows])
+                if output.requires_grad:  # not of a frozen encoder
+                    torch.autograd.backward(output, grad[rows])
         set_random_state(after, ctx.device)
         return (None,) * 5

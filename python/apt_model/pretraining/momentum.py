@@ -28,6 +28,7 @@ class MomentumNetworks:
         momentum: how much of itself a copy keeps at a step.
         encoder_momentum: None: a copy; needed where the encoder is FSDP2-sharded.
         backend: of the kernels.
+        groups: of the processes whose queues are alike and hold the keys of all.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class MomentumNetworks:
         momentum: float,
         encoder_momentum: nn.Module | None = None,
         backend: str | None = None,
+        groups: Sequence[Any] = (),
     ) -> None:
         if encoder_momentum is None and isinstance(encoder, FSDPModule):
             raise ValueError(
@@ -52,6 +54,7 @@ class MomentumNetworks:
         self.projection = _frozen(projection_momentum)
         self._momentum = momentum
         self._backend = backend
+        self._groups = groups
         self._follow(0.0, [*self._trained[0].parameters(), *projection.parameters()])
         self._size = size
         self.register_queue()
@@ -61,6 +64,8 @@ class MomentumNetworks:
         like = next(t for t in self._trained[0].parameters() if t.is_floating_point())
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.queue = F.normalize(torch.randn(self._size).to(like.device, dtype), dim=0)
+        for group in self._groups:
+            dist.broadcast(self.queue, group=group, group_src=0)
         self.pointer = torch.zeros(1, dtype=torch.long, device=like.device)
 
     def follow(self) -> None:
@@ -83,9 +88,9 @@ class MomentumNetworks:
             targets, sources = [a for a, _ in moving], [b for _, b in moving]
             ema_update_(targets, sources, keep, backend=self._backend)
 
-    def push(self, keys: Tensor, groups: Sequence[Any] = ()) -> None:
+    def push(self, keys: Tensor) -> None:
         """Puts keys `(N, dim)` into the queue, those of all processes in the order of the ranks."""
-        for group in groups:
+        for group in self._groups:
             keys = gather_rows(keys, group)
         queue_push_(self.queue, self.pointer, keys, backend=self._backend)
 

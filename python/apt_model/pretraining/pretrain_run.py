@@ -31,14 +31,14 @@ CONTRASTIVE = ("temperature", "projection_dim", "hidden_dim", "learning_rate", "
 def pretrain_mlm(options: Namespace) -> dict[str, Any]:
     """Trains as the options of the command say; returns what is written to `summary.json`."""
     _begin(options)
-    tokenizer = _tokenizer(options)
-    if tokenizer.mask_token_id is None:
-        raise ValueError(f"the tokenizer of {options.model} has no mask token")
+    if options.nsp and options.whole_word:
+        raise ValueError("--whole-word masks single texts: it cannot be used with --nsp")
+    tokenizer = _tokenizer(options, masks=True)
 
     def load(path: Path, seed: int) -> MaskedTexts | SentencePairs:
         read = partial(load_texts, path, fail_on_bad_row=options.bad_rows == "fail")
         if not options.nsp:
-            rows = read(usable=partial(_no_tokens, tokenizer))
+            rows = read(usable=partial(_only_special, tokenizer))
             return MaskedTexts(rows, tokenizer, options.max_length, options.whole_word)
 
         def split(text: Text) -> list[str]:
@@ -84,12 +84,12 @@ def pretrain_contrastive(options: Namespace) -> dict[str, Any]:
     of_text = options.data.suffix in TEXT_SUFFIXES
     _begin(options, needs_model=of_text)
     if of_text:
-        tokenizer = _tokenizer(options)
+        tokenizer = _tokenizer(options, masks=options.mask_prob > 0)
         probabilities = (options.mask_prob, options.delete_prob, options.swap_prob)
         fail = options.bad_rows == "fail"
 
         def load(path: Path, seed: int) -> TextViews:
-            texts = load_texts(path, fail_on_bad_row=fail, usable=partial(_no_tokens, tokenizer))
+            texts = load_texts(path, fail_on_bad_row=fail, usable=partial(_only_special, tokenizer))
             return TextViews(texts, tokenizer, options.max_length, seed, *probabilities)
 
         model = _text_model(options)
@@ -132,13 +132,21 @@ def pretrain_contrastive(options: Namespace) -> dict[str, Any]:
 
 
 def evaluate(trainer: Any, data: Any, batch_size: int) -> dict[str, float]:
-    """Returns the mean over samples of what `eval_step` returns; nothing without data."""
+    """Returns the losses and accuracies of `eval_step` on all of the data; nothing without data.
+
+    Means over samples; of masked tokens over all of those.
+    """
     totals: dict[str, float] = {}
+    counts: dict[str, float] = {}
     for start in range(0, len(data) if data is not None else 0, batch_size):
         rows = list(range(start, min(start + batch_size, len(data))))
-        for name, value in trainer.eval_step(**data(rows, 0)).items():
-            totals[name] = totals.get(name, 0.0) + value * len(rows)
-    return {name: total / len(data) for name, total in totals.items()}
+        metrics = trainer.eval_step(**data(rows, 0))
+        for name, value in metrics.items():
+            if name.endswith(("loss", "accuracy")):
+                count = metrics["num_masked"] if name.startswith("mlm") else len(rows)
+                totals[name] = totals.get(name, 0.0) + value * count
+                counts[name] = counts.get(name, 0.0) + count
+    return {name: total / max(counts[name], 1) for name, total in totals.items()}
 
 
 def _run(
@@ -174,8 +182,8 @@ def _run(
 
 
 def _begin(options: Namespace, needs_model: bool = True) -> None:
-    for name in ("epochs", "batch_size", "max_length"):
-        if getattr(options, name) < 1:
+    for name in ("epochs", "batch_size", "max_length", "segment_sentences"):
+        if getattr(options, name, 1) < 1:  # one of them belongs to one command alone
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("warmup_steps", "checkpoint_every"):
         if getattr(options, name) < 0:
@@ -190,10 +198,13 @@ def _begin(options: Namespace, needs_model: bool = True) -> None:
             raise FileNotFoundError(f"{data} does not exist")
 
 
-def _tokenizer(options: Namespace) -> Any:
+def _tokenizer(options: Namespace, masks: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if masks and tokenizer.mask_token_id is None:
+        raise ValueError(f"the tokenizer of {options.model} has no mask token")
+    return tokenizer
 
 
 def _text_model(options: Namespace) -> Any:
@@ -209,11 +220,14 @@ def _image_model(options: Namespace, data: ImageViews) -> nn.Module:
     return SmallCNN(channels).to(getattr(torch, options.dtype))
 
 
-def _no_tokens(tokenizer: Any, text: Text) -> str | None:
-    """Returns the reason why a text that has only special tokens cannot be used."""
+def _only_special(tokenizer: Any, text: Text) -> str | None:
+    """Returns the reason why a text of which nothing can be learned cannot be used."""
+    special = set(tokenizer.all_special_ids)
     for part in (text.text, text.positive):
-        if part is not None and not tokenizer(part, add_special_tokens=False)["input_ids"]:
-            return "has no tokens"
+        if part is not None and special.issuperset(
+            tokenizer(part, add_special_tokens=False)["input_ids"]
+        ):
+            return "has no tokens but special ones"
     return None
 
 
