@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 
 
@@ -82,11 +83,22 @@ def _siglip_kernel() -> Callable:
     return loss
 
 
+def _rl_triton() -> Callable:
+    from rl_triton import compute_gae
+
+    def advantages(rewards, values):  # theirs gives no returns
+        never = torch.zeros_like(rewards)
+        return compute_gae(rewards, values, never, gamma=0.99, lambda_=0.95)
+
+    return advantages
+
+
 PEERS: dict[str, dict[str, Callable[[], Callable]]] = {
     "token_logprobs": {"flash-attn": _flash_attn, "QuACK": _quack, "Liger": _liger},
     "linear_token_logprobs": {"cut-cross-entropy": _cce_tokens},
     "linear_cross_entropy": {"cut-cross-entropy": _cce_mean, "Liger": _liger_head},
     "info_nce": {"memeff": _memeff},
+    "gae": {"rl-triton": _rl_triton},
     "siglip_loss": {"siglip-kernel": _siglip_kernel},
 }
 
