@@ -328,7 +328,7 @@ _head = (checks.linear_token_logprobs, checks.linear_token_logprobs_cases)
 _cross = (checks.linear_cross_entropy, checks.linear_cross_entropy_cases)
 _sequence = (checks.sequence_logps, checks.sequence_logps_cases)
 _last = "offset < body, other=-float"
-_dpo_block = "range(BLOCK, B, BLOCK)"
+_dpo_block = "range(BLOCK, whole, BLOCK)"
 _first = "if tl.program_id(0) == 0:"
 _dot = "total = tl.dot(tl.trans(grad), h, total, input_precision=PRECISION)"
 _narrow = "\n        total = total.to(tl.bfloat16).to(tl.float32)"
@@ -364,7 +364,7 @@ SEEDED = [
      _check(*_sequence, "all_masked")),
     ("shifts the mask of tokens", "sequence_logps", "mask_ptr + head + offset",
      "mask_ptr + offset", _check(*_sequence, "length_1025")),
-    ("forgets pairs", "dpo_loss", _dpo_block, "range(BLOCK, B - BLOCK, BLOCK)",
+    ("forgets pairs", "dpo_loss", _dpo_block, "range(BLOCK, whole - BLOCK, BLOCK)",
      lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000)),
     ("lets all programs store the sum", "dpo_loss", _first, "if tl.program_id(0) >= 0:",
      lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000)),
