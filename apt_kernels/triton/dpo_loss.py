@@ -25,8 +25,8 @@ ORPO = tl.constexpr(12)
 
 
 def pair_block(B):
-    """Pairs that a program takes and its warps: 8 pairs a thread."""
-    return (1024, 4) if B <= 1024 else (4096, 16)
+    """Pairs that a program takes and its warps: 4 pairs a thread, 16 bytes of float32."""
+    return (1024, 8) if B <= 1024 else (2048, 16)
 
 
 @triton.jit
@@ -98,18 +98,20 @@ def _loss_of_each(c, r, beta, LOSS: tl.constexpr):
 
 
 @triton.jit
-def _pair_losses(
-    pc_ptr, pr_ptr, rc_ptr, rr_ptr, index, live, beta, smoothing, extra, LOSS: tl.constexpr
-):
-    """c, r, and of every pair the loss and its derivatives at pc and pr; dead lanes cost 0."""
-    pc = tl.load(pc_ptr + index, mask=live, other=-1.0).to(tl.float32)
-    pr = tl.load(pr_ptr + index, mask=live, other=-1.0).to(tl.float32)
+def _pair_losses(inputs, i, live, numbers, LOSS: tl.constexpr):
+    """Of the pairs at these pointers c, r, the loss and its derivatives at pc and pr.
+
+    Those that are not live cost 0; all are where live is None.
+    """
+    beta, smoothing, extra = numbers
+    pc = tl.load(inputs[0] + i, mask=live).to(tl.float32)
+    pr = tl.load(inputs[1] + i, mask=live).to(tl.float32)
     c = pc
     r = pr
-    if rc_ptr is not None:
-        c = pc - tl.load(rc_ptr + index, mask=live, other=0.0).to(tl.float32)
-    if rr_ptr is not None:
-        r = pr - tl.load(rr_ptr + index, mask=live, other=0.0).to(tl.float32)
+    if inputs[2] is not None:
+        c = pc - tl.load(inputs[2] + i, mask=live).to(tl.float32)
+    if inputs[3] is not None:
+        r = pr - tl.load(inputs[3] + i, mask=live).to(tl.float32)
     if LOSS == ORPO:
         log_c, slope_pc = log1mexp(pc)
         log_r, slope_pr = log1mexp(pr)
@@ -123,40 +125,59 @@ def _pair_losses(
     else:
         loss, slope_c = _loss_of_difference(c - r, beta, smoothing, extra, LOSS)
         slope_r = -slope_c
-    return c, r, tl.where(live, loss, 0.0), slope_c, slope_r
+    if live is not None:
+        loss = tl.where(live, loss, 0.0)
+    return c, r, loss, slope_c, slope_r
+
+
+@triton.jit
+def _pairs(inputs, outputs, loss_ptr, i, live, numbers, scale, LOSS: tl.constexpr):
+    """One block: stores what it gives a pair, and returns its losses."""
+    c, r, loss, slope_c, slope_r = _pair_losses(inputs, i, live, numbers, LOSS)
+    tl.store(outputs[0] + i, numbers[0] * c, mask=live)
+    tl.store(outputs[1] + i, numbers[0] * r, mask=live)
+    tl.store(outputs[2] + i, slope_c * scale, mask=live)
+    tl.store(outputs[3] + i, slope_r * scale, mask=live)
+    if loss_ptr is not None:
+        tl.store(loss_ptr + i, loss, mask=live)
+    return loss
 
 
 # What: the loss of preference pairs, its gradients at pc and pr, and both rewards.
 # Passes: one; program 0 also reads the other programs' pairs, to sum the losses in a fixed order
-# without atomics or a second launch. Bytes: 4 inputs a pair read, 4 (5) floats written.
-# Parallelism: a block of pairs a program. Accuracy: float32, logarithms without cancellation.
+# without atomics or a second launch. Bytes: 4 inputs a pair read, 4 (5) floats written, 16 a load
+# but for the last block. Parallelism: a block of pairs a program. Accuracy: float32, logarithms
+# without cancellation.
 @triton.jit(do_not_specialize=["B"])
 def _dpo_loss_fwd_kernel(
     pc_ptr, pr_ptr, rc_ptr, rr_ptr, loss_ptr, chosen_rewards_ptr, rejected_rewards_ptr, grads_ptr,
     B: tl.int64, beta: tl.float32, smoothing: tl.float32, extra: tl.float32, scale: tl.float32,
     LOSS: tl.constexpr, REDUCED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = index < B
-    c, r, loss, slope_c, slope_r = _pair_losses(
-        pc_ptr, pr_ptr, rc_ptr, rr_ptr, index, live, beta, smoothing, extra, LOSS
-    )
-    tl.store(chosen_rewards_ptr + index, beta * c, mask=live)
-    tl.store(rejected_rewards_ptr + index, beta * r, mask=live)
-    tl.store(grads_ptr + index, slope_c * scale, mask=live)
-    tl.store(grads_ptr + B + index, slope_r * scale, mask=live)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    pointers = (pc_ptr, pr_ptr, rc_ptr, rr_ptr)
+    numbers = (beta, smoothing, extra)
+    inputs = rows.moved(pointers, first)
+    grads_ptr += first
+    outputs = (chosen_rewards_ptr + first, rejected_rewards_ptr + first, grads_ptr, grads_ptr + B)
+    each_ptr = None if REDUCED else loss_ptr + first
+    if first + BLOCK <= B:
+        loss = _pairs(inputs, outputs, each_ptr, i, None, numbers, scale, LOSS)
+    else:
+        loss = _pairs(inputs, outputs, each_ptr, i, i < B - first, numbers, scale, LOSS)
     if REDUCED:
         if tl.program_id(0) == 0:
-            total = loss
-            for start in range(BLOCK, B, BLOCK):
-                other = start + tl.arange(0, BLOCK)
-                _, _, more, _, _ = _pair_losses(
-                    pc_ptr, pr_ptr, rc_ptr, rr_ptr, other, other < B, beta, smoothing, extra, LOSS
-                )
-                total += more
-            tl.store(loss_ptr, tl.sum(total, 0) * scale)
-    else:
-        tl.store(loss_ptr + index, loss, mask=live)
+            whole = tl.maximum(B // BLOCK, 1) * BLOCK
+            for start in range(BLOCK, whole, BLOCK):
+                others = rows.moved(pointers, start)
+                _, _, more, _, _ = _pair_losses(others, i, None, numbers, LOSS)
+                loss += more
+            if whole < B:
+                others = rows.moved(pointers, whole)
+                _, _, more, _, _ = _pair_losses(others, i, i < B - whole, numbers, LOSS)
+                loss += more
+            tl.store(loss_ptr, tl.sum(loss, 0) * scale)
 
 
 def dpo_loss_fwd(pc, pr, rc, rr, loss_type, reduction, beta, label_smoothing, extra):

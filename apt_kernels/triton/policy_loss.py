@@ -9,11 +9,14 @@ from apt_kernels.triton.logistic import sigmoids
 from apt_kernels.triton.tokens import (
     BLOCK,
     ROWS_BLOCK,
+    WARPS,
     bounded,
     count_rows,
     exp_minus,
     kl_term,
+    read,
     row_scale,
+    row_strides,
     sum_partials,
 )
 
@@ -60,12 +63,6 @@ def _surrogate(logps, ratio, adv, slope, low, high, dual, tau_pos, tau_neg, LOSS
 
 
 @triton.jit
-def _read(ptr, row, stride, t, counts, STEP: tl.constexpr):
-    """One number a token, or one a row; 0 where nothing counts."""
-    return tl.load(ptr + row * stride + t * STEP, mask=counts, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _put(partials_ptr, k, P, place, values, counts, scale):
     # float64, as losses of opposite signs cancel in the sum; 8 additions a token cost nothing
     total = tl.sum(tl.where(counts, values, 0.0).to(tl.float64), 0)
@@ -86,19 +83,21 @@ def _policy_loss_fwd_kernel(
     low: tl.float32, high: tl.float32, dual: tl.float32, tau_pos: tl.float32, tau_neg: tl.float32,
     kl_coef: tl.float32, entropy_coef: tl.float32,
     LOSS: tl.constexpr, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, AGGREGATION: tl.constexpr,
-    ADV_STEP: tl.constexpr, WEIGHTS_STEP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ADV_STEP: tl.constexpr, WEIGHTS_STEP: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    P = B * tl.num_programs(1)
-    place = row * tl.num_programs(1) + tl.program_id(1)
+    T *= UNIT
+    start = tl.program_id(1).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    live = i < T - start
     scale, _ = row_scale(lengths_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
-    counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
-    logps = _read(logps_ptr, row, logps_b, t, counts, 1)
-    adv = _read(adv_ptr, row, adv_b, t, counts, ADV_STEP)
+    counts = read(mask_ptr, row, mask_b, start, live, live, 1, UNIT) != 0
+    logps = read(logps_ptr, row, logps_b, start, live, counts, 1, UNIT)
+    adv = read(adv_ptr, row, adv_b, start, live, counts, ADV_STEP, UNIT)
     log_ratio = logps * 0.0
     if old_ptr is not None:
-        log_ratio = logps - _read(old_ptr, row, old_b, t, counts, 1)
+        log_ratio = logps - read(old_ptr, row, old_b, start, live, counts, 1, UNIT)
     x = bounded(log_ratio)
     e = tl.exp(x)
     ratio = e
@@ -112,20 +111,23 @@ def _policy_loss_fwd_kernel(
         logps, ratio, adv, slope, low, high, dual, tau_pos, tau_neg, LOSS
     )
     if weights_ptr is not None:
-        weight = _read(weights_ptr, row, weights_b, t, counts, WEIGHTS_STEP)
+        weight = read(weights_ptr, row, weights_b, start, live, counts, WEIGHTS_STEP, UNIT)
         loss *= weight
         grad *= weight
     kl = logps * 0.0
     if ref_ptr is not None:
-        kl, kl_grad = kl_term(logps - _read(ref_ptr, row, ref_b, t, counts, 1), ESTIMATOR)
+        ref = read(ref_ptr, row, ref_b, start, live, counts, 1, UNIT)
+        kl, kl_grad = kl_term(logps - ref, ESTIMATOR)
         grad += kl_coef * kl_grad
     entropy = logps * 0.0
     if entropy_ptr is not None:
-        entropy = _read(entropy_ptr, row, entropy_b, t, counts, 1)
-    tl.store(grad_logps_ptr + row * T + t, tl.where(counts, grad * scale, 0.0), mask=t < T)
+        entropy = read(entropy_ptr, row, entropy_b, start, live, counts, 1, UNIT)
+    tl.store(grad_logps_ptr + (row * T + start) + i, tl.where(counts, grad * scale, 0.0), mask=live)
     if grad_entropy_ptr is not None:
         grad_entropy = tl.where(counts, -entropy_coef * scale, 0.0)
-        tl.store(grad_entropy_ptr + row * T + t, grad_entropy, mask=t < T)
+        tl.store(grad_entropy_ptr + (row * T + start) + i, grad_entropy, mask=live)
+    P = B * tl.num_programs(1)
+    place = row * tl.num_programs(1) + tl.program_id(1)
     approx_kl, _ = exp_minus(x, e)
     _put(partials_ptr, 0, P, place, loss, counts, scale)
     _put(partials_ptr, 1, P, place, approx_kl, counts, 1.0)
@@ -155,16 +157,17 @@ def policy_loss_fwd(
     tiles = triton.cdiv(T, BLOCK)
     partials = logps.new_empty((QUANTITIES, B * tiles), dtype=torch.float64)
     inputs = (logps, old_logps, advantages, mask, weights, ref_logps, entropy)
+    unit, strides = row_strides(T, *inputs)
     with rows.device_of(logps):
         _policy_loss_fwd_kernel[(B, tiles)](
             *inputs, normalizer, lengths, means, partials, grad_logps,
-            grad_entropy if need_entropy else None, B, T,
-            *(0 if x is None else x.stride(0) for x in inputs),
+            grad_entropy if need_entropy else None, B, T // unit, *strides,
             1.0 - clip_low, 1.0 + clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef,
             LOSS=loss_type, SEQUENCE=bool(ratio_level), ESTIMATOR=kl_estimator,
             AGGREGATION=aggregation, ADV_STEP=advantages.dim() - 1,
             WEIGHTS_STEP=0 if weights is None else weights.dim() - 1,
-            BLOCK=BLOCK, ROWS=ROWS_BLOCK, num_warps=4,
+            UNIT=unit, BLOCK=BLOCK, ROWS=ROWS_BLOCK,
+            num_warps=WARPS if unit > 1 else 4,  # ptxas gives 8 too few registers for single loads
         )  # fmt: skip
     sums = sum_partials(partials, lengths, MEANS)
     return sums[-1].clone(), sums[:-1].clone(), grad_logps, grad_entropy

@@ -6,8 +6,9 @@ import triton.language as tl
 
 from apt_kernels.triton import rows
 from apt_kernels.triton.rows import row_edge, row_span
+from apt_kernels.triton.tokens import row_strides
 
-BLOCK, THREADS = 1024, 128  # tokens a program takes at a time: 8 a thread
+BLOCK = 1024  # tokens a program takes at a time: 16 bytes a thread
 LENGTHS = ["stride_b", "stride_t", "T"]
 
 
@@ -17,12 +18,17 @@ LENGTHS = ["stride_b", "stride_t", "T"]
 @triton.jit(do_not_specialize=LENGTHS)
 def _sequence_logps_fwd_kernel(
     logps_ptr, mask_ptr, out_ptr, stride_b: tl.int64, stride_t: tl.int64, T: tl.int32,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr, ADJACENT: tl.constexpr,
+    UNIT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logps_ptr + row * stride_b
+    T *= UNIT
+    row_ptr = logps_ptr + row * stride_b * UNIT
     mask_ptr += row * T
-    if ADJACENT:
+    if UNIT > 1:
+        head, body = T * 0, T
+        body_ptr = row_ptr
+    elif ADJACENT:
         head, body = row_span(row_ptr, T, ALIGN)
         body_ptr = tl.multiple_of(row_ptr + head, 16)
     else:
@@ -57,9 +63,10 @@ def _sequence_logps_fwd_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _sequence_logps_bwd_kernel(
     grad_ptr, mask_ptr, grad_logps_ptr, T: tl.int32,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr,
+    UNIT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    T *= UNIT
     mask_ptr += row * T
     out_ptr = grad_logps_ptr + row * T
     grad = tl.load(grad_ptr + row)
@@ -70,11 +77,15 @@ def _sequence_logps_bwd_kernel(
             seen = tl.load(mask_ptr + place, mask=place < T, other=0) != 0
             tokens += tl.sum(seen.to(tl.int32), 0)
         grad = grad / tl.maximum(tokens, 1).to(tl.float32)
-    head, body = row_span(out_ptr, T, ALIGN)
+    if UNIT > 1:
+        head, body = T * 0, T
+        body_ptr = out_ptr
+    else:
+        head, body = row_span(out_ptr, T, ALIGN)
+        body_ptr = tl.multiple_of(out_ptr + head, 16)
     column, live = row_edge(head, body, T, ALIGN)
     counts = tl.load(mask_ptr + column, mask=live, other=0) != 0
     tl.store(out_ptr + column, tl.where(counts, grad, 0.0), mask=live)
-    body_ptr = tl.multiple_of(out_ptr + head, 16)
     for start in range(0, body, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         kept = tl.load(mask_ptr + head + offset, mask=offset < body, other=0) != 0
@@ -87,11 +98,14 @@ def sequence_logps_fwd(logps, mask, average):
     out = logps.new_empty((B,), dtype=torch.float32)
     if B == 0:
         return out
+    align = rows.VECTOR_BYTES // logps.element_size()
+    adjacent = logps.stride(1) == 1
+    unit, (stride_b,) = row_strides(T, logps) if adjacent else (1, (logps.stride(0),))
     with rows.device_of(logps):
         _sequence_logps_fwd_kernel[(B,)](
-            logps, mask, out, logps.stride(0), logps.stride(1), T,
-            ALIGN=rows.VECTOR_BYTES // logps.element_size(), BLOCK=BLOCK, AVERAGE=average,
-            ADJACENT=logps.stride(1) == 1, num_warps=THREADS // rows.WARP_SIZE,
+            logps, mask, out, stride_b, logps.stride(1), T // unit,
+            UNIT=unit, ALIGN=align, BLOCK=BLOCK, AVERAGE=average, ADJACENT=adjacent,
+            num_warps=BLOCK // align // rows.WARP_SIZE,
         )  # fmt: skip
     return out
 
@@ -102,10 +116,12 @@ def sequence_logps_bwd(grad, mask, average):
     grad_logps = grad.new_empty((B, T), dtype=torch.float32)
     if B == 0 or T == 0:
         return grad_logps
+    align = rows.VECTOR_BYTES // grad_logps.element_size()
+    unit, _ = row_strides(T, grad_logps)
     with rows.device_of(grad):
         _sequence_logps_bwd_kernel[(B,)](
-            grad, mask, grad_logps, T,
-            ALIGN=rows.VECTOR_BYTES // grad_logps.element_size(), BLOCK=BLOCK, AVERAGE=average,
-            num_warps=THREADS // rows.WARP_SIZE,
+            grad, mask, grad_logps, T // unit,
+            UNIT=unit, ALIGN=align, BLOCK=BLOCK, AVERAGE=average,
+            num_warps=BLOCK // align // rows.WARP_SIZE,
         )  # fmt: skip
     return grad_logps

@@ -10,7 +10,8 @@ import triton.language as tl
 
 from apt_kernels.triton import rows
 
-BLOCK = 1024  # tokens a program takes: 8 a thread at 4 warps
+BLOCK = 1024  # tokens a program takes
+WARPS = 8  # 4 tokens a thread: 16 bytes of float32, so that a warp asks for whole sectors
 ROWS_BLOCK = 1024  # row lengths that a program adds at a time
 
 TOKEN_MEAN = tl.constexpr(0)
@@ -18,6 +19,33 @@ TOKEN_SUM = tl.constexpr(1)
 SEQUENCE_MEAN = tl.constexpr(2)
 DR_GRPO = tl.constexpr(4)
 LOG_RATIO_BOUND = tl.constexpr(20.0)  # e^20 = 4.9e8: beyond it a ratio says nothing
+
+
+def row_strides(T, *tensors):
+    """UNIT, 16 where rows begin and end at multiples of 16 elements, else 1, and the strides in it.
+
+    A kernel that multiplies by UNIT tells the compiler so: vectors of 16 bytes, for all such
+    lengths the same code. One number a row has its stride as it is; 0 for None.
+    """
+    strides = [0 if t is None else t.stride(0) for t in tensors]
+    tokens = [t is not None and t.dim() == 2 for t in tensors]
+    wide = T % 16 == 0 and all(s % 16 == 0 for s, each in zip(strides, tokens, strict=True) if each)
+    unit = 16 if wide else 1
+    return unit, [s // unit if each else s for s, each in zip(strides, tokens, strict=True)]
+
+
+@triton.jit
+def read(ptr, row, stride, start, live, counts, STEP: tl.constexpr, UNIT: tl.constexpr):
+    """One number a token from start on, or one a row (STEP 0); 0 where nothing counts.
+
+    Loaded wherever there is a token, for a mask from memory would part the vectors.
+    """
+    if STEP == 0:
+        x = tl.load(ptr + row * stride)
+    else:
+        i = tl.arange(0, live.shape[0])
+        x = tl.load(ptr + (row * stride * UNIT + start) + i, mask=live, other=0.0)
+    return tl.where(counts, x.to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -91,18 +119,19 @@ def row_scale(
 @triton.jit(do_not_specialize=["T", "mask_b", "x_b", "y_b"])
 def _count_rows_kernel(
     mask_ptr, x_ptr, y_ptr, lengths_ptr, means_ptr, T: tl.int64, mask_b: tl.int64, x_b: tl.int64,
-    y_b: tl.int64, BLOCK: tl.constexpr,
+    y_b: tl.int64, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    T *= UNIT
     count = tl.zeros((BLOCK,), tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, T, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
+        live = tl.arange(0, BLOCK) < T - start
+        counts = read(mask_ptr, row, mask_b, start, live, live, 1, UNIT) != 0
         count += counts.to(tl.int64)
         if y_ptr is not None:
-            x = tl.load(x_ptr + row * x_b + t, mask=counts, other=0.0).to(tl.float32)
-            total += x - tl.load(y_ptr + row * y_b + t, mask=counts, other=0.0).to(tl.float32)
+            x = read(x_ptr, row, x_b, start, live, counts, 1, UNIT)
+            total += x - read(y_ptr, row, y_b, start, live, counts, 1, UNIT)
     length = tl.sum(count, 0)
     tl.store(lengths_ptr + row, length)
     tl.store(means_ptr + row, tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32))
@@ -131,11 +160,12 @@ def count_rows(mask, x=None, y=None):
     B, T = mask.shape
     lengths = mask.new_empty(B, dtype=torch.int64)
     means = mask.new_empty(B, dtype=torch.float32)
-    x_b, y_b = (0 if t is None else t.stride(0) for t in (x, y))
+    unit, strides = row_strides(T, mask, x, y)
     with rows.device_of(mask):
         _count_rows_kernel[(B,)](
-            mask, x, y, lengths, means, T, mask.stride(0), x_b, y_b, BLOCK=BLOCK, num_warps=4
-        )
+            mask, x, y, lengths, means, T // unit, *strides,
+            UNIT=unit, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return lengths, means
 
 

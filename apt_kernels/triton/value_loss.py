@@ -5,7 +5,16 @@ import triton
 import triton.language as tl
 
 from apt_kernels.triton import rows
-from apt_kernels.triton.tokens import BLOCK, ROWS_BLOCK, count_rows, row_scale, sum_partials
+from apt_kernels.triton.tokens import (
+    BLOCK,
+    ROWS_BLOCK,
+    WARPS,
+    count_rows,
+    read,
+    row_scale,
+    row_strides,
+    sum_partials,
+)
 
 
 # What: the first return that counts, from which the returns are measured: the squares of equal ones
@@ -13,8 +22,9 @@ from apt_kernels.triton.tokens import BLOCK, ROWS_BLOCK, count_rows, row_scale, 
 @triton.jit(do_not_specialize=["B", "T", "returns_b", "mask_b"])
 def _pivot_kernel(
     returns_ptr, mask_ptr, lengths_ptr, pivot_ptr, B: tl.int64, T: tl.int64, returns_b: tl.int64,
-    mask_b: tl.int64, BLOCK: tl.constexpr,
+    mask_b: tl.int64, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    T *= UNIT
     row = B
     for start in range(0, B, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -23,9 +33,10 @@ def _pivot_kernel(
     first = T
     for begin in range(0, T, BLOCK):
         t = begin + tl.arange(0, BLOCK)
-        counts = tl.load(mask_ptr + row * mask_b + t, mask=(t < T) & (row < B), other=0) != 0
+        inside = (t < T) & (row < B)
+        counts = tl.load(mask_ptr + row * mask_b * UNIT + t, mask=inside, other=0) != 0
         first = tl.minimum(first, tl.min(tl.where(counts, t, T), 0))
-    pivot = tl.load(returns_ptr + row * returns_b + first, mask=first < T, other=0.0)
+    pivot = tl.load(returns_ptr + row * returns_b * UNIT + first, mask=first < T, other=0.0)
     tl.store(pivot_ptr, pivot.to(tl.float32))
 
 
@@ -34,14 +45,18 @@ def _pivot_kernel(
 @triton.jit(do_not_specialize=["B", "T", "values_b", "returns_b", "mask_b"])
 def _means_kernel(
     values_ptr, returns_ptr, mask_ptr, pivot_ptr, partials_ptr, B: tl.int64, T: tl.int64,
-    values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64, BLOCK: tl.constexpr,
+    values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    T *= UNIT
+    start = tl.program_id(1).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    live = i < T - start
     place = row * tl.num_programs(1) + tl.program_id(1)
-    counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
-    value = tl.load(values_ptr + row * values_b + t, mask=counts, other=0.0).to(tl.float32)
-    target = tl.load(returns_ptr + row * returns_b + t, mask=counts, other=0.0).to(tl.float32)
+    counts = read(mask_ptr, row, mask_b, start, live, live, 1, UNIT) != 0
+    value = read(values_ptr, row, values_b, start, live, counts, 1, UNIT)
+    target = read(returns_ptr, row, returns_b, start, live, counts, 1, UNIT)
     from_pivot = tl.where(counts, target - tl.load(pivot_ptr), 0.0)
     tl.store(partials_ptr + place, tl.sum(from_pivot, 0))
     tl.store(partials_ptr + B * tl.num_programs(1) + place, tl.sum(target - value, 0))
@@ -55,22 +70,26 @@ def _value_loss_fwd_kernel(
     values_ptr, returns_ptr, mask_ptr, old_ptr, normalizer_ptr, lengths_ptr, pivot_ptr, means_ptr,
     partials_ptr, grad_values_ptr, B: tl.int64, T: tl.int64,
     values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64, old_b: tl.int64,
-    clip_range: tl.float32, AGGREGATION: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    clip_range: tl.float32, AGGREGATION: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    T *= UNIT
+    start = tl.program_id(1).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    live = i < T - start
     P = B * tl.num_programs(1)
     place = row * tl.num_programs(1) + tl.program_id(1)
     scale, _ = row_scale(lengths_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
-    counts = tl.load(mask_ptr + row * mask_b + t, mask=t < T, other=0) != 0
-    value = tl.load(values_ptr + row * values_b + t, mask=counts, other=0.0).to(tl.float32)
-    target = tl.load(returns_ptr + row * returns_b + t, mask=counts, other=0.0).to(tl.float32)
+    counts = read(mask_ptr, row, mask_b, start, live, live, 1, UNIT) != 0
+    value = read(values_ptr, row, values_b, start, live, counts, 1, UNIT)
+    target = read(returns_ptr, row, returns_b, start, live, counts, 1, UNIT)
     error = value - target
     squared = error * error
     grad = error
     clipped = error * 0.0
     if old_ptr is not None:
-        old = tl.load(old_ptr + row * old_b + t, mask=counts, other=0.0).to(tl.float32)
+        old = read(old_ptr, row, old_b, start, live, counts, 1, UNIT)
         low = old - clip_range
         high = old + clip_range
         distance = tl.where(value < low, low, tl.where(value > high, high, value)) - target
@@ -78,7 +97,9 @@ def _value_loss_fwd_kernel(
         squared = tl.where(worse, distance * distance, squared)
         grad = tl.where(worse, 0.0, error)
         clipped = tl.where(worse, 1.0, 0.0)
-    tl.store(grad_values_ptr + row * T + t, tl.where(counts, grad * scale, 0.0), mask=t < T)
+    tl.store(
+        grad_values_ptr + (row * T + start) + i, tl.where(counts, grad * scale, 0.0), mask=live
+    )
     from_mean = tl.where(counts, target - tl.load(pivot_ptr) - tl.load(means_ptr), 0.0)
     unexplained = tl.where(counts, -error - tl.load(means_ptr + 1), 0.0)
     tl.store(partials_ptr + place, tl.sum(0.5 * squared * scale, 0))
@@ -109,20 +130,25 @@ def value_loss_fwd(values, returns, mask, old_values, normalizer, aggregation, c
     tiles = triton.cdiv(T, BLOCK)
     partials = grad_values.new_empty((2, B * tiles)), grad_values.new_empty((4, B * tiles))
     inputs = (values, returns, mask)
-    strides = tuple(0 if x is None else x.stride(0) for x in (*inputs, old_values))
+    unit, strides = row_strides(T, *inputs, old_values)
+    sizes = {"UNIT": unit, "BLOCK": BLOCK, "num_warps": WARPS}
     pivot = grad_values.new_empty(())
     with rows.device_of(values):
         _pivot_kernel[(1,)](
-            returns, mask, lengths, pivot, B, T, *strides[1:3], BLOCK=ROWS_BLOCK, num_warps=4
+            returns,
+            mask,
+            lengths,
+            pivot,
+            B,
+            T // unit,
+            *strides[1:3],
+            **{**sizes, "BLOCK": ROWS_BLOCK},
         )
-        _means_kernel[(B, tiles)](
-            *inputs, pivot, partials[0], B, T, *strides[:3], BLOCK=BLOCK, num_warps=4
-        )
+        _means_kernel[(B, tiles)](*inputs, pivot, partials[0], B, T // unit, *strides[:3], **sizes)
         means = sum_partials(partials[0], lengths, 0b11)
         _value_loss_fwd_kernel[(B, tiles)](
-            *inputs, old_values, normalizer, lengths, pivot, means, partials[1], grad_values, B, T,
-            *strides, clip_range, AGGREGATION=aggregation, BLOCK=BLOCK, ROWS=ROWS_BLOCK,
-            num_warps=4,
+            *inputs, old_values, normalizer, lengths, pivot, means, partials[1], grad_values, B,
+            T // unit, *strides, clip_range, AGGREGATION=aggregation, ROWS=ROWS_BLOCK, **sizes,
         )  # fmt: skip
         _finish_kernel[(1,)](sum_partials(partials[1], lengths, 0b0010), loss, metrics, num_warps=1)
     return loss, metrics, grad_values

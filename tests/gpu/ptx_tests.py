@@ -164,6 +164,52 @@ def test_traffic_of_kl_penalty(dtype):
         _assert_streaming(counter.stop_counting(), floor, sectors=1.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B", [1024, 8192])
+def test_traffic_of_pair_losses(B, dtype):
+    pairs = [torch.randn(B).to(dtype) for _ in range(4)]
+    with ptx_execution.Triton() as counter:
+        counter.start_counting()
+        kernels.dpo_loss_fwd(*pairs, 0, 0, 0.1, 0.0, 0.0)
+        _assert_streaming(counter.stop_counting(), B * (4 * dtype.itemsize + 20))
+        counter.start_counting()
+        kernels.bradley_terry_loss_fwd(*pairs[:3], 0.0, 0.1, 0)
+        _assert_streaming(counter.stop_counting(), B * (3 * dtype.itemsize + 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic_of_sequence_logps(dtype):
+    B, T = 4, 4096
+    logps, mask = torch.randn(B, T).to(dtype), torch.rand(B, T) < 0.5
+    with ptx_execution.Triton() as counter:
+        counter.start_counting()
+        kernels.sequence_logps_fwd(logps, mask, False)
+        _assert_streaming(counter.stop_counting(), logps.numel() * (dtype.itemsize + 1))
+        counter.start_counting()
+        kernels.sequence_logps_bwd(torch.ones(B), mask, False)
+        loads, stores = counter.stop_counting()
+    floor = logps.numel() * (4 + 1)
+    # every warp loads the gradient of its row: a sector
+    assert floor <= loads.bytes + stores.bytes <= BYTES * floor
+    assert (loads.sectors + stores.sectors) * ptx_execution.SECTOR <= SECTORS * floor
+
+
+# Beside the tokens of 4 rows there are partial sums, and the lengths that every program adds.
+@pytest.mark.parametrize("dtype, bytes", [(torch.float32, 1.06), (torch.bfloat16, 1.10)], ids=str)
+def test_traffic_of_policy_loss(dtype, bytes):
+    B, T = 4, 4096
+    logps, old, adv, ref = (torch.randn(B, T).to(dtype) for _ in range(4))
+    mask = torch.rand(B, T) < 0.5
+    options = (0, 0, 3, 0, 0.2, 0.2, 3.0, 1.0, 1.0, 0.1, 0.0, False)
+    with ptx_execution.Triton() as counter:
+        counter.start_counting()
+        kernels.policy_loss_fwd(logps, old, adv, mask, None, ref, None, None, *options)
+        loads, stores = counter.stop_counting()
+    floor = B * T * (4 * dtype.itemsize + 1 + 4)
+    assert floor <= loads.bytes + stores.bytes <= bytes * floor
+    assert (loads.sectors + stores.sectors) * ptx_execution.SECTOR <= (bytes + 0.03) * floor
+
+
 def _assert_streaming(traffic, floor: int, sectors: float = SECTORS) -> None:
     moved = sum(t.bytes for t in traffic)
     assert floor <= moved <= BYTES * floor

@@ -238,7 +238,7 @@ def test_no_compilation_for_new_lengths():
         for first, *others in (
             [_rows(dtype, V=V, K=K) for V, K in ((50257, 3), (32000, 16), (151936, 1))],
             [_small(dtype, B=B) for B in (5000, 8192, 70001)],
-            # gae has one variant more, for rows that begin at multiples of 16
+            # losses of tokens and gae have one variant more, for rows of a multiple of 16
             [_tokens(dtype, B=B, T=T) for B, T in ((40, 3000), (500, 5001), (33, 70001))],
             [_heads(dtype, N=N, V=V) for N, V in ((300, 50257), (4096, 32000), (9001, 151936))],
             [_contrastive(dtype, N=N) for N in (4096, 10000, 70002)],

@@ -131,6 +131,30 @@ def test_many_tiles_and_parts(dtype, monkeypatch):
                 checks.linear_cross_entropy(kernels, case)
 
 
+@each_dtype
+def test_rows_of_a_multiple_of_16(dtype):
+    """They take vectors, the same rows further apart do not; NaN where nothing counts."""
+    B, T = 3, 1040
+    mask = torch.rand(B, T) < 0.5
+    x = [torch.randn(B, T).to(dtype).masked_fill(~mask, float("nan")) for _ in range(5)]
+    advantages = torch.randn(B)
+    options = (None, 0, 1, 3, 0, 0.2, 0.2, 3.0, 1.0, 1.0, 0.1, 0.1, True)
+    outputs = []
+    for further in (0, 1):
+        apart = [torch.cat([t, t[:, :further]], 1)[:, :T] for t in (*x, mask)]
+        logps, old, weights, ref, entropy, counts = apart
+        losses = kernels.policy_loss_fwd(
+            logps, old, advantages, counts, weights, ref, entropy, *options
+        )
+        values = kernels.value_loss_fwd(logps, old, counts, ref, None, 0, 0.2)
+        logps = kernels.sequence_logps_fwd(logps, mask, True)
+        for grad in (*losses[2:], values[2]):
+            assert (grad[~mask] == 0).all() and grad[mask].isfinite().all()
+        outputs.append((*losses, *values, logps))
+    for near, apart in zip(*outputs, strict=True):
+        torch.testing.assert_close(near, apart)
+
+
 def test_ids_out_of_range():
     """Their log-probability is NaN, they add no term to the gradient, and nothing is read there."""
     V = 50
@@ -328,7 +352,7 @@ _head = (checks.linear_token_logprobs, checks.linear_token_logprobs_cases)
 _cross = (checks.linear_cross_entropy, checks.linear_cross_entropy_cases)
 _sequence = (checks.sequence_logps, checks.sequence_logps_cases)
 _last = "offset < body, other=-float"
-_dpo_block = "range(BLOCK, B, BLOCK)"
+_dpo_block = "range(BLOCK, whole, BLOCK)"
 _first = "if tl.program_id(0) == 0:"
 _dot = "total = tl.dot(tl.trans(grad), h, total, input_precision=PRECISION)"
 _narrow = "\n        total = total.to(tl.bfloat16).to(tl.float32)"
@@ -364,7 +388,7 @@ SEEDED = [
      _check(*_sequence, "all_masked")),
     ("shifts the mask of tokens", "sequence_logps", "mask_ptr + head + offset",
      "mask_ptr + offset", _check(*_sequence, "length_1025")),
-    ("forgets pairs", "dpo_loss", _dpo_block, "range(BLOCK, B - BLOCK, BLOCK)",
+    ("forgets pairs", "dpo_loss", _dpo_block, "range(BLOCK, whole - BLOCK, BLOCK)",
      lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000)),
     ("lets all programs store the sum", "dpo_loss", _first, "if tl.program_id(0) >= 0:",
      lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000)),
