@@ -179,9 +179,14 @@ def machine() -> str:
 
 
 def facts() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+
+    commit = git("describe", "--always")
+    if git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"):
+        commit += "-dirty"
     return {
         "machine": machine(),
         "threads": str(torch.get_num_threads()),
