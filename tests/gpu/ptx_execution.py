@@ -8,9 +8,11 @@ blocks, and a barrier that not all threads reach are errors. It counts what warp
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -289,8 +291,16 @@ def _object(name: str, text: str, headers: dict[str, str]) -> Path:
     ours = sorted((ROOT / "csrc" / "include" / "apt").iterdir())
     key = digest(text, *headers.values(), *(p.read_text() for p in ours))
     target = cache_directory() / f"ptx-{Path(name).stem}-{key}.o"
-    if target.exists():
-        return target
+    # Names of internal kernels differ from one compilation to the next: object and PTX must be of
+    # the same one, so one process compiles and the object appears last.
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile(target, name, text, headers)
+    return target
+
+
+def _compile(target: Path, name: str, text: str, headers: dict[str, str]) -> None:
     number = TARGET.removeprefix("sm_")
     code = "-gencode", f"arch=compute_{number},code=compute_{number}"
     with tempfile.TemporaryDirectory() as folder:
@@ -298,10 +308,13 @@ def _object(name: str, text: str, headers: dict[str, str]) -> Path:
             (Path(folder) / file).write_text(content)
         flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc' / 'include'}", "-Xcompiler", "-fPIC"]
         keep = "--keep", "--keep-dir", folder
-        _nvcc(target, *flags, *code, *keep, "-c", Path(folder) / name)
+        compiled = Path(folder) / "compiled.o"
+        _nvcc(compiled, *flags, *code, *keep, "-c", Path(folder) / name)
         for ptx in Path(folder).glob("*.ptx"):
             target.with_suffix(".ptx").write_text(ptx.read_text())
-    return target
+        partial = target.with_suffix(".partial")
+        shutil.copy(compiled, partial)
+        os.replace(partial, target)
 
 
 def _nvcc(target: Path, *arguments) -> None:
