@@ -1,6 +1,7 @@
 """The parts of the demo of the RL trainers: their data, their rewards, their verdicts."""
 
 import json
+import re
 from argparse import Namespace
 
 import pytest
@@ -9,19 +10,19 @@ import torch
 from apt_model import demo_rl
 from tiny_models import tiny_llama
 
-CHARACTERS = " \n0123456789+=abcdefghijklmnopqrstuvwxyz"
+CHARACTERS = " \n0123456789+?:abcdefghijklmnopqrstuvwxyz"
 
 
 class Characters:
-    """A token a character."""
+    """A token a character, small or large."""
 
     eos_token_id = 60
 
     def __call__(self, text):
-        return {"input_ids": [CHARACTERS.index(c) + 3 for c in text]}
+        return {"input_ids": [CHARACTERS.index(c) + 3 for c in text.lower()]}
 
     def batch_decode(self, rows, skip_special_tokens):
-        return ["".join(CHARACTERS[i - 3] for i in row if 0 <= i - 3 < 40) for row in rows]
+        return ["".join(CHARACTERS[i - 3] for i in row if 0 <= i - 3 < 41) for row in rows]
 
 
 @pytest.fixture
@@ -54,8 +55,9 @@ def test_sums_that_are_held_out_are_not_trained(tiny):
     known = set(reward._rows)
     assert len(known) == 18 and known > {p.ids for p in job.rows}
     prompt = job.rows[0]
-    a, b = map(int, prompt.row["prompt"].split("\n")[1].removesuffix(" =").split(" + "))
-    assert prompt.row["answer"] == str(a + b) and prompt.row["prompt"].startswith("13 + 25 = 38\n")
+    a, b = map(int, re.findall(r"What is (\d+) \+ (\d+)\?", prompt.row["prompt"])[-1])
+    assert prompt.row["answer"] == str(a + b)
+    assert prompt.row["prompt"].startswith("Question: What is 13 + 25?\nAnswer: 38\n")
     tokenize = Characters()
     for answer, expected in ((f" {a + b}\n", 1.0), (f" {a + b}0", 0.0), (f"{a + b}\n1", 1.0)):
         ids = torch.tensor([[*prompt.ids, *tokenize(answer)["input_ids"]]])
