@@ -149,12 +149,18 @@ def _distinct(launches):
     return list(found.values())
 
 
+# Bytes a thread: the symmetric gradient in bfloat16 of a temperature that is a number. Products 32
+# deep would not spill, but none of the others needs them.
+SPILLS = {("_similarity_bwd_kernel", "sm_100"): 8}
+
+
 def _compiled(launches, target):
     with offline.as_on(target):
         for launch in _distinct(launches()):
             machine = offline.compiled(launch, target)
             what = f"{launch.name} on {target}: {machine.registers} registers"
-            assert machine.spills == 0, f"{what}, {machine.spills} bytes spilled"
+            allowed = SPILLS.get((launch.name, target), 0)
+            assert machine.spills <= allowed, f"{what}, {machine.spills} bytes spilled"
             limit = offline.SHARED_LIMIT[target]
             assert machine.shared <= limit, f"{what}, {machine.shared} bytes of shared memory"
             yield launch, machine
