@@ -151,7 +151,12 @@ def _distinct(launches):
 
 # Bytes a thread: the symmetric gradient in bfloat16 of a temperature that is a number. Products 32
 # deep would not spill, but none of the others needs them.
-SPILLS = {("_similarity_bwd_kernel", "sm_100"): 8}
+SPILLING = {"LOSS": 0, "WEIGHTS": 3, "TRIANGLE": False, "BLOCK_D": 64}
+
+
+def _allowed_spills(launch, target):
+    known = launch.name == "_similarity_bwd_kernel" and target == "sm_100"
+    return 8 if known and SPILLING.items() <= launch.arguments.items() else 0
 
 
 def _compiled(launches, target):
@@ -159,8 +164,9 @@ def _compiled(launches, target):
         for launch in _distinct(launches()):
             machine = offline.compiled(launch, target)
             what = f"{launch.name} on {target}: {machine.registers} registers"
-            allowed = SPILLS.get((launch.name, target), 0)
-            assert machine.spills <= allowed, f"{what}, {machine.spills} bytes spilled"
+            assert machine.spills <= _allowed_spills(launch, target), (
+                f"{what}, {machine.spills} bytes spilled"
+            )
             limit = offline.SHARED_LIMIT[target]
             assert machine.shared <= limit, f"{what}, {machine.shared} bytes of shared memory"
             yield launch, machine
