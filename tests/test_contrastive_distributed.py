@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import apt_kernels
+import processes
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="PyTorch without gloo"
@@ -118,16 +116,7 @@ def _ties(sizes, rank, group):
                 yield (name, dtype, backend), loss(x, other, **options)[1]
 
 
-def _start(rank: int, world: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=120),
-    )  # fmt: skip
-
-
-def _rank(rank: int, world: int, store: str, output: str) -> None:
-    _start(rank, world, store)
+def _rank(rank: int, world: int, output: str) -> None:
     found = {}
     for index, sizes in enumerate(SIZES[world]):
         begin = sum(sizes[:rank])
@@ -152,32 +141,26 @@ def _rank(rank: int, world: int, store: str, output: str) -> None:
     for name in (*LOSSES, "sup_con_loss"):
         found["sizes", name] = _sizes(name, rank, world, dist.group.WORLD)
     torch.save(found, f"{output}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def _interpreted_rank(rank: int, world: int, store: str, output: str) -> None:
+def _interpreted_rank(rank: int, world: int, output: str) -> None:
     """As `_rank`, with Triton's kernels: TRITON_INTERPRET=1 is set."""
     from gpu import triton_interpreter
 
     triton_interpreter.install()
-    _start(rank, world, store)
     sizes = INTERPRETED[world]
     begin = sum(sizes[:rank])
     data = [t[begin : begin + sizes[rank]] for t in _data(sum(sizes), torch.float32)]
     options = {"process_group": dist.group.WORLD, "backend": "triton"}
     found = {name: _results(name, *data, **options) for name in (*LOSSES, "sup_con_loss")}
     torch.save(found, f"{output}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=sorted(SIZES))
 def ranks(request, tmp_path_factory):
     """What every rank found, all cases of one number of processes in one start of them."""
     folder = tmp_path_factory.mktemp(f"world_{request.param}")
-    arguments = (request.param, str(folder / "store"), str(folder))
-    torch.multiprocessing.spawn(_rank, arguments, nprocs=request.param)
+    processes.run(_rank, folder, request.param, arguments=(request.param, str(folder)))
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -214,8 +197,7 @@ def test_averages_over_ranks_are_those_of_one_process(ranks, name, dtype):
 def test_triton_kernels(world, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    arguments = (world, str(tmp_path / "store"), str(tmp_path))
-    torch.multiprocessing.spawn(_interpreted_rank, arguments, nprocs=world)
+    processes.run(_interpreted_rank, tmp_path, world, arguments=(world, str(tmp_path)))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for name in found[0]:
         data = _data(sum(INTERPRETED[world]), torch.float32)

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
+import processes
 from apt_model.pretraining import (
     ContrastiveConfig,
     ContrastivePretrainer,
@@ -424,8 +423,6 @@ DISTRIBUTED = {
 
 
 def run_data_parallel(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -462,12 +459,10 @@ def run_data_parallel(rank, folder):
             }
             results[wrap, name] = metrics, parameters, trainer.queue
     torch.save(results, f"{folder}/result{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(run_data_parallel, args=(str(tmp_path),), nprocs=2)
+    processes.run(run_data_parallel, tmp_path, arguments=(str(tmp_path),))
     results = [torch.load(tmp_path / f"result{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, options in DISTRIBUTED.items():
         torch.manual_seed(7)

@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+import processes
 from apt_kernels import dpo_loss, sequence_logps
 from apt_model.rl import DPOConfig, DPOTrainer, create_dpo_trainer
 from apt_model.rl.pair_batch import make_pair_batch
@@ -333,8 +332,6 @@ def make_scheduler(optimizer):
 
 
 def run_data_parallel(rank, folder, wrap):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     policy, reference = tiny_model(0), tiny_model(1)
     if wrap == "ddp":
         policy = torch.nn.parallel.DistributedDataParallel(policy)
@@ -359,13 +356,11 @@ def run_data_parallel(rank, folder, wrap):
     }
     if rank == 0:
         torch.save({"metrics": metrics, "parameters": parameters}, f"{folder}/result.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, wrap):
-    mp.spawn(run_data_parallel, args=(str(tmp_path), wrap), nprocs=2)
+    processes.run(run_data_parallel, tmp_path, arguments=(str(tmp_path), wrap))
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     trainer = DPOTrainer(tiny_model(0), tiny_model(1), config={"learning_rate": 0.01})
     batch = random_pairs(pairs=5)

@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+import processes
 from apt_kernels import mlm_mask
 from apt_model.pretraining import MLMConfig, MLMPretrainer, create_mlm_pretrainer
 from apt_model.pretraining.mlm_pretrain import MLMHead, NSPDataBuilder, NSPHead
@@ -396,8 +395,6 @@ def wrapped(kind):
 
 
 def run_data_parallel(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     results = {}
     for kind in ("ddp", "fsdp2"):
         model, inner, head = wrapped(kind)
@@ -419,12 +416,10 @@ def run_data_parallel(rank, folder):
         own_masks = int(trainer._batch(0, **nsp_batch(rows=2)).positions.sum())
         results[kind] = metrics, parameters, own_masks
     torch.save(results, f"{folder}/result{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(run_data_parallel, args=(str(tmp_path),), nprocs=2)
+    processes.run(run_data_parallel, tmp_path, arguments=(str(tmp_path),))
     results = [torch.load(tmp_path / f"result{rank}.pt", weights_only=True) for rank in (0, 1)]
     for kind in ("ddp", "fsdp2"):
         model = tiny_encoder(kind=ShowsEmbedding)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import processes
 from apt_kernels import reference
 from oracles import gradients, randn
 
@@ -184,10 +185,7 @@ def _contrastive_calls():
     }
 
 
-def _one_rank(rank, ranks, port, whole, one_process):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
-    )
+def _one_rank(rank, ranks, whole, one_process):
     group = torch.distributed.group.WORLD
     bounds = [0, 5, 7]  # uneven on purpose
     part = slice(bounds[rank], bounds[rank + 1])
@@ -204,10 +202,9 @@ def _one_rank(rank, ranks, port, whole, one_process):
             torch.distributed.all_reduce(result)
         for result, expected in zip(results, one_process[name], strict=True):
             torch.testing.assert_close(result / ranks, expected, msg=lambda m, n=name: f"{n}: {m}")
-    torch.distributed.destroy_process_group()
 
 
-def test_process_group_gives_the_gradients_of_one_process():
+def test_process_group_gives_the_gradients_of_one_process(tmp_path):
     whole = tuple(torch.randn(7, 4, dtype=torch.float64) for _ in range(2))
     one_process = {}
     for name, call in _contrastive_calls().items():
@@ -218,10 +215,7 @@ def test_process_group_gives_the_gradients_of_one_process():
             for x, g in zip((a, b), gradients(loss, a, b), strict=True)
         ]
         one_process[name] = [loss.detach().reshape(1), *grads]
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    torch.multiprocessing.spawn(_one_rank, (2, port, whole, one_process), nprocs=2)
+    processes.run(_one_rank, tmp_path, arguments=(2, whole, one_process))
 
 
 def test_ema_update():

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+import processes
 from apt_model.rl import DPOTrainer, GRPOTrainer, RewardModelTrainer, RLHFTrainer
 from test_grpo_trainer import sampled, tiny_model
 from test_reward_model import pairs, reward_model
@@ -106,8 +105,6 @@ RUNS = {"sampled": sampled_steps, "rlhf": rlhf_steps, "reward": reward_steps, "g
 
 
 def run_all(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     results = {}
     for wrap in ("ddp", "fsdp2"):
         for name, run in RUNS.items():
@@ -119,14 +116,12 @@ def run_all(rank, folder):
             results[f"{name} {wrap}"] = {"metrics": metrics, "parameters": parameters}
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(run_all, args=(str(folder),), nprocs=2)
+    processes.run(run_all, folder, arguments=(str(folder),))
     return torch.load(folder / "results.pt", weights_only=True)
 
 
