@@ -92,7 +92,7 @@ class Tiles {
     if constexpr (kSame)
       if (size == 0 || rows[size - 1] - rows[0] == size - 1)
         return hidden + (size ? rows[0] : 0) * features;
-    if (copy.data() == nullptr) copy.allocate(std::min(group_rows(), head.rows) * features);
+    if (copy.size() < size * features) copy.allocate(size * features);
     parallel_for(size, 16, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
         to_arithmetic(hidden + rows[i] * features, copy.data() + i * features, features);

@@ -17,6 +17,7 @@ class Workspace {
   void allocate(int64_t count) {
     std::free(data_);
     data_ = nullptr;
+    size_ = 0;
     constexpr size_t kCacheLine = 64, kHugePage = size_t{2} << 20;
     const size_t wanted = sizeof(T) * size_t(count > 0 ? count : 0);
     if (wanted == 0) return;
@@ -28,14 +29,17 @@ class Workspace {
     if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
     data_ = static_cast<T*>(memory);
+    size_ = count;
   }
   ~Workspace() { std::free(data_); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   T* data() const { return data_; }
+  int64_t size() const { return size_; }
 
  private:
   T* data_ = nullptr;
+  int64_t size_ = 0;
 };
 
 }  // namespace apt
