@@ -15,6 +15,7 @@ GRPO = {
     "grpo": PER_SEQUENCE,
     "grpo delta": dict(PER_SEQUENCE, dual_clip=1.5),
     "grpo kl": dict(PER_SEQUENCE, kl_coef=0.2),
+    "grpo unbiased kl": dict(PER_SEQUENCE, kl_coef=0.2, kl_estimator="unbiased_k3"),
     "gspo": dict(PER_SEQUENCE, ratio_level="sequence"),
     "gspo kl": dict(PER_SEQUENCE, ratio_level="sequence", kl_coef=0.2),
     "bnpo": dict(),
@@ -24,6 +25,14 @@ GRPO = {
     "dapo": PER_ITEM,
     "dapo rollout": dict(PER_ITEM, rollout_weights="rollout_weights", kl_coef=0.1),
     "cispo": dict(PER_ITEM, loss_type="cispo", clip_low=1.0, clip_high=0.4),
+    "cispo unbiased kl": dict(
+        PER_ITEM,
+        loss_type="cispo",
+        clip_low=1.0,
+        clip_high=0.4,
+        kl_coef=0.1,
+        kl_estimator="unbiased_k3",
+    ),
     "sapo": dict(
         PER_SEQUENCE, loss_type="sapo", sapo_temperature_pos=1.25, sapo_temperature_neg=1.5
     ),

@@ -58,7 +58,8 @@ def policy_loss(
         sapo_temperature_neg: for sapo elsewhere; None means 1.05.
         ref_logps: `(B, T)`, for the KL term; its metric is measured for any `kl_coef`.
         kl_coef: weight of the KL term; needs `ref_logps` unless 0.
-        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`.
+        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`; or "unbiased_k3", k3 times the ratio of
+            the token, through both of which the gradient flows (TRL's default for GRPO).
         entropy: `(B, T)`; differentiable.
         entropy_coef: weight of the entropy bonus; needs `entropy` unless 0.
         rollout_weights: `(B,)` or `(B, T)`, w: they correct for the policy that sampled.

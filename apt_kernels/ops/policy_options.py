@@ -12,7 +12,7 @@ from .tokens import AGGREGATIONS
 
 _LOSS_TYPES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
 _RATIO_LEVELS = {"token": 0, "sequence": 1}
-_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3, "unbiased_k3": 4}
 METRICS = (
     "policy_loss", "approx_kl", "ppo_kl", "clip_fraction", "dual_clip_fraction", "ref_kl",
     "entropy",
@@ -68,6 +68,11 @@ def check_options(options: PolicyOptions) -> None:
             checks.positive(name, value)
     if options.ratio_level == "sequence" and loss_type == "reinforce":
         raise ValueError("ratio_level: expected 'token', as reinforce has no ratio, got 'sequence'")
+    if options.ratio_level == "sequence" and options.kl_estimator == "unbiased_k3":
+        raise ValueError(
+            "kl_estimator: expected 'k1', 'k2' or 'k3' with ratio_level 'sequence', as unbiased_k3 "
+            "needs the ratio of each token, got 'unbiased_k3'"
+        )
 
 
 def check_tensors(

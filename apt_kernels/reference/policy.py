@@ -71,7 +71,9 @@ def policy_loss(
         sapo_temperature_neg: 1.05 unless given.
         ref_logps: `(B, T)`, for the KL term.
         kl_coef: weight of the KL term.
-        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`.
+        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`; or "unbiased_k3": r k3, whose expectation
+            over tokens of the old policy, and that of its gradient, are those of the KL
+            (DeepSeek-AI 2025, DeepSeek-V3.2, section 3.1).
         entropy: `(B, T)`, differentiable.
         entropy_coef: weight of the entropy bonus.
         rollout_weights: `(B,)` or `(B, T)`, w above: correction for what sampled the tokens.
@@ -114,7 +116,9 @@ def policy_loss(
     zero = torch.zeros_like(logps.detach())
     kl = bonus = zero
     if ref_logps is not None:
-        kl = kl_penalty(logps, per_token(ref_logps), kl_estimator)
+        kl = kl_penalty(logps, per_token(ref_logps), kl_estimator.removeprefix("unbiased_"))
+        if kl_estimator == "unbiased_k3":
+            kl = kl * ratio
         total = total + kl_coef * kl if kl_coef else total
     if entropy is not None:
         bonus = keep(mask, entropy.to(dtype))

@@ -84,7 +84,7 @@ def _losses(dtype: torch.dtype) -> Iterator[Sample]:
         for normalizer in (12.5, torch.tensor(20)):
             kwargs = {"aggregation": aggregation, "normalizer": normalizer}
             yield _call(f"normalizer_{type(normalizer).__name__}_{aggregation}", x, **kwargs)
-    for estimator in ("k1", "k2", "k3"):
+    for estimator in policy_loss.ESTIMATORS:
         kwargs = {"kl_estimator": estimator, "kl_coef": 0.3}
         yield _call(estimator, x, "ref_logps", **kwargs)
     rows = {n: x[n][:, 0] for n in ("advantages", "rollout_weights")}

@@ -23,6 +23,7 @@ LOSSES = {
     },
     "reinforce": {"loss_type": "reinforce"},
 }  # fmt: skip
+ESTIMATORS = ("k1", "k2", "k3", "unbiased_k3")
 AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "dr_grpo")
 
 
@@ -77,7 +78,7 @@ def _options(dtype: torch.dtype) -> Iterator[Sample]:
             kwargs = {"ratio_level": "sequence", "kl_coef": 0.1, **options}
             yield _call(f"{name}_sequence_rows", rows, "ref_logps", "rollout_weights", **kwargs)
         yield _call(f"{name}_on_policy", {**x, "old_logps": None}, **options)
-    for estimator in ("k1", "k2", "k3"):
+    for estimator in ESTIMATORS:
         for coefficient in (0.0, 0.3, -0.1):
             kwargs = {"kl_estimator": estimator, "kl_coef": coefficient}
             yield _call(f"{estimator}_{coefficient}", x, "ref_logps", **kwargs)
@@ -141,7 +142,7 @@ def _large(dtype: torch.dtype) -> Iterator[Sample]:
     }
     for name, options in LOSSES.items():
         yield _call(f"large_{name}", x, **options)
-        for estimator in ("k1", "k2", "k3"):
+        for estimator in ESTIMATORS:
             kwargs = {"kl_estimator": estimator, "kl_coef": 0.1, **options}
             yield _call(f"large_{name}_{estimator}", x, "ref_logps", **kwargs)
         if name != "reinforce":
@@ -248,6 +249,10 @@ def rejected() -> Iterator[Rejected]:
     yield call(
         "reinforce_sequence", "ratio_level: .*reinforce", loss_type="reinforce",
         ratio_level="sequence",
+    )  # fmt: skip
+    yield call(
+        "unbiased_sequence", "kl_estimator: .*'sequence'.*got 'unbiased_k3'", ref_logps=old,
+        ratio_level="sequence", kl_estimator="unbiased_k3",
     )  # fmt: skip
     yield call("kl_coef", "ref_logps: expected a tensor, as kl_coef", kl_coef=0.1)
     yield call("kl_nan", "kl_coef: expected a finite", kl_coef=float("nan"))

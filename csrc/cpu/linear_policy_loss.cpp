@@ -115,8 +115,8 @@ class LinearRows {
         token.grad *= weight;
       }
       if (a_.ref_logps.data) {
-        const auto term =
-            kl_term<double, double>(a_.options.kl_estimator, logps - at(a_.ref_logps, rows_[i]));
+        const auto term = policy_kl_term<double, double>(
+            a_.options.kl_estimator, logps - at(a_.ref_logps, rows_[i]), ratio.value, ratio.slope);
         kl = term.value;
         token.grad += k_.kl_coef * term.grad;
       }

@@ -75,7 +75,7 @@ class Rows {
       }
       if (a_.ref_logps.data) {
         const V d = logps - read(a_.ref_logps, row, t, left, counts);
-        const auto kl = kl_term<S, V>(a_.options.kl_estimator, d);
+        const auto kl = policy_kl_term<S, V>(a_.options.kl_estimator, d, ratio.value, ratio.slope);
         token.grad = token.grad + k_.kl_coef * kl.grad;
         kl_sum.add(kl.value);
       }

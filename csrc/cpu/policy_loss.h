@@ -11,7 +11,7 @@ constexpr int kPolicyMetrics = 7;
 
 struct PolicyOptions {
   PolicyLossType type;
-  int kl_estimator;  // 1, 2, 3
+  int kl_estimator;  // 1, 2, 3; 4: the third times the ratio
   bool sequence_level;
   double clip_low, clip_high, dual_clip;  // dual_clip: infinity for none
   double tau_pos, tau_neg, kl_coef, entropy_coef;

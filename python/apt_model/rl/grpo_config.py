@@ -35,7 +35,7 @@ class GRPOConfig:
         ratio_level: "token", or "sequence" (GSPO).
         sapo_temperature_pos: as `apt_kernels.policy_loss`.
         sapo_temperature_neg: as `apt_kernels.policy_loss`.
-        kl_estimator: as `apt_kernels.kl_penalty`.
+        kl_estimator: as `apt_kernels.policy_loss`.
         entropy_coef: weight of the entropy bonus.
         aggregation: as `apt_kernels.policy_loss`; "sequence_mean" is GRPO's.
         sampling_temperature: of the responses; log-probabilities are of that distribution.
