@@ -404,7 +404,8 @@ def run_data_parallel(rank, folder):
         )
         batch = {**nsp_batch(rows=5), "sample_ids": torch.arange(5)}
         rows = slice(0, 2) if rank == 0 else slice(2, 5)  # uneven on purpose
-        metrics = [trainer.train_step(**{k: v[rows] for k, v in batch.items()}) for _ in range(2)]
+        batch = {k: v[rows] for k, v in batch.items()}
+        metrics = [trainer.train_step(**batch) for _ in range(2)] + [trainer.eval_step(**batch)]
         modules = {"model": inner, "mlm_head": trainer.mlm_head, "nsp_head": trainer.nsp_head}
         parameters = {
             name: {
@@ -427,7 +428,7 @@ def test_two_processes_equal_one(tmp_path):
         head = model.embedding if kind == "ddp" else None
         trainer = create_mlm_pretrainer(model, WIDTH, {**SMALL, "use_nsp": True}, lm_head=head)
         batch = {**nsp_batch(rows=5), "sample_ids": torch.arange(5)}
-        expected = [trainer.train_step(**batch) for _ in range(2)]
+        expected = [trainer.train_step(**batch) for _ in range(2)] + [trainer.eval_step(**batch)]
         for metrics, parameters, _ in (result[kind] for result in results):
             for ours, theirs in zip(metrics, expected, strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-9)

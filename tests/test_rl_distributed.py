@@ -38,7 +38,7 @@ def reward_steps(wrap, rank):
         model, margin=0.1, gradient_accumulation_steps=2 if wrap else 1, learning_rate=0.01
     )
     batch = {k: v[rows_of(rank)] for k, v in pairs(pairs=5).items()}
-    return model, [trainer.train_step(**batch) for _ in range(2)]
+    return model, [trainer.train_step(**batch) for _ in range(2)] + [trainer.eval_step(**batch)]
 
 
 def grpo_steps(wrap, rank):
@@ -82,7 +82,8 @@ def rlhf_steps(wrap, rank):
     )
     batch = sampled(rows=5)
     prompts, masks = (batch[name][rows_of(rank)] for name in ("responses", "response_masks"))
-    return policy, [trainer.train_step(prompts, masks) for _ in range(2)]
+    metrics = [trainer.train_step(prompts, masks) for _ in range(2)]
+    return policy, [*metrics, trainer.eval_step(prompts, masks)]
 
 
 def sampled_steps(wrap, rank):
@@ -101,7 +102,19 @@ def sampled_steps(wrap, rank):
     return policy, metrics
 
 
-RUNS = {"sampled": sampled_steps, "rlhf": rlhf_steps, "reward": reward_steps, "grpo": grpo_steps}
+def dpo_evaluation(wrap, rank):
+    policy, reference = tiny_model(0), tiny_model(1)
+    policy = wrapped(policy, wrap, policy.lm_head)
+    if wrap == "fsdp2":
+        reference = wrapped(reference, wrap, reference.lm_head)
+    batch = {k: v[rows_of(rank)] for k, v in random_pairs(pairs=5).items()}
+    return policy, [DPOTrainer(policy, reference).eval_step(**batch)]
+
+
+RUNS = {
+    "sampled": sampled_steps, "rlhf": rlhf_steps, "reward": reward_steps, "grpo": grpo_steps,
+    "dpo": dpo_evaluation,
+}  # fmt: skip
 
 
 def run_all(rank, folder):

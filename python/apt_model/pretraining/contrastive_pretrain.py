@@ -201,7 +201,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
 
     @torch.no_grad()
     def eval_step(self, *views: Tensor, **masks: Tensor) -> dict[str, float]:
-        """Returns what `train_step` does, without a step, in evaluation mode; same arguments."""
+        """Returns what `train_step` does, of all processes' batches, in evaluation mode."""
         made = make_views(*views, **masks, **self._wanted)
         with evaluating(self.encoder), evaluating(self.projection), self.autocast():
             loss, metrics = self._share(made, self.count_over_processes(len(made[0].inputs)), [])

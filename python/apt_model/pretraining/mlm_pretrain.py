@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -177,14 +177,14 @@ class MLMPretrainer(CreatedModulesLoop):
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **batch: Any) -> dict[str, float]:
-        """Returns what `train_step` does, without a step, in evaluation mode; same arguments.
+        """Returns what `train_step` does, of all processes' batches, in evaluation mode.
 
         The masks are the same at every call, and none of the training's.
         """
         made = make_masked_batch(self.config, *args, step=EVALUATION_STEP, **batch).to(self.device)
         with evaluating(self.model), self.autocast():
-            loss, metrics = self._share(made, *_counts([made]))
-        return _result(read_numbers({"loss": loss, **metrics}))
+            loss, metrics = self._share(made, *self._counts_of_all([made]))
+        return _result(read_numbers({"loss": loss, **metrics}, self._data_parallel_groups))
 
     def _batch(self, first_row: int, *args: Any, **batch: Any) -> MaskedBatch:
         return make_masked_batch(
@@ -196,9 +196,14 @@ class MLMPretrainer(CreatedModulesLoop):
             backend=self._backend,
         )
 
+    def _counts_of_all(self, batches: Sequence[MaskedBatch]) -> Iterator[int | Tensor]:
+        """Returns how many masked tokens and how many sequences all processes have."""
+        counts = sum(len(b.targets) for b in batches), sum(len(b.input_ids) for b in batches)
+        return map(self.count_over_processes, counts)
+
     def _train(self, batches: list[MaskedBatch]) -> dict[str, float]:
         self._train_mode()
-        tokens, rows = (self.count_over_processes(count) for count in _counts(batches))
+        tokens, rows = self._counts_of_all(batches)
         return _result(self.update(batches, lambda b: self._share(b.to(self.device), tokens, rows)))
 
     def _mlm_share(
@@ -225,11 +230,6 @@ class MLMPretrainer(CreatedModulesLoop):
             loss = loss + self.config.nsp_loss_weight * nsp_loss
             metrics.update(nsp_loss=nsp_loss, nsp_accuracy=right.double() / rows)
         return loss, metrics
-
-
-def _counts(batches: Sequence[MaskedBatch]) -> tuple[int, int]:
-    """Returns how many masked tokens and how many sequences there are."""
-    return sum(len(b.targets) for b in batches), sum(len(b.input_ids) for b in batches)
 
 
 def _result(metrics: dict[str, float]) -> dict[str, float]:

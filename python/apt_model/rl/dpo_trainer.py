@@ -166,10 +166,11 @@ class DPOTrainer(TrainingLoop):
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **batch: Any) -> dict[str, float]:
-        """Returns what `train_step` does, without a step, in evaluation mode; same arguments."""
-        with evaluating(self.policy_model):
-            loss, metrics = self.compute_dpo_loss(*args, **batch)
-        return read_numbers({"loss": loss, **metrics})
+        """Returns what `train_step` does, of all processes' batches, in evaluation mode."""
+        pairs = self._batch(*args, **batch)
+        with evaluating(self.policy_model), self.autocast():
+            loss, metrics = self._share(pairs, self.count_over_processes(pairs.pairs))
+        return read_numbers({"loss": loss, **metrics}, self._data_parallel_groups)
 
     @torch.no_grad()
     def compute_reference_logps(self, *args: Any, **batch: Any) -> tuple[Tensor, Tensor]:

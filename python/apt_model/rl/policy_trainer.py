@@ -201,7 +201,7 @@ class PolicyTrainer(TrainingLoop):
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
     ) -> dict[str, float]:
-        """Returns what a response to each prompt is worth, in evaluation mode, without a step.
+        """Returns what responses to the prompts of all processes are worth, in evaluation mode.
 
         Args:
             prompts: `(B, P)`; padding may be on either side.
@@ -219,15 +219,16 @@ class PolicyTrainer(TrainingLoop):
         batch = self._batch(
             rollout.responses, rollout.response_masks, response_token_mask=rollout.token_mask
         )
+        rows = self.count_over_processes(batch.rows)
         measured = {
-            "mean_reward": self._rewards_of(batch).mean(),
-            "response_length": batch.tokens.sum() / batch.rows,
+            "mean_reward": self._rewards_of(batch).sum() / rows,
+            "response_length": batch.tokens.sum() / rows,
         }
         if self._reference is not None:
             scored = self._score_in_parts(batch, batch.rows)
             differences = kl_penalty(scored["old_logps"], scored["ref_logps"], "k1")
-            measured["sequence_kl"] = differences.sum() / batch.rows
-        return read_numbers(measured)
+            measured["sequence_kl"] = differences.sum() / rows
+        return read_numbers(measured, self._data_parallel_groups)
 
     @torch.no_grad()
     def _score_in_parts(

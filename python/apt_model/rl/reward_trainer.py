@@ -120,11 +120,11 @@ class RewardModelTrainer(TrainingLoop):
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **batch: Any) -> dict[str, float]:
-        """Returns what `train_step` does, without a step, in evaluation mode; same arguments."""
+        """Returns what `train_step` does, of all processes' batches, in evaluation mode."""
         pairs = self._batch(*args, **batch)
         with evaluating(self.model), self.autocast():
-            loss, metrics = self._share(pairs, pairs.pairs)
-        return read_numbers({"loss": loss, **metrics})
+            loss, metrics = self._share(pairs, self.count_over_processes(pairs.pairs))
+        return read_numbers({"loss": loss, **metrics}, self._data_parallel_groups)
 
     def _batch(
         self,
