@@ -145,8 +145,9 @@ def compare(
     if bench.comparable:
         check(op, bench.eager, sample, dtype, bench.backward)
     for name in passes(op.function, sample, bench.backward):
-        sides = variants | (bench.floor if name == "forward" else {})
-        runs = {v: passes(f, sample, bench.backward)[name] for v, f in sides.items()}
+        runs = {v: passes(f, sample, bench.backward)[name] for v, f in variants.items()}
+        floor = bench.floor if name == "forward" else bench.backward_floor
+        runs |= {v: passes(f, sample, False)["forward"] for v, f in floor.items()}
         times = measure.alternate(runs, seconds)
         moved = bench.bytes_moved(sample) if bench.bytes_moved else None
         if moved and name != "forward":

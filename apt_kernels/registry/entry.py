@@ -53,8 +53,10 @@ class Benchmark:
     # Each gives another library's functions of the same arguments, by name; imported when called,
     # and left out where it is not installed.
     peers: tuple[Callable[[], dict[str, Callable]], ...] = ()
-    # A plain pass over the memory, by name, which the forward is held against.
+    # What the work cannot do without, by name: a plain pass over the memory, or the products alone.
+    # The forward is held against it, and both passes against the other.
     floor: dict[str, Callable] = field(default_factory=dict)
+    backward_floor: dict[str, Callable] = field(default_factory=dict)
     comparable: bool = True  # the same values: checked before time is taken
     compiled: bool = True  # compare with torch.compile(eager) as well
     devices: tuple[str, ...] = ("cpu", "cuda")
