@@ -65,7 +65,7 @@ def tiles(x: Tensor, gradient: bool = False) -> Tiles:
         depth, part = min(32, depth), min(64, part)
         return Tiles(rows=64, columns=16, depth=depth, part=part, warps=8, stages=2)
     if gradient:
-        columns = 32 if half else 16
+        columns = 32 if x.dtype == torch.bfloat16 else 16  # coefficients beside float16: float32
         # of narrow rows ptxas gives a thread too few registers on sm_100: a tile of half the size
         taken, warps = (32, 4) if width == 16 else (64, 8)
         return Tiles(rows=taken, columns=columns, depth=depth, part=part, warps=warps, stages=2)
