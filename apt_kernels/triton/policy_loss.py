@@ -23,6 +23,8 @@ from apt_kernels.triton.tokens import (
 CLIP = tl.constexpr(0)
 CISPO = tl.constexpr(1)
 SAPO = tl.constexpr(2)
+K3 = tl.constexpr(3)
+UNBIASED_K3 = tl.constexpr(4)  # times the ratio
 
 QUANTITIES = 8  # the metrics, in their order, and the loss
 MEANS = 0b01111110  # those that are divided by the number of tokens
@@ -117,7 +119,10 @@ def _policy_loss_fwd_kernel(
     kl = logps * 0.0
     if ref_ptr is not None:
         ref = read(ref_ptr, row, ref_b, start, live, counts, 1, UNIT)
-        kl, kl_grad = kl_term(logps - ref, ESTIMATOR)
+        kl, kl_grad = kl_term(logps - ref, K3 if ESTIMATOR == UNBIASED_K3 else ESTIMATOR)
+        if ESTIMATOR == UNBIASED_K3:
+            kl_grad = ratio * kl_grad + slope * kl
+            kl *= ratio
         grad += kl_coef * kl_grad
     entropy = logps * 0.0
     if entropy_ptr is not None:
