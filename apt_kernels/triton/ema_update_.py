@@ -8,9 +8,10 @@ import triton.language as tl
 
 from apt_kernels.triton import rows
 
-BLOCK = 2048  # elements of a program: 16 a thread, eight 16-byte loads in flight
+CHUNK = 2048  # elements at a time: 16 a thread, eight 16-byte loads in flight
+BLOCK = 4 * CHUNK  # elements of a program, beside which its look into the table counts for little
 TENSORS = 32  # a launch; their addresses travel as arguments, so that the host copies no table
-NEVER = 2**62  # the first block of a tensor that is not there
+NEVER = 2**31 - 1  # the first block of a tensor that is not there
 
 
 @triton.jit
@@ -31,38 +32,44 @@ def _update(target_ptr, source_ptr, live, weight):
 # first blocks. Accuracy: float32, one rounding to the target's dtype; float64 targets in float64.
 @triton.jit
 def _ema_update_fwd_kernel(
-    targets, sources, table_ptr, weight: tl.float64,
-    TENSORS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    targets, sources, first_blocks_ptr, counts_ptr, weight: tl.float64,
+    TENSORS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    first_blocks = tl.load(table_ptr + tl.arange(0, TENSORS))
-    which = tl.sum((first_blocks <= block).to(tl.int32), 0) - 1
-    first = (block - tl.load(table_ptr + which)) * BLOCK
-    count = tl.load(table_ptr + TENSORS + which)
+    first_blocks = tl.load(first_blocks_ptr + tl.arange(0, TENSORS))
+    begun = first_blocks <= block
+    which = tl.sum(begun.to(tl.int32), 0) - 1
+    count = tl.load(counts_ptr + which)
+    first = (block - tl.max(tl.where(begun, first_blocks, 0), 0)).to(tl.int64) * BLOCK
     target_ptr, source_ptr = targets[0], sources[0]
     for i in tl.static_range(1, TENSORS):
         target_ptr = tl.where(which == i, targets[i], target_ptr)
         source_ptr = tl.where(which == i, sources[i], source_ptr)
     if ALIGNED:
         target_ptr, source_ptr = tl.multiple_of(target_ptr, 16), tl.multiple_of(source_ptr, 16)
-    at = first + tl.arange(0, BLOCK)
-    if first + BLOCK <= count:
-        _update(target_ptr + at, source_ptr + at, None, weight)
-    else:
-        _update(target_ptr + at, source_ptr + at, at < count, weight)
+    for start in range(0, BLOCK, CHUNK):
+        at = first + start + tl.arange(0, CHUNK)
+        if first + start + CHUNK <= count:
+            _update(target_ptr + at, source_ptr + at, None, weight)
+        else:
+            _update(target_ptr + at, source_ptr + at, at < count, weight)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's sizes stay: only its first update makes tables
 def _table(counts, tensors, device):
-    """Two rows of a launch: the first block of every tensor, and its number of elements."""
+    """The first block of every tensor of a launch, the numbers of elements, and all blocks."""
     first_blocks, blocks = [], 0
     for count in counts:
         first_blocks.append(blocks)
         blocks += triton.cdiv(count, BLOCK)
     missing = tensors - len(counts)
-    table = [first_blocks + [NEVER] * missing, [*counts, *[0] * missing]]
-    pinned = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True), blocks
+
+    def sent(numbers, dtype):
+        pinned = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+        return pinned.to(device, non_blocking=True)
+
+    first_blocks = sent(first_blocks + [NEVER] * missing, torch.int32)
+    return first_blocks, sent([*counts, *[0] * missing], torch.int64), blocks
 
 
 def _launch(pairs, aligned, weight):
@@ -72,12 +79,13 @@ def _launch(pairs, aligned, weight):
     for start in range(0, len(pairs), tensors):
         some = pairs[start : start + tensors]
         device = some[0][0].device
-        table, blocks = _table(tuple(t.numel() for t, _ in some), tensors, device)
+        first_blocks, sizes, blocks = _table(tuple(t.numel() for t, _ in some), tensors, device)
         some = some + some[:1] * (tensors - len(some))
         with rows.device_of(some[0][0]):
             _ema_update_fwd_kernel[(blocks,)](
-                tuple(t for t, _ in some), tuple(s for _, s in some), table, weight,
-                TENSORS=tensors, BLOCK=BLOCK, ALIGNED=aligned, num_warps=4,
+                tuple(t for t, _ in some), tuple(s for _, s in some),
+                first_blocks, sizes, weight,
+                TENSORS=tensors, BLOCK=BLOCK, CHUNK=CHUNK, ALIGNED=aligned, num_warps=4,
             )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import triton.language as tl
 from apt_kernels.triton import rows
 
 WHITEN_BLOCK = 4096  # advantages a program takes: 16 a thread at 8 warps
-OF_A_WARP = 256  # steps: 8 a thread, of several rows where they are short
+OF_A_WARP = 128  # steps: 4 a thread, 16 bytes of float32; of several rows where they are short
+OF_A_WARP_SINGLY = 256  # where steps are loaded one by one: ptxas gives 8 warps too few registers
 WHITEN_PROGRAMS = 1024  # partial sums that every program of the next step adds, at most
 
 
@@ -18,9 +19,11 @@ def _then(delta_later, decay_later, delta, decay):
 
 
 @triton.jit
-def _first(value_later, any_later, value, any_here):
-    """The value of the first step that counts, and whether there is one."""
-    return tl.where(any_here != 0, value, value_later), any_here | any_later
+def _first_two(value_later, second_later, number_later, value, second, number):
+    """The values of the first two steps that count, and how many of the two there are."""
+    second = tl.where(number > 1, second, tl.where(number > 0, value_later, second_later))
+    value = tl.where(number > 0, value, value_later)
+    return value, second, tl.minimum(number + number_later, 2)
 
 
 @triton.jit
@@ -34,9 +37,8 @@ def _flags(ptr, offset, live, ABSENT: tl.constexpr):
 
 
 # What: A_t = delta_t + gamma lambda A_(t+1) of BLOCK_B rows, from the last step back.
-# Passes: one; values are read twice, the second time from the cache. Bytes: rewards, values and
-# flags read, advantages and returns written. Parallelism: a tile of rows a program, a scan of
-# BLOCK_T steps at a time. Accuracy: float32.
+# Passes: one. Bytes: rewards, values and flags read, advantages and returns written. Parallelism: a
+# tile of rows a program, scans of BLOCK_T steps at a time. Accuracy: float32.
 @triton.jit(do_not_specialize=["B", "T"])
 def _gae_fwd_kernel(
     rewards_ptr, values_ptr, mask_ptr, terminated_ptr, truncated_ptr, bootstrap_ptr, cu_seqlens_ptr,
@@ -47,10 +49,10 @@ def _gae_fwd_kernel(
     out_b: tl.int64, out_t: tl.int64, gamma: tl.float32, decay: tl.float32,
     PER_STEP: tl.constexpr, VECTORS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    sequence = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row = sequence[:, None]
     place = tl.arange(0, BLOCK_T)[None, :]
     inside = row < B
-    sequence = row
     first = T * 0
     steps = T
     if VECTORS:  # tells the compiler that no vector of 16 bytes lies across the end of a row
@@ -63,9 +65,8 @@ def _gae_fwd_kernel(
     after_last = tl.zeros((BLOCK_B, 1), tl.float32)
     if bootstrap_ptr is not None:
         if not PER_STEP:
-            after_last = tl.load(bootstrap_ptr + sequence * bootstrap_b, mask=inside, other=0.0).to(
-                tl.float32
-            )
+            at = bootstrap_ptr + sequence * bootstrap_b
+            after_last = tl.load(at, mask=sequence < B, other=0.0).to(tl.float32)[:, None]
     trace = tl.zeros((BLOCK_B, 1), tl.float32)  # the advantage, the value of the next step
     carried = tl.zeros((BLOCK_B, 1), tl.float32)
     seen = tl.zeros((BLOCK_B, 1), tl.int32)  # whether there is one
@@ -77,30 +78,24 @@ def _gae_fwd_kernel(
         counts = _flags(mask_ptr, row * mask_b + t * mask_t, live, True)
         ends = _flags(terminated_ptr, row * terminated_b + t * terminated_t, live, False)
         breaks = _flags(truncated_ptr, row * truncated_b + t * truncated_t, live, False)
-        reward = tl.load(rewards_ptr + row * rewards_b + t * rewards_t, mask=counts, other=0.0)
-        value = tl.load(values_ptr + row * values_b + t * values_t, mask=counts, other=0.0)
-        reward = reward.to(tl.float32)
-        value = value.to(tl.float32)
-        # the next step that counts: within the tile by a scan of what lies one further
-        later = inside & (place < BLOCK_T - 1) & (step + 1 < steps)
-        any_later = _flags(mask_ptr, row * mask_b + (t + 1) * mask_t, later, True)
-        following = tl.load(
-            values_ptr + row * values_b + (t + 1) * values_t, mask=any_later, other=0.0
-        ).to(tl.float32)
-        any_here = any_later.to(tl.int32)
-        if mask_ptr is not None:
-            following, any_here = tl.associative_scan(
-                (following, any_here), 1, _first, reverse=True
-            )
-        coming = tl.where(any_here != 0, following, carried)
-        last = (any_here | seen) == 0
+        # loaded wherever there is a step, for a mask from memory would part the vectors
+        reward = tl.load(rewards_ptr + row * rewards_b + t * rewards_t, mask=live, other=0.0)
+        value = tl.load(values_ptr + row * values_b + t * values_t, mask=live, other=0.0)
+        reward = tl.where(counts, reward.to(tl.float32), 0.0)
+        value = tl.where(counts, value.to(tl.float32), 0.0)
+        # the first step from here on that counts, and the one after it
+        nearest, following, found = tl.associative_scan(
+            (value, value * 0.0, counts.to(tl.int32)), 1, _first_two, reverse=True
+        )
+        last = (found < 2) & (seen == 0)
+        following = tl.where(found > 1, following, carried)
         after = tl.where(last, after_last, 0.0)
         if bootstrap_ptr is not None:
             if PER_STEP:
                 after = tl.load(
-                    bootstrap_ptr + row * bootstrap_b + t * bootstrap_t, mask=counts, other=0.0
+                    bootstrap_ptr + row * bootstrap_b + t * bootstrap_t, mask=live, other=0.0
                 ).to(tl.float32)
-        following = tl.where(ends, 0.0, tl.where(breaks | last, after, coming))
+        following = tl.where(ends, 0.0, tl.where(breaks | last, after, following))
         delta = tl.where(counts, reward + gamma * following - value, 0.0)
         kept = tl.where(counts, tl.where(ends | breaks | last, 0.0, decay), 1.0)
         delta, kept = tl.associative_scan((delta, kept), 1, _then, reverse=True)
@@ -110,10 +105,9 @@ def _gae_fwd_kernel(
         tl.store(returns_ptr + out, tl.where(counts, advantage + value, 0.0), mask=live)
         here = place == 0
         trace = tl.sum(tl.where(here, advantage, 0.0), 1, keep_dims=True)
-        coming = tl.where(counts, value, coming)
-        carried = tl.sum(tl.where(here, coming, 0.0), 1, keep_dims=True)
-        known = tl.where(here, counts.to(tl.int32) | any_here, 0)
-        seen = seen | tl.max(known, 1, keep_dims=True)
+        nearest = tl.where(found > 0, nearest, carried)
+        carried = tl.sum(tl.where(here, nearest, 0.0), 1, keep_dims=True)
+        seen = seen | tl.sum(tl.where(here, found, 0), 1, keep_dims=True)
 
 
 # What: the sum of the advantages of a block, and how many count.
@@ -209,19 +203,20 @@ def gae_fwd(
     else:
         B, T = cu_seqlens.shape[0] - 1, rewards.shape[0]
         per_step = bootstrap is not None and bootstrap.shape[0] != B
+    vectors = cu_seqlens is None and not time_major and T % 16 == 0
     if time_major:  # rows are adjacent: many of them, and few steps at a time
         block_b, block_t, warps = 64, 8, 2
     else:
+        of_a_warp = OF_A_WARP if vectors else OF_A_WARP_SINGLY
         block_t = min(1024, triton.next_power_of_2(T))
-        block_b = max(1, OF_A_WARP // block_t) if cu_seqlens is None else 1
-        warps = max(1, block_t // OF_A_WARP)
-    adjacent = cu_seqlens is None and not time_major
+        block_b = max(1, of_a_warp // block_t) if cu_seqlens is None else 1
+        warps = max(1, block_t // of_a_warp)
     inputs = (rewards, values, mask, terminated, truncated, bootstrap)
     with rows.device_of(rewards):
         _gae_fwd_kernel[(triton.cdiv(B, block_b),)](
             *inputs, cu_seqlens, advantages, returns, B, T,
             *(stride for t in (*inputs, advantages) for stride in _strides(t, time_major)),
-            gamma, gamma * gae_lambda, PER_STEP=per_step, VECTORS=adjacent and T % 16 == 0,
+            gamma, gamma * gae_lambda, PER_STEP=per_step, VECTORS=vectors,
             BLOCK_B=block_b, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
         if whiten:

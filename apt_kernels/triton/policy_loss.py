@@ -79,7 +79,7 @@ def _put(partials_ptr, k, P, place, values, counts, scale):
                                "ref_b", "entropy_b"])  # fmt: skip
 def _policy_loss_fwd_kernel(
     logps_ptr, old_ptr, adv_ptr, mask_ptr, weights_ptr, ref_ptr, entropy_ptr, normalizer_ptr,
-    lengths_ptr, means_ptr, partials_ptr, grad_logps_ptr, grad_entropy_ptr,
+    lengths_ptr, totals_ptr, means_ptr, partials_ptr, grad_logps_ptr, grad_entropy_ptr,
     B: tl.int64, T: tl.int64, logps_b: tl.int64, old_b: tl.int64, adv_b: tl.int64,
     mask_b: tl.int64, weights_b: tl.int64, ref_b: tl.int64, entropy_b: tl.int64,
     low: tl.float32, high: tl.float32, dual: tl.float32, tau_pos: tl.float32, tau_neg: tl.float32,
@@ -93,7 +93,7 @@ def _policy_loss_fwd_kernel(
     start = tl.program_id(1).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     live = i < T - start
-    scale, _ = row_scale(lengths_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
+    scale, _ = row_scale(lengths_ptr, totals_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
     counts = read(mask_ptr, row, mask_b, start, live, live, 1, UNIT) != 0
     logps = read(logps_ptr, row, logps_b, start, live, counts, 1, UNIT)
     adv = read(adv_ptr, row, adv_b, start, live, counts, ADV_STEP, UNIT)
@@ -158,14 +158,14 @@ def policy_loss_fwd(
         zeros = logps.new_zeros(QUANTITIES, dtype=torch.float32)
         return zeros[QUANTITIES - 1].clone(), zeros[:-1].clone(), grad_logps, grad_entropy
     of_rows = (logps, old_logps) if ratio_level and old_logps is not None else (None, None)
-    lengths, means = count_rows(mask, *of_rows)
+    lengths, totals, means = count_rows(mask, *of_rows)
     tiles = triton.cdiv(T, BLOCK)
     partials = logps.new_empty((QUANTITIES, B * tiles), dtype=torch.float64)
     inputs = (logps, old_logps, advantages, mask, weights, ref_logps, entropy)
     unit, strides = row_strides(T, *inputs)
     with rows.device_of(logps):
         _policy_loss_fwd_kernel[(B, tiles)](
-            *inputs, normalizer, lengths, means, partials, grad_logps,
+            *inputs, normalizer, lengths, totals, means, partials, grad_logps,
             grad_entropy if need_entropy else None, B, T // unit, *strides,
             1.0 - clip_low, 1.0 + clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef,
             LOSS=loss_type, SEQUENCE=bool(ratio_level), ESTIMATOR=kl_estimator,
@@ -174,5 +174,5 @@ def policy_loss_fwd(
             UNIT=unit, BLOCK=BLOCK, ROWS=ROWS_BLOCK,
             num_warps=WARPS if unit > 1 else 4,  # ptxas gives 8 too few registers for single loads
         )  # fmt: skip
-    sums = sum_partials(partials, lengths, MEANS)
+    sums = sum_partials(partials, lengths, totals, MEANS)
     return sums[-1].clone(), sums[:-1].clone(), grad_logps, grad_entropy

@@ -12,6 +12,17 @@ BLOCK = 1024  # tokens a program takes at a time: 16 bytes a thread
 LENGTHS = ["stride_b", "stride_t", "T"]
 
 
+@triton.jit
+def _counts(mask_ptr, head, offset, inside, ALIGN: tl.constexpr):
+    """Which tokens count: by words of ALIGN bytes, where the mask lies as the numbers beside it."""
+    if (mask_ptr + head).to(tl.int64) % ALIGN == 0:
+        body_ptr = tl.multiple_of(mask_ptr + head, ALIGN)
+        counts = tl.load(body_ptr + offset, mask=inside, other=0) != 0
+    else:
+        counts = tl.load(mask_ptr + head + offset, mask=inside, other=0) != 0
+    return counts
+
+
 # What: sum or mean of a row's log-probabilities where the mask is true.
 # Passes: one. Bytes: T log-probabilities and T mask bytes a row read, 4 bytes written.
 # Parallelism: one program a row. Accuracy: float32, a fixed order of sums.
@@ -45,7 +56,7 @@ def _sequence_logps_fwd_kernel(
     for start in range(0, body, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         inside = offset < body
-        kept = tl.load(mask_ptr + head + offset, mask=inside, other=0) != 0
+        kept = _counts(mask_ptr, head, offset, inside, ALIGN)
         if ADJACENT:
             value = tl.load(body_ptr + offset, mask=inside, other=0.0)
         else:
@@ -88,7 +99,7 @@ def _sequence_logps_bwd_kernel(
     tl.store(out_ptr + column, tl.where(counts, grad, 0.0), mask=live)
     for start in range(0, body, BLOCK):
         offset = start + tl.arange(0, BLOCK)
-        kept = tl.load(mask_ptr + head + offset, mask=offset < body, other=0) != 0
+        kept = _counts(mask_ptr, head, offset, offset < body, ALIGN)
         tl.store(body_ptr + offset, tl.where(kept, grad, 0.0), mask=offset < body)
 
 

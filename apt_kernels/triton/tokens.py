@@ -1,7 +1,8 @@
 """What the losses of tokens share: counting, the factor of a row, sums in a fixed order.
 
-A loss takes three launches: `count_rows` (the tokens of each row, and its mean log-ratio), the loss
-of a tile of a row in each program, with partial sums, and `sum_partials`.
+A loss takes three launches: `count_rows` (the tokens of each row, and its mean log-ratio; one more
+for the totals of many rows), the loss of a tile of a row in each program, with partial sums, and
+`sum_partials`.
 """
 
 import torch
@@ -12,7 +13,8 @@ from apt_kernels.triton import rows
 
 BLOCK = 1024  # tokens a program takes
 WARPS = 8  # 4 tokens a thread: 16 bytes of float32, so that a warp asks for whole sectors
-ROWS_BLOCK = 1024  # row lengths that a program adds at a time
+ROWS_BLOCK = 512  # row lengths that are added at a time; not BLOCK: tokens would lie as they do
+FEW_ROWS = 16  # lengths that every program adds for itself; of more, a launch makes the totals
 
 TOKEN_MEAN = tl.constexpr(0)
 TOKEN_SUM = tl.constexpr(1)
@@ -85,10 +87,8 @@ def kl_term(d, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def row_scale(
-    lengths_ptr, normalizer_ptr, row, B, T, AGGREGATION: tl.constexpr, ROWS: tl.constexpr
-):
-    """The factor of the losses of a row, and the number of tokens (at least 1) of all rows."""
+def _totals(lengths_ptr, B, ROWS: tl.constexpr):
+    """The number of tokens, and of rows with any."""
     tokens = tl.zeros((ROWS,), tl.int64)
     full = tl.zeros((ROWS,), tl.int64)
     for start in range(0, B, ROWS):
@@ -96,8 +96,24 @@ def row_scale(
         length = tl.load(lengths_ptr + i, mask=i < B, other=0)
         tokens += length
         full += (length > 0).to(tl.int64)
-    count = tl.maximum(tl.sum(tokens, 0), 1).to(tl.float32)
-    filled = tl.maximum(tl.sum(full, 0), 1).to(tl.float32)
+    return tl.sum(tokens, 0), tl.sum(full, 0)
+
+
+@triton.jit
+def row_scale(
+    lengths_ptr, totals_ptr, normalizer_ptr, row, B, T, AGGREGATION: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The factor of the losses of a row, and the number of tokens (at least 1) of all rows."""
+    if totals_ptr is None:
+        tokens, full = _totals(lengths_ptr, B, ROWS)
+    else:  # a vector, which one warp loads; a number would be loaded by all
+        k = tl.arange(0, ROWS)
+        both = tl.load(totals_ptr + k, mask=k < 2, other=0)
+        tokens = tl.sum(tl.where(k == 0, both, 0), 0)
+        full = tl.sum(tl.where(k == 1, both, 0), 0)
+    count = tl.maximum(tokens, 1).to(tl.float32)
+    filled = tl.maximum(full, 1).to(tl.float32)
     if normalizer_ptr is not None:
         scale = 1.0 / tl.load(normalizer_ptr)
     elif AGGREGATION == TOKEN_MEAN:
@@ -137,12 +153,20 @@ def _count_rows_kernel(
     tl.store(means_ptr + row, tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32))
 
 
+# What: the tokens of all rows, and the rows with any. Passes: one. Bytes: 8 a row. One program.
+@triton.jit(do_not_specialize=["B"])
+def _totals_kernel(lengths_ptr, totals_ptr, B: tl.int64, ROWS: tl.constexpr):
+    tokens, full = _totals(lengths_ptr, B, ROWS)
+    tl.store(totals_ptr, tokens)
+    tl.store(totals_ptr + 1, full)
+
+
 # What: out[k] = sum of partials[k], divided by the number of tokens where DIVIDED has bit k.
 # Passes: one. Bytes: the partial sums read. Parallelism: a quantity a program.
 # Accuracy: float64, fixed order.
 @triton.jit(do_not_specialize=["B", "P"])
 def _sum_partials_kernel(
-    partials_ptr, lengths_ptr, out_ptr, B: tl.int64, P: tl.int64,
+    partials_ptr, lengths_ptr, totals_ptr, out_ptr, B: tl.int64, P: tl.int64,
     DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64)
@@ -150,32 +174,35 @@ def _sum_partials_kernel(
     for start in range(0, P, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(partials_ptr + k * P + i, mask=i < P, other=0.0).to(tl.float64)
-    _, count = row_scale(lengths_ptr, None, 0, B, B, 0, BLOCK)
+    _, count = row_scale(lengths_ptr, totals_ptr, None, 0, B, B, 0, BLOCK)
     result = tl.sum(total, 0)
     tl.store(out_ptr + k, tl.where(((DIVIDED >> k) & 1) != 0, result / count, result))
 
 
 def count_rows(mask, x=None, y=None):
-    """(lengths (B,) int64, means of x - y (B,) float32, 0 without them)."""
+    """(lengths (B,) int64, their totals (2,) or None, means of x - y (B,) float32, 0 without)."""
     B, T = mask.shape
     lengths = mask.new_empty(B, dtype=torch.int64)
     means = mask.new_empty(B, dtype=torch.float32)
+    totals = None if B <= FEW_ROWS else mask.new_empty(2, dtype=torch.int64)
     unit, strides = row_strides(T, mask, x, y)
     with rows.device_of(mask):
         _count_rows_kernel[(B,)](
             mask, x, y, lengths, means, T // unit, *strides,
             UNIT=unit, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-    return lengths, means
+        if totals is not None:
+            _totals_kernel[(1,)](lengths, totals, B, ROWS=ROWS_BLOCK, num_warps=WARPS)
+    return lengths, totals, means
 
 
-def sum_partials(partials, lengths, divided):
+def sum_partials(partials, lengths, totals, divided):
     """The sums of the rows of `partials`; row k divided by the tokens where bit k is set."""
     K, P = partials.shape
     out = partials.new_empty(K, dtype=torch.float32)
     with rows.device_of(partials):
         _sum_partials_kernel[(K,)](
-            partials, lengths, out, lengths.shape[0], P,
+            partials, lengths, totals, out, lengths.shape[0], P,
             DIVIDED=divided, BLOCK=ROWS_BLOCK, num_warps=4,
         )  # fmt: skip
     return out

@@ -189,8 +189,9 @@ def test_traffic_of_pair_losses(B, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_traffic_of_sequence_logps(dtype):
-    B, T = 4, 4096
+@pytest.mark.parametrize("T", [4096, 32003])
+def test_traffic_of_sequence_logps(T, dtype):
+    B = 4
     logps, mask = torch.randn(B, T).to(dtype), torch.rand(B, T) < 0.5
     with ptx_execution.Triton() as counter:
         counter.start_counting()
@@ -205,20 +206,158 @@ def test_traffic_of_sequence_logps(dtype):
     assert (loads.sectors + stores.sectors) * ptx_execution.SECTOR <= SECTORS * floor
 
 
-# Beside the tokens of 4 rows there are partial sums, and the lengths that every program adds.
-@pytest.mark.parametrize("dtype, bytes", [(torch.float32, 1.06), (torch.bfloat16, 1.10)], ids=str)
-def test_traffic_of_policy_loss(dtype, bytes):
-    B, T = 4, 4096
-    logps, old, adv, ref = (torch.randn(B, T).to(dtype) for _ in range(4))
-    mask = torch.rand(B, T) < 0.5
+def _randn(*shape, dtype):
+    return torch.randn(shape).to(dtype)
+
+
+def _ema_update(launchers, dtype):
+    targets, sources = ([_randn(n, dtype=dtype) for n in (16384, 32775)] for _ in range(2))
+    launchers.ema_update_fwd(targets, sources, 0.99)
+    return 3 * sum(t.nbytes for t in targets)
+
+
+def _queue_push(launchers, dtype, pointer=512):
+    queue, keys = _randn(128, 4096, dtype=dtype), _randn(256, 128, dtype=dtype)
+    launchers.queue_push_fwd(queue, torch.tensor([pointer]), keys)
+    return 2 * keys.nbytes
+
+
+def _sequence_logps(launchers, dtype, T=4099):
+    logps, mask = _randn(4, T, dtype=dtype), torch.rand(4, T) < 0.5
+    launchers.sequence_logps_fwd(logps, mask, False)
+    return logps.numel() * (dtype.itemsize + 1)
+
+
+def _mlm_mask(launchers, dtype, T=2048):
+    ids = torch.randint(0, 30522, (4, T), dtype=dtype)
+    shares = (int(share * 2**32) for share in (0.15, 0.8, 0.9))
+    launchers.mlm_mask_fwd(
+        ids, None, None, None, None, (0, 1, 100, 3), 103, 30518, *shares, 1, 0, 0, True
+    )
+    return ids.numel() * (3 * dtype.itemsize + 1)
+
+
+def _group_advantages(launchers, dtype, size=8):
+    for kind in range(4):
+        launchers.group_advantages_fwd(_randn(2048, dtype=dtype), size, kind, 1e-8)
+    return 4 * 2048 * (dtype.itemsize + 4)
+
+
+def _value_loss(launchers, dtype, B=32, T=1024):
+    values, returns, old = (_randn(B, T, dtype=dtype) for _ in range(3))
+    launchers.value_loss_fwd(values, returns, torch.rand(B, T) < 0.5, old, None, 0, 0.2)
+    return B * T * (3 * dtype.itemsize + 1 + 4)
+
+
+def _policy_loss(launchers, dtype, B=32, T=1024):
+    logps, old, adv, ref = (_randn(B, T, dtype=dtype) for _ in range(4))
     options = (0, 0, 3, 0, 0.2, 0.2, 3.0, 1.0, 1.0, 0.1, 0.0, False)
+    mask = torch.rand(B, T) < 0.5
+    launchers.policy_loss_fwd(logps, old, adv, mask, None, ref, None, None, *options)
+    return B * T * (4 * dtype.itemsize + 1 + 4)
+
+
+def _gae(launchers, dtype, B=8, T=2048):
+    rewards, values = _randn(B, T, dtype=dtype), _randn(B, T, dtype=dtype)
+    options = (None, 0.99, 0.95, False, False)
+    mask = torch.rand(B, T) < 0.9
+    launchers.gae_fwd(rewards, values, mask, None, None, torch.randn(B), *options)
+    return B * T * (2 * dtype.itemsize + 1 + 8)
+
+
+def _moved(call, launchers, *arguments, **named) -> tuple[float, float]:
+    """Bytes and sectors of a call, as shares of the floor that the call returns."""
     with ptx_execution.Triton() as counter:
         counter.start_counting()
-        kernels.policy_loss_fwd(logps, old, adv, mask, None, ref, None, None, *options)
-        loads, stores = counter.stop_counting()
-    floor = B * T * (4 * dtype.itemsize + 1 + 4)
-    assert floor <= loads.bytes + stores.bytes <= bytes * floor
-    assert (loads.sectors + stores.sectors) * ptx_execution.SECTOR <= (bytes + 0.03) * floor
+        floor = call(launchers, *arguments, **named)
+        traffic = counter.stop_counting()
+    sectors = ptx_execution.SECTOR * sum(t.sectors for t in traffic)
+    return sum(t.bytes for t in traffic) / floor, sectors / floor
+
+
+F32, BF16, I64, I32 = torch.float32, torch.bfloat16, torch.int64, torch.int32
+
+
+@pytest.mark.parametrize(
+    "call, dtype",
+    [
+        *((call, d) for call in (_ema_update, _queue_push, _group_advantages, _gae)
+          for d in (F32, BF16)),
+        *((_mlm_mask, d) for d in (I64, I32)),
+    ],
+)  # fmt: skip
+def test_traffic_of_one_pass(call, dtype):
+    bytes, sectors = _moved(call, kernels, dtype)
+    assert 1.0 <= bytes <= BYTES
+    assert 1.0 <= sectors <= BYTES
+
+
+# The gradient needs the number of tokens: the mask is read once more, 1 byte beside those of the
+# floor. Then there are partial sums.
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("call, partial", [(_value_loss, 0.02), (_policy_loss, 0.015)])
+def test_traffic_of_losses_of_tokens(call, partial, dtype):
+    read = (3 if call is _value_loss else 4) * dtype.itemsize + 1 + 4
+    bytes, sectors = _moved(call, kernels, dtype)
+    assert 1.0 + 1 / read <= bytes <= 1.0 + 1 / read + partial
+    assert sectors <= 1.0 + 1 / read + 3 * partial
+
+
+# What rows, groups and pointers that begin anywhere cost: no vectors, sectors of which two requests
+# take a part. docs/gpu.md has the table.
+@pytest.mark.parametrize(
+    "call, dtype, named, most",
+    [
+        (_queue_push, F32, {"pointer": 3}, 1.03),
+        (_queue_push, BF16, {"pointer": 3}, 1.05),
+        (_mlm_mask, I64, {"T": 2051}, 1.13),
+        (_mlm_mask, I32, {"T": 2051}, 1.25),
+        (_group_advantages, F32, {"size": 4}, 1.0),
+        (_group_advantages, BF16, {"size": 64}, 1.0),
+        (_value_loss, F32, {"B": 4, "T": 4099}, 1.38),
+        (_value_loss, BF16, {"B": 4, "T": 4099}, 1.58),
+        (_policy_loss, F32, {"B": 4, "T": 4099}, 1.35),
+        (_policy_loss, BF16, {"B": 4, "T": 4099}, 1.55),
+        (_gae, F32, {"T": 2051}, 1.28),
+        (_gae, BF16, {"T": 2051}, 1.36),
+    ],
+)
+def test_sectors_of_other_sizes(call, dtype, named, most):
+    _, sectors = _moved(call, kernels, dtype, **named)
+    assert 1.0 <= sectors <= most
+
+
+@pytest.mark.parametrize(
+    "stem, text, replacement, call",
+    [
+        ("ema_update_", "BLOCK = 4 * CHUNK", "BLOCK = CHUNK", _ema_update),
+        ("queue_push_", "WARPS = 2", "WARPS = 4", _queue_push),
+        ("mlm_mask", "eligible = live\n", "eligible = live & (tl.load(ids_ptr + at // 2) > -1)\n",
+         _mlm_mask),
+        ("group_advantages", "WHOLE = 1024", "WHOLE = 32",
+         functools.partial(_group_advantages, size=64)),
+        ("gae", "values_t, mask=live", "values_t, mask=counts", _gae),
+        ("gae", "OF_A_WARP = 128", "OF_A_WARP = 256", _gae),
+        ("sequence_logps", "% ALIGN == 0:", "% ALIGN == 16:", _sequence_logps),
+    ],
+)  # fmt: skip
+def test_more_traffic_is_noticed(stem, text, replacement, call, seeded):
+    dtype = I64 if call is _mlm_mask else F32 if call is _gae else BF16
+    most = SECTORS if call is _sequence_logps else BYTES
+    assert max(_moved(call, seeded(stem, text, replacement), dtype)) > most
+
+
+@pytest.mark.parametrize(
+    "text, replacement, call, named",
+    [
+        ("ROWS_BLOCK = 512", "ROWS_BLOCK = BLOCK", _policy_loss, {"B": 4, "T": 4099}),
+        ("FEW_ROWS = 16", "FEW_ROWS = 64", _value_loss, {}),
+    ],
+)
+def test_more_traffic_of_tokens_is_noticed(text, replacement, call, named, seeded):
+    _, sectors = _moved(call, kernels, F32, **named)
+    _, more = _moved(call, seeded("tokens", text, replacement), F32, **named)
+    assert more > sectors + 0.02
 
 
 def _assert_streaming(traffic, floor: int, sectors: float = SECTORS) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apt_kernels import dispatch, reference
-from apt_kernels.registry import OPS
+from apt_kernels.registry import OPS, Sample
 from apt_kernels.testing import assert_as_accurate
 from calls import call, fresh, in_float64
 
@@ -54,15 +54,47 @@ def _leaf(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 
 def registry_sample(kernels, operation: str, name: str, dtype=torch.float32) -> None:
     """A call of the public function, with these launchers behind it."""
+    given = next(sample for sample in OPS[operation].samples(dtype) if sample.name == name)
+    public_call(kernels, operation, given)
+
+
+def public_call(kernels, operation: str, given) -> None:
+    """The same of any call."""
     op = OPS[operation]
-    given = next(sample for sample in op.samples(dtype) if sample.name == name)
     launchers = {(kernel, "triton"): getattr(kernels, kernel) for kernel in op.kernels}
     with mock.patch.dict(dispatch._KERNELS, launchers):
         actual = call(op.function, fresh(given), backend="triton")
     plain = call(op.reference, fresh(given))
     exact = call(op.reference, in_float64(fresh(given)))
     for kind, of_kind in zip(("output", "gradient"), zip(actual, plain, exact, strict=True)):
-        _compare(*of_kind, [f"{kind} {i} of {name}" for i in range(len(of_kind[0]))])
+        _compare(*of_kind, [f"{kind} {i} of {given.name}" for i in range(len(of_kind[0]))])
+
+
+def large_groups(kernels, dtype) -> None:
+    """Groups that no program keeps whole, and the largest that one does."""
+    for groups, size in ((2, 1500), (3, 1024), (3, 65), (5, 64)):
+        rewards = torch.randn(groups * size, generator=_generator(f"{groups}{size}")).to(dtype)
+        for kind in ("relative", "normalized", "rank", "leave_one_out"):
+            given = Sample(f"{kind} of {size}", (rewards, size, kind))
+            public_call(kernels, "group_advantages", given)
+
+
+def many_rows(kernels, dtype) -> None:
+    """So many that a launch of its own adds their lengths, some of several tiles, some empty."""
+    for B, T in ((40, 33), (17, 1100)):
+        generator = _generator(f"{B}{T}")
+        logps, old, ref, values = torch.randn(4, B, T, generator=generator).to(dtype)
+        returns = (torch.randn(B, T, generator=generator) + 100).to(dtype)
+        mask = torch.rand(B, T, generator=generator) < 0.4
+        mask[::3] = False
+        for aggregation in ("token_mean", "sequence_mean", "dr_grpo"):
+            options = {"aggregation": aggregation, "clip_range": 0.2}
+            leaves = values.clone().requires_grad_(), returns, mask
+            given = Sample(f"{B} x {T} {aggregation}", leaves, {"old_values": ref, **options})
+            public_call(kernels, "value_loss", given)
+            leaves = logps.clone().requires_grad_(), old, values, mask
+            options = {"aggregation": aggregation}
+            public_call(kernels, "policy_loss", Sample(given.name, leaves, options))
 
 
 def token_logprobs_cases(dtype: torch.dtype):

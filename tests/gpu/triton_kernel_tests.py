@@ -132,6 +132,16 @@ def test_many_tiles_and_parts(dtype, monkeypatch):
 
 
 @each_dtype
+def test_large_groups(dtype):
+    checks.large_groups(kernels, dtype)
+
+
+@each_dtype
+def test_losses_of_many_rows(dtype):
+    checks.many_rows(kernels, dtype)
+
+
+@each_dtype
 def test_rows_of_a_multiple_of_16(dtype):
     """They take vectors, the same rows further apart do not; NaN where nothing counts."""
     B, T = 3, 1040
@@ -386,8 +396,8 @@ SEEDED = [
      "x * inverse.to(tl.bfloat16).to(tl.float32)", _check(*_token, "temperature")),
     ("divides by no tokens", "sequence_logps", "tl.maximum(tokens, 1)", "tokens",
      _check(*_sequence, "all_masked")),
-    ("shifts the mask of tokens", "sequence_logps", "mask_ptr + head + offset",
-     "mask_ptr + offset", _check(*_sequence, "length_1025")),
+    ("shifts the mask of tokens", "sequence_logps", "tl.multiple_of(mask_ptr + head",
+     "tl.multiple_of(mask_ptr + 0", _check(*_sequence, "length_1025")),
     ("forgets pairs", "dpo_loss", _dpo_block, "range(BLOCK, whole - BLOCK, BLOCK)",
      lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000)),
     ("lets all programs store the sum", "dpo_loss", _first, "if tl.program_id(0) >= 0:",
@@ -416,8 +426,12 @@ SEEDED = [
      _of("kl_penalty", "k3")),
     ("keeps the clipped gradient", "value_loss", "tl.where(worse, 0.0, error)", "error",
      _of("value_loss", "token_mean_0.2")),
-    ("measures returns from 0", "value_loss", "tl.store(pivot_ptr, pivot.to(tl.float32))",
-     "tl.store(pivot_ptr, 0.0)", _of("value_loss", "equal_returns_700")),
+    ("measures returns from 0", "value_loss", "from_pivot = tl.where(counts, x - pivot, 0.0)",
+     "pivot *= 0.0; from_pivot = tl.where(counts, x, 0.0)", _of("value_loss", "equal_returns_700")),
+    ("forgets the spread between tiles", "value_loss", "tl.sum(within, 0) + between",
+     "tl.sum(within, 0)", _of("value_loss", "token_mean_0.2")),
+    ("takes filled rows for tokens", "tokens", "tl.where(k == 0, both, 0)",
+     "tl.where(k == 1, both, 0)", lambda bugged: checks.many_rows(bugged, torch.float32)),
     ("divides by the size", "group_advantages", "tl.maximum(G - 1, 1)", "tl.maximum(G, 1)",
      _of("group_advantages", "normalized")),
     ("counts ties in full", "group_advantages", "0.5 * equal", "1.0 * equal",
@@ -426,8 +440,8 @@ SEEDED = [
      _of("gae", "plain")),
     ("forgets the tile before", "gae", "advantage = delta + kept * trace", "advantage = delta",
      _of("gae", "long")),
-    ("takes the masked value", "gae", "if mask_ptr is not None:\n            following",
-     "if False:\n            following", _of("gae", "dirty_random_False")),
+    ("takes the masked value", "gae", "counts.to(tl.int32)), 1, _first_two",
+     "live.to(tl.int32)), 1, _first_two", _of("gae", "dirty_random_False")),
     ("forgets to end", "gae", "tl.where(ends | breaks | last, 0.0, decay)",
      "tl.where(breaks | last, 0.0, decay)", _of("gae", "terminated_rows_37")),
     ("takes the biased variance", "gae", "tl.maximum(count - 1, 1)", "tl.maximum(count, 1)",
