@@ -85,8 +85,14 @@ def _repair_arithmetic():
         return Handle(wide.astype(z.data.dtype), z.dtype.scalar)
 
     def dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
-        product = np.matmul(_widened(a).data, _widened(b).data, dtype=np.float32)
-        return Handle(product + accumulator.data, accumulator.dtype.scalar)
+        # One fused addition after the other, so that a pair has the same product in every tile: a
+        # BLAS picks its order by the shape, and forward and backward pass would differ.
+        left, right = (_widened(x).data.astype(np.float64) for x in (a, b))
+        total = accumulator.data
+        for k in range(left.shape[-1]):
+            term = left[..., :, k, None] * right[..., None, k, :]
+            total = (total + term).astype(np.float32)
+        return Handle(total, accumulator.dtype.scalar)
 
     Builder.binary_op, Builder.unary_op = binary, unary
     Builder.create_fma, Builder.create_dot = fma, dot
