@@ -59,6 +59,19 @@ def test_without_extension_and_triton_everything_runs_in_pure_pytorch():
     assert out.rstrip().endswith("['reference']")
 
 
+def test_a_triton_that_is_too_old_is_left_out_and_named():
+    pytest.importorskip("triton")
+    out = _python(
+        "import triton\n"
+        "triton.__version__ = '3.4.0'\n"
+        "import apt_kernels\n"
+        "facts = apt_kernels.backends()\n"
+        "print(facts['triton'], facts['operations']['gae']['cuda'])\n"
+    )
+    assert out.startswith("absent: ImportError: Triton 3.5")
+    assert "3.4.0" in out and "'triton'" not in out
+
+
 @pytest.mark.parametrize("asked, got", [("baseline", "baseline"), ("avx2", "avx2")])
 def test_the_instruction_set_can_be_lowered(asked, got):
     if "avx" not in apt_kernels.backends()["native"]:

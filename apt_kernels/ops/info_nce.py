@@ -179,7 +179,7 @@ class _InfoNCE(torch.autograd.Function):
                 normalize, label_offset, None, row_stats, column_stats, needs[0], needs[1],
                 needs[2],
             )  # fmt: skip
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+        grads = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]
         if needs[3]:
             grads.append(similarity.grad_temperature(temperature, grad_losses, slopes))
         else:

@@ -138,7 +138,7 @@ class _NTXent(torch.autograd.Function):
             grad = dispatch.kernel(BACKWARD, backend)(
                 grad_losses.contiguous(), z1, z2, temperature, number, normalize, stats
             )
-            grad_z1, grad_z2 = grad.split(z1.shape[0]) if z1.shape[0] else (grad, grad)
+            grad_z1, grad_z2 = grad[: z1.shape[0]], grad[z1.shape[0] :]
         if needs[2]:
             grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
         return (

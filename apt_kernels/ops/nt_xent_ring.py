@@ -65,7 +65,7 @@ class NTXentRing(torch.autograd.Function):
             grads = _grad_views(ctx, grad_losses.contiguous(), z1, z2, temperature, stats)
         if needs[2]:
             grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+        grads = [grad if need else None for grad, need in zip(grads, needs[:2], strict=True)]
         return *grads, grad_temperature, None, None, None, None, None
 
 

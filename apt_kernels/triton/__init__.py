@@ -1,5 +1,10 @@
 """The Triton kernels: one launcher `X_fwd` or `X_bwd` per name, on NVIDIA and AMD GPUs."""
 
+import triton
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):  # older ones cannot compile some
+    raise ImportError(f"Triton 3.5 (of PyTorch 2.9) or newer is needed, found {triton.__version__}")
+
 from apt_kernels.triton.bradley_terry_loss import bradley_terry_loss_fwd
 from apt_kernels.triton.dpo_loss import dpo_loss_fwd
 from apt_kernels.triton.ema_update_ import ema_update_fwd
