@@ -71,9 +71,9 @@ def policy_loss(
         sapo_temperature_neg: 1.05 unless given.
         ref_logps: `(B, T)`, for the KL term.
         kl_coef: weight of the KL term.
-        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`; or "unbiased_k3": r k3, whose expectation
-            over tokens of the old policy, and that of its gradient, are those of the KL
-            (DeepSeek-AI 2025, DeepSeek-V3.2, section 3.1).
+        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`; or "unbiased_k3": r k3, which has the
+            expectation and gradient of the KL over tokens of the old policy (DeepSeek-AI 2025,
+            DeepSeek-V3.2, section 3.1).
         entropy: `(B, T)`, differentiable.
         entropy_coef: weight of the entropy bonus.
         rollout_weights: `(B,)` or `(B, T)`, w above: correction for what sampled the tokens.
