@@ -88,6 +88,28 @@ def test_upstream_gradient_scales(op, sample):
         assert (none[finite] == 0).all()
 
 
+def _differentiable(count: int):
+    for op in OPS.values():
+        samples = [s for s in op.samples(op.dtypes[0]) if any(t.requires_grad for t in tensors(s))]
+        for sample in samples[:count]:
+            yield pytest.param(op, sample, id=f"{op.name}-{sample.name}")
+
+
+@pytest.mark.parametrize("op, sample", list(_differentiable(3)))
+def test_a_retained_graph_gives_its_gradients_again(op, sample):
+    """Each is added in place to `.grad`, which must not be what the graph keeps."""
+    sample = fresh(sample)
+    leaves = [t for t in tensors(sample) if t.requires_grad]
+    outputs = op.function(*sample.args, **sample.kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(o.sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad)
+    once = [grad.clone() for grad in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=times < 3)
+        for leaf, grad in zip(leaves, once, strict=True):
+            torch.testing.assert_close(leaf.grad, times * grad, rtol=1e-6, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("op, case", list(_each("rejected")))
 def test_wrong_arguments_are_rejected(op, case):
     with pytest.raises(case.error, match=case.message):

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from .. import checks, dispatch, reference
 from ..reference.numerics import accumulate_dtype
+from .given_once import keep, scaled
 from .once import differentiable_once
 
-dispatch.register("bradley_terry_loss", "bradley_terry_loss_fwd")
+KERNEL = "bradley_terry_loss_fwd"
+dispatch.register("bradley_terry_loss", KERNEL)
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -113,25 +115,26 @@ class BradleyTerryLoss(nn.Module):
 class _BradleyTerryLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chosen, rejected, margins, margin, center_coef, reduction, backend):
-        loss, grads = dispatch.kernel("bradley_terry_loss_fwd", backend)(
+        loss, grads = dispatch.kernel(KERNEL, backend)(
             chosen, rejected, margins, margin, center_coef, reduction
         )
-        ctx.save_for_backward(grads)
-        ctx.dtype = chosen.dtype
+        keep(ctx, grads, chosen, rejected, margins)
+        ctx.dtype, ctx.options = chosen.dtype, (margin, center_coef, reduction, backend)
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_loss):
-        (grads,) = ctx.saved_tensors
-        grads = grads * grad_loss
+        *options, backend = ctx.options
+        kernel = dispatch.kernel(KERNEL, backend)
+        grads = scaled(ctx, grad_loss, lambda *inputs: kernel(*inputs, *options)[1])
         if grads.dtype != ctx.dtype:
             grads = grads.to(ctx.dtype)
         grad_chosen, grad_rejected = grads.unbind()
         return grad_chosen, grad_rejected, None, None, None, None, None
 
 
-@dispatch.fake("bradley_terry_loss_fwd")
+@dispatch.fake(KERNEL)
 def _(chosen, rejected, margins, margin, center_coef, reduction):
     dtype = accumulate_dtype(chosen)
     loss = chosen.new_empty(chosen.shape if reduction == 0 else (), dtype=dtype)

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from .. import checks, dispatch, reference
 from ..reference.numerics import accumulate_dtype
+from .given_once import keep, scaled
 from .once import differentiable_once
 
-dispatch.register("dpo_loss", "dpo_loss_fwd")
+KERNEL = "dpo_loss_fwd"
+dispatch.register("dpo_loss", KERNEL)
 
 # The argument `loss_type` of the kernel, which is elementwise; the types of the second row are the
 # kernel's sigmoid or apo_zero of transformed log-ratios.
@@ -292,11 +294,12 @@ class DPOLoss(nn.Module):
 class _DpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pc, pr, rc, rr, code, reduction, beta, label_smoothing, extra, backend):
-        loss, chosen_rewards, rejected_rewards, grads = dispatch.kernel("dpo_loss_fwd", backend)(
-            pc, pr, rc, rr, code, reduction, beta, label_smoothing, extra
+        options = (code, reduction, beta, label_smoothing, extra)
+        loss, chosen_rewards, rejected_rewards, grads = dispatch.kernel(KERNEL, backend)(
+            pc, pr, rc, rr, *options
         )
-        ctx.save_for_backward(grads)
-        ctx.dtype = pc.dtype
+        keep(ctx, grads, pc, pr, rc, rr)
+        ctx.dtype, ctx.options = pc.dtype, (*options, backend)
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
         ctx.set_materialize_grads(False)  # the rewards' gradients would be zeros, each a tensor
         return loss, chosen_rewards, rejected_rewards
@@ -304,15 +307,16 @@ class _DpoLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_loss, *_):
-        (grads,) = ctx.saved_tensors
-        grads = grads * grad_loss
+        *options, backend = ctx.options
+        kernel = dispatch.kernel(KERNEL, backend)
+        grads = scaled(ctx, grad_loss, lambda *inputs: kernel(*inputs, *options)[3])
         if grads.dtype != ctx.dtype:
             grads = grads.to(ctx.dtype)
         grad_chosen, grad_rejected = grads.unbind()
         return grad_chosen, grad_rejected, None, None, None, None, None, None, None, None
 
 
-@dispatch.fake("dpo_loss_fwd")
+@dispatch.fake(KERNEL)
 def _(pc, pr, rc, rr, code, reduction, *options):
     dtype = accumulate_dtype(pc)
     chosen_rewards, rejected_rewards, grads = (

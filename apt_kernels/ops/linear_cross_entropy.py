@@ -15,6 +15,7 @@ from .linear_head import (
     head_logprobs,
     kernel_layout,
     needs_gradient,
+    scaled_gradients,
 )
 from .tokens import normalizer_tensor
 
@@ -213,11 +214,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        grads = ctx.saved_tensors
-        # On the CPU a look at the value is free, and spares a copy as large as the weight.
-        if torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss != 1:
-            grads = tuple(g * grad_loss for g in grads)
-        return *(g if n else None for g, n in zip(grads, ctx.needed, strict=True)), *(None,) * 11
+        grads = scaled_gradients(ctx.saved_tensors, ctx.needed, grad_loss)
+        return *grads, *(None,) * 11
 
 
 @dispatch.fake(KERNEL)

@@ -57,6 +57,21 @@ def kernel_layout(
     )
 
 
+def scaled_gradients(
+    grads: tuple[Tensor, ...], needed: tuple[bool, ...], grad_loss: Tensor
+) -> list[Tensor | None]:
+    """Those of the forward pass, of hidden states, weight and bias, times the upstream gradient.
+
+    On the CPU a look at its value is free, and a 1 spares a copy as large as the weight. The hidden
+    states' gradient is copied all the same: reshaped it may become a leaf's `.grad`, into which the
+    next backward pass of a retained graph adds.
+    """
+    compiling = torch.compiler.is_compiling()
+    one = not compiling and grad_loss.device.type == "cpu" and grad_loss == 1
+    scaled = (g if one and i > 0 else g * grad_loss for i, g in enumerate(grads))
+    return [g if n else None for g, n in zip(scaled, needed, strict=True)]
+
+
 def needs_gradient(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad and torch.is_grad_enabled()
 

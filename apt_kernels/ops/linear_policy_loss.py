@@ -13,6 +13,7 @@ from .linear_head import (
     fake_gradients,
     kernel_layout,
     needs_gradient,
+    scaled_gradients,
 )
 from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
 from .tokens import boolean, normalizer_tensor
@@ -163,11 +164,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 grad_loss, *ctx.saved_tensors, *ctx.options, *ctx.needed
             )
         else:
-            grads = ctx.saved_tensors
-            # On the CPU a look at the value is free, and spares a copy as large as the weight.
-            compiling = torch.compiler.is_compiling()
-            if compiling or grad_loss.device.type != "cpu" or grad_loss != 1:
-                grads = [g * grad_loss for g in grads]
+            grads = scaled_gradients(ctx.saved_tensors, ctx.needed, grad_loss)
         grads = [g if n else None for g, n in zip(grads, ctx.needed, strict=True)]
         return *grads, *(None,) * (10 + len(ctx.options))
 
