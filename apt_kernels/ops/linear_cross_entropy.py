@@ -42,7 +42,7 @@ def linear_cross_entropy(
     p = softmax(softcap * tanh(x / softcap)), x = logit_scale * (hidden @ weight^T + bias). Ignored
     rows are dropped before the product. The gradients are formed in the forward pass and backward
     only scales them: 6 M D V flops for M rows that count, 8 M D V for 16-bit inputs on the CPU.
-    Workspace there: an eighth of the logits of those rows, within 6 and 64 MiB. Sources:
+    Workspace there: an eighth of the logits of those rows, within 7 and 64 MiB. Sources:
     Szegedy 2016 (label smoothing); Wijmans 2024, "Cut your losses in large-vocabulary language
     models".
 

@@ -57,7 +57,7 @@ def linear_policy_loss(
     gradient. The logits are computed twice, 2 M D V more, for ratios of sequences, for 16-bit
     weights with a gradient on the CPU, and on the GPU; float16 gradients wait for the upstream
     scale, which may be what keeps them above 0, for another 2 M D V. Workspace on the CPU: an
-    eighth of the logits of those tokens, within 6 and 64 MiB. Sources: `policy_loss`; Wijmans 2024,
+    eighth of the logits of those tokens, within 7 and 64 MiB. Sources: `policy_loss`; Wijmans 2024,
     "Cut your losses in large-vocabulary language models".
 
     Args:
