@@ -162,6 +162,7 @@ def _benchmark(name: str, plain) -> Benchmark:
         name=f"{rows} x {features} x {vocab}, 15 % labelled, {name}",
         make=make,
         eager=plain,
+        dtypes=(torch.float32, torch.bfloat16),
         # the weight is read and its gradient written in the forward pass; nothing afterwards
         bytes_moved=lambda s: 2 * s.args[1].numel() * s.args[1].element_size(),
         backward_bytes_moved=lambda s: 0,

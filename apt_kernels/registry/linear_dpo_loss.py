@@ -148,6 +148,7 @@ def _benchmark(pairs: int, length: int, features: int, vocab: int, frozen: bool)
         name=f"{pairs} x 2 x {length} x {features} x {vocab}{', frozen head' * frozen}",
         make=make,
         eager=eager,
+        dtypes=(torch.float32, torch.bfloat16),
         # as linear_token_logprobs: the weight, read again backward, and its gradient
         bytes_moved=lambda s: s.args[1].numel() * s.args[1].element_size(),
         backward_bytes_moved=lambda s: (

@@ -254,6 +254,7 @@ def _benchmark(rows: int, length: int, features: int, vocab: int, frozen: bool) 
         name=f"{rows * length} x {features} x {vocab}{', frozen head' * frozen}",
         make=make,
         eager=eager,
+        dtypes=(torch.float32, torch.bfloat16),
         # the weight is read and its gradient written in the forward pass; nothing afterwards
         bytes_moved=lambda s: (
             (1 + s.args[1].requires_grad) * s.args[1].numel() * s.args[1].element_size()

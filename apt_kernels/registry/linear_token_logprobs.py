@@ -170,6 +170,7 @@ def _benchmark(
         name=f"{rows} x {features} x {vocab}{suffix}",
         make=make,
         eager=eager,
+        dtypes=(torch.float32, torch.bfloat16),
         # the weight is read, in the backward pass too, and its gradient is written
         bytes_moved=lambda s: s.args[1].numel() * s.args[1].element_size(),
         backward_bytes_moved=lambda s: (
