@@ -219,3 +219,15 @@ def test_backward_twice_over_a_retained_graph():
     args[0].grad.zero_()  # must not reach what the graph keeps
     loss.backward()
     assert torch.equal(args[0].grad, first) and first.abs().max() > 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_batch_of_upstream_gradients(reduction):
+    chosen, rejected, *references = torch.randn(4, 5).unbind()
+    for loss in (
+        lambda x: apt_kernels.dpo_loss(x, rejected, *references, reduction=reduction)[0],
+        lambda x: apt_kernels.bradley_terry_loss(x, rejected, reduction=reduction),
+    ):
+        one_by_one = torch.autograd.functional.jacobian(loss, chosen)
+        at_once = torch.autograd.functional.jacobian(loss, chosen, vectorize=True)
+        torch.testing.assert_close(at_once, one_by_one)

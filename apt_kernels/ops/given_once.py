@@ -30,4 +30,7 @@ def scaled(ctx, grad_loss: Tensor, again: Callable[..., Tensor]) -> Tensor:
     grads, ctx.grads = ctx.grads, None
     if grads is None:
         grads = again(*ctx.saved_tensors)
-    return grads.mul_(grad_loss)
+    try:
+        return grads.mul_(grad_loss)
+    except RuntimeError:  # a batch of upstream gradients (vmap) does not go into the memory of one
+        return grads * grad_loss

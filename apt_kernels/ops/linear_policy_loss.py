@@ -163,9 +163,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
             _, _, *grads = dispatch.kernel(KERNEL, ctx.backend)(
                 grad_loss, *ctx.saved_tensors, *ctx.options, *ctx.needed
             )
+            grads = [g if n else None for g, n in zip(grads, ctx.needed, strict=True)]
         else:
             grads = scaled_gradients(ctx.saved_tensors, ctx.needed, grad_loss)
-        grads = [g if n else None for g, n in zip(grads, ctx.needed, strict=True)]
         return *grads, *(None,) * (10 + len(ctx.options))
 
 
