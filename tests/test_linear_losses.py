@@ -104,3 +104,15 @@ def test_dpo_of_hidden_states_is_dpo_of_logits():
     got = apt_kernels.linear_dpo_loss(hidden, weight, ids, mask, *refs)
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_upstream_gradients():
+    hidden, weight = torch.randn(2, 5, 8), torch.randn(11, 8)
+    ids, old, mask = torch.randint(11, (2, 5)), torch.randn(2, 5) - 2, torch.ones(2, 5).bool()
+    for loss in (
+        lambda x: apt_kernels.linear_cross_entropy(x, weight, ids)[0],
+        lambda x: apt_kernels.linear_policy_loss(x, weight, ids, old, torch.ones(2), mask)[0],
+    ):
+        one_by_one = torch.autograd.functional.jacobian(loss, hidden)
+        at_once = torch.autograd.functional.jacobian(loss, hidden, vectorize=True)
+        torch.testing.assert_close(at_once, one_by_one)

@@ -66,8 +66,11 @@ def scaled_gradients(
     states' gradient is copied all the same: reshaped it may become a leaf's `.grad`, into which the
     next backward pass of a retained graph adds.
     """
-    compiling = torch.compiler.is_compiling()
-    one = not compiling and grad_loss.device.type == "cpu" and grad_loss == 1
+    one = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu"
+    try:
+        one = one and bool(grad_loss == 1)
+    except RuntimeError:  # a batch of upstream gradients (vmap) has no one value
+        one = False
     scaled = (g if one and i > 0 else g * grad_loss for i, g in enumerate(grads))
     return [g if n else None for g, n in zip(scaled, needed, strict=True)]
 
