@@ -8,8 +8,10 @@ import torch
 import apt_kernels
 from apt_kernels import reference
 from apt_kernels.registry import Sample
+from apt_kernels.registry.heads import hidden_and_weight
 from apt_kernels.registry.linear_dpo_loss import _pairs
 from apt_kernels.registry.linear_policy_loss import ARGUMENTS, tokens
+from apt_kernels.testing import assert_as_accurate
 from calls import fresh, in_float64
 
 
@@ -116,3 +118,30 @@ def test_a_batch_of_upstream_gradients():
         one_by_one = torch.autograd.functional.jacobian(loss, hidden)
         at_once = torch.autograd.functional.jacobian(loss, hidden, vectorize=True)
         torch.testing.assert_close(at_once, one_by_one)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_more_rows_than_a_group_of_the_cpu_kernels(dtype, frozen):
+    """Rows are taken in groups of a fixed size in bytes: so wide that 256 of them make one. The
+    gradient of a 16-bit weight is then formed tile by tile, from all groups."""
+    hidden, weight = hidden_and_weight(301, features=8201, vocab=601, dtype=dtype)
+    if frozen:
+        weight = weight.detach()
+    ids = torch.arange(301) * 599 % 601
+    sample = Sample("", (hidden, weight, ids), {"mask": torch.arange(301) % 7 != 3})
+    leaves = [t for t in sample.args[:2] if t.requires_grad]
+    logps = apt_kernels.linear_token_logprobs(*sample.args, **sample.kwargs)
+    upstream = torch.linspace(-1, 1, 301)
+    got = [logps, *torch.autograd.grad(logps, leaves, upstream)]
+
+    def plain(sample: Sample) -> list[torch.Tensor]:
+        logps = reference.linear_token_logprobs(*sample.args, **sample.kwargs)
+        leaves = [t for t in sample.args[:2] if t.requires_grad]
+        return [logps, *torch.autograd.grad(logps, leaves, upstream.to(logps.dtype))]
+
+    for name, *values in zip(
+        ("logps", "gradient 0", "gradient 1"), got, plain(fresh(sample)),
+        plain(in_float64(fresh(sample))), strict=False,
+    ):  # fmt: skip
+        assert_as_accurate(*values, name)

@@ -18,17 +18,21 @@ Matrix transposed(const Matrix& m);
 void multiply(const Matrix& out, const Matrix& a, const Matrix& b, double beta = 0,
               double alpha = 1);
 
-// bfloat16 products with float32 results, by oneDNN. (at::mm would round the results to bfloat16.)
-// Whether the processor multiplies bfloat16 itself and this PyTorch lends its kernels.
-bool has_bfloat16_products();
+// Products by oneDNN's kernels, which PyTorch lends to callers that pack their operands: of floats,
+// and of bfloat16 with float32 results. (at::mm would round those to bfloat16.) Whether this
+// PyTorch has them for the instruction set in use; bfloat16: and the processor multiplies it.
+bool has_packed_products(DType dtype);
 
-// out [m, n] (+)= a [m, k] b [k, n], k even. b_pairs [k / 2, n] holds two rows of b in a word, the
-// even one in the lower half. Strides are in elements of their arrays.
+// out [m, n] (+)= a [m, k] b [k, n]. Strides are in elements of their arrays.
+void multiply_float(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride,
+                    const float* b, int64_t b_stride, float* out, int64_t out_stride,
+                    bool accumulate);
+// k even. b_pairs [k / 2, n] holds two rows of b in a word, the even one in the lower half.
 void multiply_bfloat16(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t a_stride,
                        const uint32_t* b_pairs, int64_t b_stride, float* out, int64_t out_stride,
                        bool accumulate);
 
 // To be called by a thread after its last product: it gives back the processor's tile registers.
-void release_bfloat16_products();
+void release_packed_products();
 
 }  // namespace apt

@@ -5,8 +5,8 @@
 // Accuracy: positives apart from the other classes, so that a loss near 0 keeps its digits.
 #include "info_nce.h"
 
-#include "similarity_bf16.h"
 #include "similarity_softmax.h"
+#include "similarity_tiles.h"
 
 namespace apt::APT_ISA {
 namespace {
@@ -153,10 +153,11 @@ void backward(const InfoNCE& a) {
   if (grad_rows || grad_columns) {
     for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
       coefficients(a, tile, w);
-      if (grad_rows) P::add_to_rows(grad_rows.row(tile.row), tile, w.right, w.scratch);
+      if (grad_rows) P::add_to_left(grad_rows.row(tile.row), tile, w.right, w.scratch, true);
       if (s.triangle && !tile.diagonal)
-        P::add_to_columns(grad_rows.row(tile.column), tile, w.left, w.scratch);
-      if (grad_columns) P::add_to_columns(grad_columns.row(tile.column), tile, w.left, w.scratch);
+        P::add_to_right(grad_rows.row(tile.column), tile, w.left, w.scratch, true);
+      if (grad_columns)
+        P::add_to_right(grad_columns.row(tile.column), tile, w.left, w.scratch, true);
     });
   }
   const A* row_weights = static_cast<const A*>(a.grad_losses);

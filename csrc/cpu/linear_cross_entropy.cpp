@@ -17,8 +17,8 @@ namespace {
 
 // Whether the label is the first of the largest logits, given that its z is the largest z. (The
 // soft cap may make equal z of different x: x decides.)
-template <class T, class A>
-bool first_largest(const Tiles<T, A>& tiles, const A* stored, int64_t size, int64_t row,
+template <class T, class P, class A = typename P::Scalar>
+bool first_largest(const Tiles<T, P>& tiles, const A* stored, int64_t size, int64_t row,
                    int64_t label, A x) {
   for (int64_t tile = 0; tile < tiles.count; ++tile) {
     const int64_t width = tiles.width(tile), begin = tiles.begin(tile);
@@ -32,16 +32,17 @@ bool first_largest(const Tiles<T, A>& tiles, const A* stored, int64_t size, int6
   return true;
 }
 
-template <class T, class A>
+template <class T, class P>
 class CrossEntropy {
  public:
+  using A = typename P::Scalar;
   CrossEntropy(LinearCrossEntropy& a, const std::vector<int64_t>& rows)
       : a_(a),
         rows_(rows),
         count_(int64_t(rows.size())),
         tiles_(a.head),
         functions_(row_functions<A>(false, a.head.softcap > 0)),
-        again_(!Tiles<T, A>::kSame && (a.head.grad_weight || a.head.grad_bias)),
+        again_(!Tiles<T, P>::kSame && (a.head.grad_weight || a.head.grad_bias)),
         lse_(count_),
         losses_(count_) {
     const double total = a.normalizer ? *a.normalizer : double(count_);
@@ -68,7 +69,7 @@ class CrossEntropy {
     return t;
   }
 
-  void finish_rows(const HeadStatistics<T, A>& statistics, const A* stored, int64_t start,
+  void finish_rows(const HeadStatistics<T, P>& statistics, const A* stored, int64_t start,
                    int64_t size) {
     parallel_for(size, 4, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -92,7 +93,7 @@ class CrossEntropy {
   LinearCrossEntropy& a_;
   const std::vector<int64_t>& rows_;
   int64_t count_;
-  Tiles<T, A> tiles_;
+  Tiles<T, P> tiles_;
   RowFunctions<A> functions_;
   bool again_;  // gradients from logits that are computed again
   double coefficient_;
@@ -100,12 +101,12 @@ class CrossEntropy {
   std::atomic<int64_t> correct_{0};
 };
 
-template <class T, class A>
+template <class T, class P>
 void forward(LinearCrossEntropy& a, const std::vector<int64_t>& rows) {
   a.loss = 0;
   a.correct = 0;
   if (rows.empty()) return zero_head_gradients(a.head);
-  CrossEntropy<T, A>(a, rows).run();
+  CrossEntropy<T, P>(a, rows).run();
 }
 
 }  // namespace
@@ -117,11 +118,9 @@ int64_t linear_cross_entropy_fwd(LinearCrossEntropy& a) {
     if (a.labels[row] < 0 || a.labels[row] >= a.head.vocab) return row;
     rows.push_back(row);
   }
-  const auto run = a.head.dtype == DType::f64    ? forward<double, double>
-                   : a.head.dtype == DType::f32  ? forward<float, float>
-                   : a.head.dtype == DType::bf16 ? forward<BFloat16, float>
-                                                 : forward<Half, float>;
-  run(a, rows);
+  with_head_products(a.head.dtype, int64_t(rows.size()), [&](auto stored, auto products) {
+    forward<decltype(stored), decltype(products)>(a, rows);
+  });
   return -1;
 }
 

@@ -14,8 +14,8 @@ namespace apt::APT_ISA {
 constexpr int64_t kLeastStored = int64_t{7} << 20, kMostStored = int64_t{64} << 20;
 
 // Rows of a chunk: the largest that the limits above allow, all chunks of nearly one size.
-template <class T, class A>
-int64_t chunk_rows(const Tiles<T, A>& tiles, int64_t count) {
+template <class T, class P, class A = typename P::Scalar>
+int64_t chunk_rows(const Tiles<T, P>& tiles, int64_t count) {
   const LinearHead& head = tiles.head;
   const int64_t logits = head.vocab * int64_t(sizeof(A));
   const int64_t row = logits + (tiles.workers + 1) * tiles.features * int64_t(sizeof(A));
@@ -34,8 +34,8 @@ struct LinearLossPlan {
 // Of the rows (ascending) that count, loss.finish_rows(statistics, logits or null, start, size)
 // sees each chunk; loss.finish() comes after all of them; loss.terms(i) are those of rows[i],
 // with token and temperature before finish_rows and everything when the gradient is formed.
-template <class T, class A, class Loss>
-void run_linear_loss(const Tiles<T, A>& tiles, const std::vector<int64_t>& rows,
+template <class T, class P, class Loss, class A = typename P::Scalar>
+void run_linear_loss(const Tiles<T, P>& tiles, const std::vector<int64_t>& rows,
                      const RowFunctions<A>& forward, const RowFunctions<A>& backward,
                      LinearLossPlan plan, Loss& loss) {
   const LinearHead& head = tiles.head;
@@ -50,13 +50,14 @@ void run_linear_loss(const Tiles<T, A>& tiles, const std::vector<int64_t>& rows,
   const bool wanted = head.grad_hidden || head.grad_weight || head.grad_bias;
   const bool stream = wanted && plan.from_chunks, store = stream || plan.keep;
   const int64_t chunk = store ? chunk_rows(tiles, count) : std::min(tiles.group_rows(), count);
-  Workspace<A> stored(store ? chunk * head.vocab : 0), gathered;
-  HeadStatistics<T, A> statistics(tiles, forward, chunk, false, plan.sum_logits);
-  HeadGradients<T, A> gradients(tiles, backward, stream ? chunk : 0);
+  Workspace<A> stored(store ? chunk * head.vocab : 0);
+  typename P::Block hidden(chunk, d, {false, false});
+  HeadStatistics<T, P> statistics(tiles, forward, chunk, false, plan.sum_logits);
+  HeadGradients<T, P> gradients(tiles, backward, stream ? chunk : 0, true);
   const auto terms = [&](int64_t i) { return loss.terms(i); };
   for (int64_t start = 0; start < count; start += chunk) {
     const int64_t size = std::min(chunk, count - start);
-    const A* hidden = tiles.gather(rows.data() + start, size, gathered);
+    tiles.gather(rows.data() + start, size, hidden);
     const auto of_chunk = [&](int64_t i) { return loss.terms(start + i); };
     statistics.run(hidden, size, of_chunk, stored.data());
     loss.finish_rows(statistics, stored.data(), start, size);
@@ -64,7 +65,7 @@ void run_linear_loss(const Tiles<T, A>& tiles, const std::vector<int64_t>& rows,
   }
   loss.finish();
   if (wanted && !stream) {
-    HeadGradients<T, A> all(tiles, backward, count);
+    HeadGradients<T, P> all(tiles, backward, count, false);
     all.run(rows.data(), count, terms, nullptr, false);
   }
 }

@@ -15,9 +15,10 @@ bool transforms(const LinearPolicyLoss& a) {
   return a.temperatures || a.temperature != 1 || a.head.softcap > 0;
 }
 
-template <class T, class A>
+template <class T, class P>
 class LinearRows {
  public:
+  using A = typename P::Scalar;
   LinearRows(const LinearPolicyLoss& a, const std::vector<int64_t>& rows)
       : a_(a),
         k_(a.options),
@@ -26,7 +27,7 @@ class LinearRows {
         functions_(row_functions<A>(true, transforms(a))),
         weights_(a.tokens),
         from_chunks_(!a.options.sequence_level &&
-                     (Tiles<T, A>::kSame || !(a.head.grad_weight || a.head.grad_bias))),
+                     (Tiles<T, P>::kSame || !(a.head.grad_weight || a.head.grad_bias))),
         lse_(rows.size()),
         grads_(rows.size()),
         logps_(rows.size()),
@@ -55,7 +56,7 @@ class LinearRows {
     return t;
   }
 
-  void finish_rows(const HeadStatistics<T, A>& statistics, const A*, int64_t start, int64_t size) {
+  void finish_rows(const HeadStatistics<T, P>& statistics, const A*, int64_t start, int64_t size) {
     parallel_for(size, 4, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const RowStats stats = statistics.stats(i);
@@ -132,7 +133,7 @@ class LinearRows {
   const LinearPolicyLoss& a_;
   const Constants<double> k_;
   const std::vector<int64_t>& rows_;  // that count
-  Tiles<T, A> tiles_;
+  Tiles<T, P> tiles_;
   RowFunctions<A> functions_;
   const Weights weights_;
   bool from_chunks_;
@@ -141,10 +142,10 @@ class LinearRows {
   std::vector<RowSums<kPolicyMetrics>> sums_;            // [tokens.rows]
 };
 
-template <class T, class A>
+template <class T, class P>
 void forward(const LinearPolicyLoss& a, const std::vector<int64_t>& rows) {
   if (rows.empty()) zero_head_gradients(a.head);
-  LinearRows<T, A>(a, rows).run();
+  LinearRows<T, P>(a, rows).run();
 }
 
 }  // namespace
@@ -156,11 +157,9 @@ int64_t linear_policy_loss_fwd(const LinearPolicyLoss& a) {
     if (a.token_ids[row] < 0 || a.token_ids[row] >= a.head.vocab) return row;
     rows.push_back(row);
   }
-  const auto run = a.head.dtype == DType::f64    ? forward<double, double>
-                   : a.head.dtype == DType::f32  ? forward<float, float>
-                   : a.head.dtype == DType::bf16 ? forward<BFloat16, float>
-                                                 : forward<Half, float>;
-  run(a, rows);
+  with_head_products(a.head.dtype, int64_t(rows.size()), [&](auto stored, auto products) {
+    forward<decltype(stored), decltype(products)>(a, rows);
+  });
   return -1;
 }
 

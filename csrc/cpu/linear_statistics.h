@@ -7,10 +7,12 @@ namespace apt::APT_ISA {
 // One group of rows at a time. form_gradient: also the gradient of log p[token] by the hidden
 // state, z'[token] W[token] - sum_v p_v z'_v W_v, whose sum is carried relative to the row's
 // largest z so far, as attention carries its values: no second pass over the vocabulary.
-template <class T, class A>
+template <class T, class P>
 class HeadStatistics {
  public:
-  HeadStatistics(const Tiles<T, A>& tiles, const RowFunctions<A>& functions, int64_t group,
+  using A = typename P::Scalar;
+  using Block = typename P::Block;
+  HeadStatistics(const Tiles<T, P>& tiles, const RowFunctions<A>& functions, int64_t group,
                  bool form_gradient, bool sum_logits)
       : tiles_(tiles),
         softcap_(tiles.head.softcap),
@@ -18,8 +20,8 @@ class HeadStatistics {
         group_(group),
         form_(form_gradient),
         sum_(sum_logits),
+        weights_(tiles.weight_blocks({true, form_gradient})),
         tile_(tiles.workers * std::min(kRowBlock, group) * tiles.columns),
-        weight_(tiles.workers * tiles.weight_scratch()),
         weighted_(form_gradient ? tiles.workers * group * tiles.features : 0),
         stats_(tiles.workers * group),
         sums_(tiles.workers * group),
@@ -28,23 +30,23 @@ class HeadStatistics {
   // terms(i) gives token and temperature of row i of `hidden`; stored: where to keep the logits,
   // [tile][row][column], or null.
   template <class Terms>
-  void run(const A* hidden, int64_t size, const Terms& terms, A* stored) {
+  void run(const Block& hidden, int64_t size, const Terms& terms, A* stored) {
     tiles_.each_worker([&](int64_t worker, int64_t begin, int64_t end) {
       std::fill_n(stats_.data() + worker * group_, size, empty_row());
       std::fill_n(sums_.data() + worker * group_, size, 0.0);
+      typename P::Scratch scratch(form_ ? std::min(kRowBlock, size) : 0, tiles_.columns);
       for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t width = tiles_.width(tile), d = tiles_.features;
-        const A* weight = tiles_.weight(tile, weight_.data() + worker * tiles_.weight_scratch());
+        const int64_t width = tiles_.width(tile);
+        Block& weight = weights_[worker];
+        tiles_.load_weight(tile, weight);
         for (int64_t row = 0; row < size; row += kRowBlock) {
           const int64_t rows = std::min(kRowBlock, size - row);
           A* x = stored ? stored + tiles_.begin(tile) * size + row * width
                         : tile_.data() + worker * std::min(kRowBlock, group_) * tiles_.columns;
-          tiles_.logits(hidden + row * d, rows, weight, tile, x);
+          const Coefficients<A> c = tiles_.logits(hidden, row, rows, weight, tile, x);
           for (int64_t r = 0; r < rows; ++r)
-            use_row(worker, tile, row + r, terms(row + r), x + r * width, width);
-          if (form_)
-            multiply(matrix(weighted(worker, row), rows, d, d), matrix(x, rows, width, width),
-                     matrix(weight, width, d, d), tile == begin ? 0 : 1);
+            use_row(worker, tile, row + r, terms(row + r), c[r], width);
+          if (form_) P::add_to_left(weighted(worker, row), c, weight, scratch, tile != begin);
         }
       }
     });
@@ -113,12 +115,13 @@ class HeadStatistics {
     return weighted_.data() + (worker * group_ + row) * tiles_.features;
   }
 
-  const Tiles<T, A>& tiles_;
+  const Tiles<T, P>& tiles_;
   double softcap_;
   RowFunctions<A> functions_;
   int64_t group_;
   bool form_, sum_;
-  Workspace<A> tile_, weight_, weighted_;
+  std::deque<Block> weights_;  // of the workers
+  Workspace<A> tile_, weighted_;
   Workspace<RowStats> stats_;  // [workers, group]
   Workspace<double> sums_;     // [workers, group]
   Workspace<A> tokens_;        // [group]

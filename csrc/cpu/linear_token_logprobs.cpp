@@ -45,20 +45,20 @@ void zero_masked(const LinearTokenLogprobs& a) {
   }
 }
 
-template <class T, class A>
+template <class T, class P, class A = typename P::Scalar>
 void forward(const LinearTokenLogprobs& a, const std::vector<int64_t>& rows) {
   zero_masked<T, A>(a);
   const int64_t count = int64_t(rows.size());
   if (count == 0) return;
-  const Tiles<T, A> tiles(a.head);
+  const Tiles<T, P> tiles(a.head);
   const auto functions = row_functions<A>(a.return_entropy, transforms(a));
   const int64_t group = std::min(tiles.group_rows(), count), d = a.head.features;
   T* gradient = static_cast<T*>(a.head.grad_hidden);
-  HeadStatistics<T, A> statistics(tiles, functions, group, gradient != nullptr, false);
-  Workspace<A> gathered;
+  HeadStatistics<T, P> statistics(tiles, functions, group, gradient != nullptr, false);
+  typename P::Block hidden(group, d, {false, false});
   for (int64_t start = 0; start < count; start += group) {
     const int64_t size = std::min(group, count - start);
-    const A* hidden = tiles.gather(rows.data() + start, size, gathered);
+    tiles.gather(rows.data() + start, size, hidden);
     const auto terms = [&](int64_t i) { return row_terms<A>(a, rows[start + i]); };
     statistics.run(hidden, size, terms, nullptr);
     parallel_for(size, 16, [&](int64_t first, int64_t last) {
@@ -77,16 +77,16 @@ void forward(const LinearTokenLogprobs& a, const std::vector<int64_t>& rows) {
   }
 }
 
-template <class T, class A>
+template <class T, class P, class A = typename P::Scalar>
 void backward(const LinearTokenLogprobs& a, const std::vector<int64_t>& rows) {
   const int64_t count = int64_t(rows.size()), d = a.head.features;
   if (count == 0) return zero_head_gradients(a.head);
   if (a.head.grad_hidden)
     for (int64_t row = 0; a.mask && row < a.head.rows; ++row)
       if (!a.mask[row]) std::fill_n(static_cast<T*>(a.head.grad_hidden) + row * d, d, T{});
-  const Tiles<T, A> tiles(a.head);
+  const Tiles<T, P> tiles(a.head);
   const bool entropy = a.grad_entropy != nullptr;
-  HeadGradients<T, A> gradients(tiles, row_functions<A>(entropy, transforms(a)), count);
+  HeadGradients<T, P> gradients(tiles, row_functions<A>(entropy, transforms(a)), count, false);
   const auto terms = [&](int64_t i) {
     const int64_t row = rows[i];
     RowTerms t = row_terms<A>(a, row);
@@ -107,20 +107,17 @@ int64_t linear_token_logprobs_fwd(const LinearTokenLogprobs& a) {
   const std::vector<int64_t> rows = counting_rows(a);
   for (const int64_t row : rows)
     if (a.token_ids[row] < 0 || a.token_ids[row] >= a.head.vocab) return row;
-  const auto run = a.head.dtype == DType::f64    ? forward<double, double>
-                   : a.head.dtype == DType::f32  ? forward<float, float>
-                   : a.head.dtype == DType::bf16 ? forward<BFloat16, float>
-                                                 : forward<Half, float>;
-  run(a, rows);
+  with_head_products(a.head.dtype, int64_t(rows.size()), [&](auto stored, auto products) {
+    forward<decltype(stored), decltype(products)>(a, rows);
+  });
   return -1;
 }
 
 void linear_token_logprobs_bwd(const LinearTokenLogprobs& a) {
-  const auto run = a.head.dtype == DType::f64    ? backward<double, double>
-                   : a.head.dtype == DType::f32  ? backward<float, float>
-                   : a.head.dtype == DType::bf16 ? backward<BFloat16, float>
-                                                 : backward<Half, float>;
-  run(a, counting_rows(a));
+  const std::vector<int64_t> rows = counting_rows(a);
+  with_head_products(a.head.dtype, int64_t(rows.size()), [&](auto stored, auto products) {
+    backward<decltype(stored), decltype(products)>(a, rows);
+  });
 }
 
 }  // namespace apt::APT_ISA

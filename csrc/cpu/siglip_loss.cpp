@@ -5,7 +5,7 @@
 // in double.
 #include "siglip_loss.h"
 
-#include "similarity_bf16.h"
+#include "similarity_tiles.h"
 
 namespace apt::APT_ISA {
 namespace {
@@ -116,8 +116,8 @@ void backward(const SigLIP& a) {
   Workspace<A> positives(s.rows.count);
   for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
     coefficients(a, tile, w, positives.data());
-    if (grad_rows) P::add_to_rows(grad_rows.row(tile.row), tile, w.right, w.scratch);
-    if (grad_columns) P::add_to_columns(grad_columns.row(tile.column), tile, w.left, w.scratch);
+    if (grad_rows) P::add_to_left(grad_rows.row(tile.row), tile, w.right, w.scratch, true);
+    if (grad_columns) P::add_to_right(grad_columns.row(tile.column), tile, w.left, w.scratch, true);
   });
   add_pairs(s.rows, norms.rows(), grad_rows, s.columns, norms.columns(), grad_columns,
             s.label_offset, [&](int64_t i) { return positives.data()[i]; });

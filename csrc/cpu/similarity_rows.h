@@ -32,10 +32,6 @@ inline void from_float(double x, double* out) { *out = x; }
 inline void from_float(double x, float* out) { *out = float(x); }
 inline void from_float(float x, double* out) { *out = x; }
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 // Calls body(T*) with a null pointer of the element type.
 template <class Body>
 void with_type(DType dtype, const Body& body) {

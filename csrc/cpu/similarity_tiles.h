@@ -1,13 +1,12 @@
-// Tiles of the similarity matrix that stay in the L2 cache: products by the BLAS, or oneDNN's
-// bfloat16 kernels where rows are bfloat16 and the processor multiplies them. A product of unit
-// rows is exact to the rounding of its sum; bfloat16 rows are multiplied as they are, and the
-// products scaled in float. Memory: a tile and two blocks of rows a thread.
+// Tiles of the similarity matrix that stay in the L2 cache, multiplied as products.h says. A
+// product of unit rows is exact to the rounding of its sum; bfloat16 rows are multiplied as they
+// are, and the products scaled in float. Memory: a tile and two blocks of rows a thread.
 #pragma once
 #include <atomic>
 #include <memory>
 #include <vector>
 
-#include "blas.h"
+#include "packed_products.h"
 #include "similarity_rows.h"
 
 namespace apt::APT_ISA {
@@ -61,12 +60,11 @@ void for_each_pair(int64_t row_blocks, int64_t column_blocks, bool triangle, con
 // Dot products [rows, columns] of the rows from `row` on and the columns from `column` on. Columns
 // beyond, up to a whole vector, are -inf.
 template <class A>
-struct Tile {
-  A* data;
-  int64_t stride, row, rows, column, columns;
-  int64_t left, right;  // where its rows and its columns begin in their blocks
-  bool diagonal;        // of a triangle
-  A* operator[](int64_t r) const { return data + r * stride; }
+struct Tile : Coefficients<A> {
+  using Coefficients<A>::data, Coefficients<A>::stride;
+  using Coefficients<A>::rows, Coefficients<A>::columns;
+  int64_t row, column;
+  bool diagonal;  // of a triangle
   // Calls body(i, j, element) for the elements of the matrix with j = i + offset in this tile.
   template <class Body>
   void along(int64_t offset, const Body& body) const {
@@ -76,39 +74,32 @@ struct Tile {
   }
 };
 
-// Products of unit rows in float or double.
-template <class A>
-struct UnitProducts {
-  using Scalar = A;
-  static constexpr DType kType = sizeof(A) == 8 ? DType::f64 : DType::f32;
-  struct Block {
-    Workspace<A> unit;
-    int64_t width;
-    Block(int64_t longest, int64_t w) : unit(longest * w), width(w) {}
-    void load(const Rows& rows, int64_t first, int64_t n, const A* inverse) {
-      load_rows(rows, first, n, inverse, unit.data());
+// `n` rows from `first` on as unit rows, or bfloat16 as they came with the factors of unit rows. A
+// row without a direction is zero, whatever it holds.
+template <class Block, class A>
+void load_block(const Rows& from, int64_t first, int64_t n, const A* inverse, Block& block) {
+  auto* room = block.room();
+  if constexpr (sizeof(*room) == sizeof(uint16_t)) {
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t row = first + r, part = row >= from.first_count;
+      const uint16_t* x = static_cast<const uint16_t*>(from.data[part]) +
+                          (row - part * from.first_count) * from.row_stride[part];
+      const int64_t step = from.column_stride[part];
+      uint16_t* to = room + r * block.stride;
+      to[block.stride - 1] = 0;
+      if (step == 1) {
+        std::memcpy(to, x, size_t(block.width) * sizeof *to);
+      } else {
+        for (int64_t c = 0; c < block.width; ++c) to[c] = x[c * step];
+      }
+      if (inverse[row] == 0) std::fill_n(to, block.stride, 0);
     }
-    Matrix part(int64_t begin, int64_t size) const {
-      return {const_cast<A*>(unit.data()) + begin * width, kType, size, width, width, 1};
-    }
-  };
-  struct Scratch {
-    explicit Scratch(int64_t) {}
-  };
-  static Matrix matrix(const Tile<A>& t) { return {t.data, kType, t.rows, t.columns, t.stride, 1}; }
-  static void similarities(const Tile<A>& t, const Block& left, const Block& right) {
-    multiply(matrix(t), left.part(t.left, t.rows), transposed(right.part(t.right, t.columns)));
+    block.use(room, n, inverse + first);
+  } else {
+    load_rows(from, first, n, inverse, room);
+    block.use(room, n);
   }
-  static void add_to_rows(A* out, const Tile<A>& t, const Block& right, Scratch&) {
-    multiply({out, kType, t.rows, right.width, right.width, 1}, matrix(t),
-             right.part(t.right, t.columns), 1);
-  }
-  static void add_to_columns(A* out, const Tile<A>& t, const Block& left, Scratch&) {
-    multiply({out, kType, t.columns, left.width, left.width, 1}, transposed(matrix(t)),
-             left.part(t.left, t.rows), 1);
-  }
-  static void finish() {}
-};
+}
 
 // The memory of one thread: two blocks of rows, their tile, and kArrays arrays as long as a side.
 template <class P>
@@ -122,9 +113,9 @@ struct Worker {
   Worker(int64_t rows, int64_t columns, int64_t width)
       : stride(round_up(std::min(columns, kSquare), Lanes<A>::kCount)),
         length(std::max(stride, round_up(std::min(rows, kSquare), Lanes<A>::kCount))),
-        left(rows, width),
-        right(columns, width),
-        scratch(length),
+        left(rows, width, {false, true}),
+        right(columns, width, {true, true}),
+        scratch(length, length),
         tile(length * stride),
         arrays(kArrays * length) {}
   A* array(int64_t k) { return arrays.data() + k * length; }
@@ -156,27 +147,40 @@ void for_each_product(const Similarity& s, const Norms<A>& norms, const Body& bo
     if (!workers[id])
       workers[id] = std::make_unique<Worker<P>>(rows.longest(), columns.longest(), s.rows.width);
     Worker<P>& w = *workers[id];
-    w.left.load(s.rows, rows.begin(i), rows.length(i), norms.rows());
-    w.right.load(s.columns, columns.begin(j), columns.length(j), norms.columns());
+    load_block(s.rows, rows.begin(i), rows.length(i), norms.rows(), w.left);
+    load_block(s.columns, columns.begin(j), columns.length(j), norms.columns(), w.right);
     const Blocks down(rows.length(i), 1, kSquare), across(columns.length(j), 1, kSquare);
     for (int64_t r = 0; r < down.count; ++r)
       for (int64_t c = s.triangle && i == j ? r : 0; c < across.count; ++c) {
-        const Tile<A> tile{w.tile.data(),
-                           w.stride,
+        const Tile<A> tile{{w.tile.data(), w.stride, down.length(r), across.length(c),
+                            down.begin(r), across.begin(c)},
                            rows.begin(i) + down.begin(r),
-                           down.length(r),
                            columns.begin(j) + across.begin(c),
-                           across.length(c),
-                           down.begin(r),
-                           across.begin(c),
                            s.triangle && i == j && r == c};
-        P::similarities(tile, w.left, w.right);
+        P::dots(tile, w.left, w.right, false);
         for (int64_t k = 0; k < tile.rows; ++k)
           std::fill(tile[k] + tile.columns, tile[k] + w.stride, A(-kInf));
         body(tile, w);
       }
     P::finish();
   });
+}
+
+// Below this many multiplications the processor's bfloat16 products do not pay for their packing.
+constexpr int64_t kSmallestBFloat16Work = int64_t{1} << 22;
+
+// Calls body with the kind of products that suits the rows.
+template <class Body>
+void with_products(const Similarity& s, const Body& body) {
+  if (s.wide) return body(BlasProducts<double>{});
+#if defined(__AVX512F__)
+  const bool bfloat16 = s.rows.dtype == DType::bf16 && s.columns.dtype == DType::bf16;
+  if (bfloat16 && has_packed_products(DType::bf16) &&
+      double(s.rows.count) * s.columns.count * s.rows.width >= kSmallestBFloat16Work)
+    return body(PackedBFloat16Products{});
+  if (has_packed_products(DType::f32)) return body(PackedFloatProducts{});
+#endif
+  body(BlasProducts<float>{});
 }
 
 }  // namespace apt::APT_ISA

@@ -7,8 +7,8 @@
 
 #include <unordered_map>
 
-#include "similarity_bf16.h"
 #include "similarity_softmax.h"
+#include "similarity_tiles.h"
 
 namespace apt::APT_ISA {
 namespace {
@@ -193,9 +193,9 @@ void backward(const SupCon& a) {
   Gradient<A> grad_rows(s.rows, a.grad_rows, s.unrounded);
   for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
     coefficients(a, tile, w, labels, rows, s.triangle ? rows : other);
-    P::add_to_rows(grad_rows.row(tile.row), tile, w.right, w.scratch);
+    P::add_to_left(grad_rows.row(tile.row), tile, w.right, w.scratch, true);
     if (s.triangle && !tile.diagonal)
-      P::add_to_columns(grad_rows.row(tile.column), tile, w.left, w.scratch);
+      P::add_to_right(grad_rows.row(tile.column), tile, w.left, w.scratch, true);
   });
   grad_rows.finish(norms.rows(), s.normalize, s.scale);
 }
