@@ -19,6 +19,14 @@ void add_column_sums(const A* tile, int64_t rows, int64_t width, bool first, A* 
   }
 }
 
+// Into the cache, line after line: the products take another order and would wait for every one.
+template <class E>
+void read_ahead(const E* data, int64_t size) {
+  volatile E last;
+  for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(E))) last = data[i];
+  (void)last;
+}
+
 // Gradients of hidden, weight and bias. Every tile of logits, stored or computed again, becomes its
 // gradient in place and enters two products. The weight's gradient is summed in A: in the result
 // itself, or, for 16-bit weights, in one tile a thread that all rows pass before it is rounded.
@@ -81,6 +89,9 @@ class HeadGradients {
     const int64_t width = tiles_.width(tile);
     Block& weight = weights_[worker];
     if (!stored || head_.grad_hidden) tiles_.load_weight(tile, weight);
+    if (stored && head_.grad_hidden) read_ahead(weight.rows, width * weight.stride);
+    if (head_.grad_weight && kSame && !group.first)
+      read_ahead(grad_weight(worker, tile), width * tiles_.features);
     for (int64_t row = 0; row < group.size; row += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, group.size - row);
       A* x = stored ? stored + tiles_.begin(tile) * group.size + row * width

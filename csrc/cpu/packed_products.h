@@ -93,6 +93,7 @@ struct PackedFloatProducts {
       if (columns.size())
         transpose_words(n, width, columns.data(), columns_stride,
                         [&](int64_t r, int64_t c, int64_t size) {
+                          __builtin_prefetch(data + (r + kLanes) * width + c);
                           return load_words(data + r * width + c, size);
                         });
     }
@@ -154,6 +155,7 @@ struct PackedBFloat16Products {
       if (columns.size())
         transpose_words(n, stride / 2, columns.data(), columns_stride,
                         [&](int64_t r, int64_t c, int64_t size) {
+                          __builtin_prefetch(data + (r + kLanes) * stride + 2 * c);
                           return load_words(data + r * stride + 2 * c, size);
                         });
       if (!pairs.size()) return;
