@@ -74,32 +74,42 @@ struct Tile : Coefficients<A> {
   }
 };
 
-// `n` rows from `first` on as unit rows, or bfloat16 as they came with the factors of unit rows. A
-// row without a direction is zero, whatever it holds.
+// `n` rows from `first` on as unit rows. A row without a direction is zero, whatever it holds.
 template <class Block, class A>
 void load_block(const Rows& from, int64_t first, int64_t n, const A* inverse, Block& block) {
-  auto* room = block.room();
-  if constexpr (sizeof(*room) == sizeof(uint16_t)) {
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t row = first + r, part = row >= from.first_count;
-      const uint16_t* x = static_cast<const uint16_t*>(from.data[part]) +
-                          (row - part * from.first_count) * from.row_stride[part];
-      const int64_t step = from.column_stride[part];
-      uint16_t* to = room + r * block.stride;
-      to[block.stride - 1] = 0;
-      if (step == 1) {
-        std::memcpy(to, x, size_t(block.width) * sizeof *to);
-      } else {
-        for (int64_t c = 0; c < block.width; ++c) to[c] = x[c * step];
-      }
-      if (inverse[row] == 0) std::fill_n(to, block.stride, 0);
-    }
-    block.use(room, n, inverse + first);
-  } else {
-    load_rows(from, first, n, inverse, room);
-    block.use(room, n);
-  }
+  load_rows(from, first, n, inverse, block.room());
+  block.use(block.room(), n);
 }
+
+#if defined(__AVX512F__)
+// bfloat16 as they came, with the factors of unit rows: where they lie, or copied.
+inline void load_block(const Rows& from, int64_t first, int64_t n, const float* inverse,
+                       PackedBFloat16Products::Block& block) {
+  const auto row = [&](int64_t i) {
+    const int64_t part = i >= from.first_count;
+    return static_cast<const uint16_t*>(from.data[part]) +
+           (i - part * from.first_count) * from.row_stride[part];
+  };
+  const int64_t part = first >= from.first_count, last = first + n - 1;
+  const bool side_by_side = part == (last >= from.first_count) && from.column_stride[part] == 1 &&
+                            from.row_stride[part] == block.stride && block.stride == block.width;
+  if (side_by_side && !std::count(inverse + first, inverse + first + n, 0.f))
+    return block.use(row(first), n, inverse + first);
+  for (int64_t r = 0; r < n; ++r) {
+    const uint16_t* x = row(first + r);
+    const int64_t step = from.column_stride[first + r >= from.first_count];
+    uint16_t* to = block.room() + r * block.stride;
+    to[block.stride - 1] = 0;
+    if (step == 1) {
+      std::memcpy(to, x, size_t(block.width) * sizeof *to);
+    } else {
+      for (int64_t c = 0; c < block.width; ++c) to[c] = x[c * step];
+    }
+    if (inverse[first + r] == 0) std::fill_n(to, block.stride, 0);
+  }
+  block.use(block.room(), n, inverse + first);
+}
+#endif
 
 // The memory of one thread: two blocks of rows, their tile, and kArrays arrays as long as a side.
 template <class P>
