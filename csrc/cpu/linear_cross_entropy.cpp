@@ -1,6 +1,6 @@
 // Cross-entropy of an output head with its gradients, formed in the forward pass.
 // Flops (M rows that count): 2 M D V for the loss, 2 M D V more for each gradient. The logits of a
-// chunk of rows stay until lse is known: an eighth of those of all rows, 7 MiB at least and 64 MiB
+// chunk of rows stay until lse is known: an eighth of those of all rows, 6 MiB at least and 64 MiB
 // at most.
 // Bytes: weight read twice and its gradient updated once a chunk. 16-bit weights: their gradient
 // needs all rows for a tile at a time, so the logits are computed again (8 M D V in all).
@@ -14,23 +14,6 @@
 
 namespace apt::APT_ISA {
 namespace {
-
-// Whether the label is the first of the largest logits, given that its z is the largest z. (The
-// soft cap may make equal z of different x: x decides.)
-template <class T, class P, class A = typename P::Scalar>
-bool first_largest(const Tiles<T, P>& tiles, const A* stored, int64_t size, int64_t row,
-                   int64_t label, A x) {
-  for (int64_t tile = 0; tile < tiles.count; ++tile) {
-    const int64_t width = tiles.width(tile), begin = tiles.begin(tile);
-    const A* other = stored + begin * size + row * width;
-    const int64_t before = std::clamp<int64_t>(label - begin, 0, width);
-    bool beaten = false;
-    for (int64_t v = 0; v < before; ++v) beaten |= other[v] >= x;
-    for (int64_t v = before; v < width; ++v) beaten |= other[v] > x;
-    if (beaten) return false;
-  }
-  return true;
-}
 
 template <class T, class P>
 class CrossEntropy {
@@ -50,8 +33,8 @@ class CrossEntropy {
   }
 
   void run() {
-    run_linear_loss(tiles_, rows_, functions_, functions_, {!again_, true, a_.label_smoothing > 0},
-                    *this);
+    run_linear_loss(tiles_, rows_, functions_, functions_, !again_,
+                    {false, a_.label_smoothing > 0, true}, *this);
     double loss = 0;
     for (int64_t i = 0; i < count_; ++i) loss += losses_[i];
     a_.loss = loss * coefficient_;
@@ -69,8 +52,7 @@ class CrossEntropy {
     return t;
   }
 
-  void finish_rows(const HeadStatistics<T, P>& statistics, const A* stored, int64_t start,
-                   int64_t size) {
+  void finish_rows(const HeadStatistics<T, P>& statistics, int64_t start, int64_t size) {
     parallel_for(size, 4, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const RowStats stats = statistics.stats(i);
@@ -83,7 +65,7 @@ class CrossEntropy {
                  s * stats.log_probability(statistics.sum_logits(i) / double(a_.head.vocab));
         losses_[start + i] = loss;
         const int64_t label = a_.labels[rows_[start + i]];
-        if (z == stats.max && first_largest(tiles_, stored, size, i, label, x)) ++correct_;
+        if (stats.max == stats.max && statistics.first_largest(i) == label) ++correct_;
       }
     });
   }

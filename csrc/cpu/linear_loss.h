@@ -11,7 +11,7 @@ namespace apt::APT_ISA {
 // Of the logits of all rows an eighth is kept, within these limits. More rows a chunk would pass
 // over the weight and its gradient less often; with an eighth that is already a small part of the
 // products' time.
-constexpr int64_t kLeastStored = int64_t{7} << 20, kMostStored = int64_t{64} << 20;
+constexpr int64_t kLeastStored = int64_t{6} << 20, kMostStored = int64_t{64} << 20;
 
 // Rows of a chunk: the largest that the limits above allow, all chunks of nearly one size.
 template <class T, class P, class A = typename P::Scalar>
@@ -26,18 +26,13 @@ int64_t chunk_rows(const Tiles<T, P>& tiles, int64_t count) {
 }
 
 // from_chunks: a chunk's gradients follow its statistics; else those of all rows follow all
-// statistics. keep: the loss looks at the logits, also where no gradient is wanted.
-struct LinearLossPlan {
-  bool from_chunks, keep, sum_logits;
-};
-
-// Of the rows (ascending) that count, loss.finish_rows(statistics, logits or null, start, size)
-// sees each chunk; loss.finish() comes after all of them; loss.terms(i) are those of rows[i],
-// with token and temperature before finish_rows and everything when the gradient is formed.
+// statistics. Of the rows (ascending) that count, loss.finish_rows(statistics, start, size) sees
+// each chunk; loss.finish() comes after all of them; loss.terms(i) are those of rows[i], with token
+// and temperature before finish_rows and everything when the gradient is formed.
 template <class T, class P, class Loss, class A = typename P::Scalar>
 void run_linear_loss(const Tiles<T, P>& tiles, const std::vector<int64_t>& rows,
                      const RowFunctions<A>& forward, const RowFunctions<A>& backward,
-                     LinearLossPlan plan, Loss& loss) {
+                     bool from_chunks, Wanted statistic, Loss& loss) {
   const LinearHead& head = tiles.head;
   const int64_t count = int64_t(rows.size()), d = head.features;
   if (head.grad_hidden)
@@ -48,11 +43,11 @@ void run_linear_loss(const Tiles<T, P>& tiles, const std::vector<int64_t>& rows,
         std::fill_n(static_cast<T*>(head.grad_hidden) + row * d, d, T{});
     }
   const bool wanted = head.grad_hidden || head.grad_weight || head.grad_bias;
-  const bool stream = wanted && plan.from_chunks, store = stream || plan.keep;
-  const int64_t chunk = store ? chunk_rows(tiles, count) : std::min(tiles.group_rows(), count);
-  Workspace<A> stored(store ? chunk * head.vocab : 0);
+  const bool stream = wanted && from_chunks;
+  const int64_t chunk = stream ? chunk_rows(tiles, count) : std::min(tiles.group_rows(), count);
+  Workspace<A> stored(stream ? chunk * head.vocab : 0);
   typename P::Block hidden(chunk, d, {false, false});
-  HeadStatistics<T, P> statistics(tiles, forward, chunk, false, plan.sum_logits);
+  HeadStatistics<T, P> statistics(tiles, forward, chunk, statistic);
   HeadGradients<T, P> gradients(tiles, backward, stream ? chunk : 0, true);
   const auto terms = [&](int64_t i) { return loss.terms(i); };
   for (int64_t start = 0; start < count; start += chunk) {
@@ -60,7 +55,7 @@ void run_linear_loss(const Tiles<T, P>& tiles, const std::vector<int64_t>& rows,
     tiles.gather(rows.data() + start, size, hidden);
     const auto of_chunk = [&](int64_t i) { return loss.terms(start + i); };
     statistics.run(hidden, size, of_chunk, stored.data());
-    loss.finish_rows(statistics, stored.data(), start, size);
+    loss.finish_rows(statistics, start, size);
     if (stream) gradients.run(rows.data() + start, size, of_chunk, stored.data(), start > 0);
   }
   loss.finish();

@@ -39,7 +39,7 @@ class LinearRows {
     const bool entropy = a_.options.entropy_coef != 0;
     if (!rows_.empty())
       run_linear_loss(tiles_, rows_, functions_, row_functions<A>(entropy, transforms(a_)),
-                      {from_chunks_, false, false}, *this);
+                      from_chunks_, {false, false, false}, *this);
     write_policy_results<A>(a_.options, weights_, sums_, a_.loss, a_.metrics);
   }
 
@@ -56,7 +56,7 @@ class LinearRows {
     return t;
   }
 
-  void finish_rows(const HeadStatistics<T, P>& statistics, const A*, int64_t start, int64_t size) {
+  void finish_rows(const HeadStatistics<T, P>& statistics, int64_t start, int64_t size) {
     parallel_for(size, 4, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const RowStats stats = statistics.stats(i);

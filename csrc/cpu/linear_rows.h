@@ -30,6 +30,7 @@ template <class A>
 struct RowFunctions {
   void (*add)(RowStats& row, const A* x, int64_t size, double temperature, double softcap);
   double (*sum)(const A* x, int64_t size, double softcap);  // of z
+  A (*largest)(const A* x, int64_t size);
   void (*write_gradient)(A* x, int64_t size, const RowTerms& row, double softcap, int64_t picked);
   double (*logit)(A x, double temperature, double softcap);  // z
   double (*slope)(A x, double temperature, double softcap);  // dz/dx
@@ -49,6 +50,14 @@ double sum_row(const float* x, int64_t size, double softcap) {
   double rest = 0;
   for (; i < size; ++i) rest += logit(x[i]);
   return rest + apt::APT_ISA::sum(total);
+}
+
+inline float largest_of_row(const float* x, int64_t size) {
+  VecF best = splat(-kInf);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) best = vmax(load(x + i), best);
+  if (i < size) best = vmax(load_partial(x + i, size - i, -kInf), best);
+  return max(best);
 }
 
 template <bool kEntropy, bool kTransform>
@@ -117,6 +126,12 @@ inline double sum_row_double(const double* x, int64_t size, double softcap) {
   return total;
 }
 
+inline double largest_of_row_double(const double* x, int64_t size) {
+  double best = -kInf;
+  for (int64_t i = 0; i < size; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
 inline void write_row_double(double* x, int64_t size, const RowTerms& row, double softcap,
                              int64_t picked) {
   for (int64_t i = 0; i < size; ++i) {
@@ -129,14 +144,15 @@ inline void write_row_double(double* x, int64_t size, const RowTerms& row, doubl
 
 template <bool kEntropy, bool kTransform>
 RowFunctions<float> float_functions() {
-  return {add_row<kEntropy, kTransform>, sum_row<kTransform>, write_row<kEntropy, kTransform>,
-          logit_of<kTransform>, slope_of<kTransform>};
+  return {add_row<kEntropy, kTransform>,   sum_row<kTransform>,  largest_of_row,
+          write_row<kEntropy, kTransform>, logit_of<kTransform>, slope_of<kTransform>};
 }
 
 template <class A>
 RowFunctions<A> row_functions(bool entropy, bool transform) {
   if constexpr (std::is_same_v<A, double>) {
-    return {add_row_double, sum_row_double, write_row_double, double_logit, double_slope};
+    return {add_row_double,   sum_row_double, largest_of_row_double,
+            write_row_double, double_logit,   double_slope};
   } else if (transform) {
     return entropy ? float_functions<true, true>() : float_functions<false, true>();
   } else {

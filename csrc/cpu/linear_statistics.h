@@ -4,7 +4,11 @@
 
 namespace apt::APT_ISA {
 
-// One group of rows at a time. form_gradient: also the gradient of log p[token] by the hidden
+struct Wanted {
+  bool gradient, sum_logits, first_largest;
+};
+
+// One group of rows at a time. wanted.gradient: also the gradient of log p[token] by the hidden
 // state, z'[token] W[token] - sum_v p_v z'_v W_v, whose sum is carried relative to the row's
 // largest z so far, as attention carries its values: no second pass over the vocabulary.
 template <class T, class P>
@@ -13,18 +17,18 @@ class HeadStatistics {
   using A = typename P::Scalar;
   using Block = typename P::Block;
   HeadStatistics(const Tiles<T, P>& tiles, const RowFunctions<A>& functions, int64_t group,
-                 bool form_gradient, bool sum_logits)
+                 Wanted wanted)
       : tiles_(tiles),
         softcap_(tiles.head.softcap),
         functions_(functions),
         group_(group),
-        form_(form_gradient),
-        sum_(sum_logits),
-        weights_(tiles.weight_blocks({true, form_gradient})),
+        wanted_(wanted),
+        weights_(tiles.weight_blocks({true, wanted.gradient})),
         tile_(tiles.workers * std::min(kRowBlock, group) * tiles.columns),
-        weighted_(form_gradient ? tiles.workers * group * tiles.features : 0),
+        weighted_(wanted.gradient ? tiles.workers * group * tiles.features : 0),
         stats_(tiles.workers * group),
         sums_(tiles.workers * group),
+        largest_(wanted.first_largest ? tiles.workers * group : 0),
         tokens_(group) {}
 
   // terms(i) gives token and temperature of row i of `hidden`; stored: where to keep the logits,
@@ -34,7 +38,9 @@ class HeadStatistics {
     tiles_.each_worker([&](int64_t worker, int64_t begin, int64_t end) {
       std::fill_n(stats_.data() + worker * group_, size, empty_row());
       std::fill_n(sums_.data() + worker * group_, size, 0.0);
-      typename P::Scratch scratch(form_ ? std::min(kRowBlock, size) : 0, tiles_.columns);
+      if (wanted_.first_largest)
+        std::fill_n(largest_.data() + worker * group_, size, Largest{A(-kInf), 0});
+      typename P::Scratch scratch(wanted_.gradient ? std::min(kRowBlock, size) : 0, tiles_.columns);
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t width = tiles_.width(tile);
         Block& weight = weights_[worker];
@@ -46,7 +52,8 @@ class HeadStatistics {
           const Coefficients<A> c = tiles_.logits(hidden, row, rows, weight, tile, x);
           for (int64_t r = 0; r < rows; ++r)
             use_row(worker, tile, row + r, terms(row + r), c[r], width);
-          if (form_) P::add_to_left(weighted(worker, row), c, weight, scratch, tile != begin);
+          if (wanted_.gradient)
+            P::add_to_left(weighted(worker, row), c, weight, scratch, tile != begin);
         }
       }
     });
@@ -61,6 +68,15 @@ class HeadStatistics {
     double total = 0;
     for (int64_t w = 0; w < tiles_.workers; ++w) total += sums_.data()[w * group_ + row];
     return total;
+  }
+  // The first column of the largest logit; 0 where all are excluded.
+  int64_t first_largest(int64_t row) const {
+    Largest best = largest_.data()[row];
+    for (int64_t w = 1; w < tiles_.workers; ++w) {
+      const Largest& part = largest_.data()[w * group_ + row];
+      if (part.logit > best.logit) best = part;
+    }
+    return best.column;
   }
   A token_logit(int64_t row) const { return tokens_.data()[row]; }  // x, not z
 
@@ -86,6 +102,11 @@ class HeadStatistics {
   }
 
  private:
+  struct Largest {
+    A logit;
+    int64_t column;
+  };
+
   void use_row(int64_t worker, int64_t tile, int64_t row, const RowTerms& terms, A* x,
                int64_t width) {
     RowStats& stats = stats_.data()[worker * group_ + row];
@@ -93,8 +114,10 @@ class HeadStatistics {
     const int64_t picked = tiles_.picked(tile, terms.token);
     if (picked >= 0) tokens_.data()[row] = x[picked];
     functions_.add(stats, x, width, terms.temperature, softcap_);
-    if (sum_) sums_.data()[worker * group_ + row] += functions_.sum(x, width, softcap_);
-    if (!form_) return;
+    if (wanted_.first_largest) find_largest(worker, tile, row, x, width);
+    if (wanted_.sum_logits)
+      sums_.data()[worker * group_ + row] += functions_.sum(x, width, softcap_);
+    if (!wanted_.gradient) return;
     if (stats.max == -kInf) {
       std::fill_n(x, width, A(0));
       return;
@@ -111,6 +134,13 @@ class HeadStatistics {
     functions_.write_gradient(x, width, relative, softcap_, -1);
   }
 
+  void find_largest(int64_t worker, int64_t tile, int64_t row, const A* x, int64_t width) {
+    Largest& best = largest_.data()[worker * group_ + row];
+    const A largest = functions_.largest(x, width);
+    if (largest > best.logit)
+      best = {largest, tiles_.begin(tile) + (std::find(x, x + width, largest) - x)};
+  }
+
   A* weighted(int64_t worker, int64_t row) const {
     return weighted_.data() + (worker * group_ + row) * tiles_.features;
   }
@@ -119,12 +149,13 @@ class HeadStatistics {
   double softcap_;
   RowFunctions<A> functions_;
   int64_t group_;
-  bool form_, sum_;
+  Wanted wanted_;
   std::deque<Block> weights_;  // of the workers
   Workspace<A> tile_, weighted_;
-  Workspace<RowStats> stats_;  // [workers, group]
-  Workspace<double> sums_;     // [workers, group]
-  Workspace<A> tokens_;        // [group]
+  Workspace<RowStats> stats_;   // [workers, group]
+  Workspace<double> sums_;      // [workers, group]
+  Workspace<Largest> largest_;  // [workers, group]
+  Workspace<A> tokens_;         // [group]
 };
 
 }  // namespace apt::APT_ISA

@@ -54,7 +54,7 @@ void forward(const LinearTokenLogprobs& a, const std::vector<int64_t>& rows) {
   const auto functions = row_functions<A>(a.return_entropy, transforms(a));
   const int64_t group = std::min(tiles.group_rows(), count), d = a.head.features;
   T* gradient = static_cast<T*>(a.head.grad_hidden);
-  HeadStatistics<T, P> statistics(tiles, functions, group, gradient != nullptr, false);
+  HeadStatistics<T, P> statistics(tiles, functions, group, {gradient != nullptr, false, false});
   typename P::Block hidden(group, d, {false, false});
   for (int64_t start = 0; start < count; start += group) {
     const int64_t size = std::min(group, count - start);
