@@ -1,6 +1,6 @@
 // Cross-entropy of an output head with its gradients, formed in the forward pass.
 // Flops (M rows that count): 2 M D V for the loss, 2 M D V more for each gradient. The logits of a
-// chunk of rows stay until lse is known: an eighth of those of all rows, 6 MiB at least and 64 MiB
+// chunk of rows stay until lse is known: an eighth of those of all rows, 5 MiB at least and 64 MiB
 // at most.
 // Bytes: weight read twice and its gradient updated once a chunk. 16-bit weights: their gradient
 // needs all rows for a tile at a time, so the logits are computed again (8 M D V in all).

@@ -11,7 +11,7 @@ namespace apt::APT_ISA {
 // Of the logits of all rows an eighth is kept, within these limits. More rows a chunk would pass
 // over the weight and its gradient less often; with an eighth that is already a small part of the
 // products' time.
-constexpr int64_t kLeastStored = int64_t{6} << 20, kMostStored = int64_t{64} << 20;
+constexpr int64_t kLeastStored = int64_t{5} << 20, kMostStored = int64_t{64} << 20;
 
 // Rows of a chunk: the largest that the limits above allow, all chunks of nearly one size.
 template <class T, class P, class A = typename P::Scalar>
