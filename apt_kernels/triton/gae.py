@@ -27,13 +27,44 @@ def _first_two(value_later, second_later, number_later, value, second, number):
 
 
 @triton.jit
-def _flags(ptr, offset, live, ABSENT: tl.constexpr):
+def _offset(row, t, place, stride_b, stride_t, WINDOWS: tl.constexpr):
+    if WINDOWS:
+        offset = place
+    else:
+        offset = row * stride_b + t * stride_t
+    return offset
+
+
+@triton.jit
+def _load(ptr, offset, live, vectors, rest, WINDOWS: tl.constexpr):
+    """Windows: whole vectors, of other rows too; and one by one what the tensor ends with."""
+    if WINDOWS:
+        x = tl.load(ptr + offset, mask=vectors, other=0)
+        if rest:
+            x = tl.where(vectors, x, tl.load(ptr + offset, mask=live & ~vectors, other=0))
+    else:
+        x = tl.load(ptr + offset, mask=live, other=0)
+    return x
+
+
+@triton.jit
+def _flags(ptr, offset, live, vectors, rest, ABSENT: tl.constexpr, WINDOWS: tl.constexpr):
     # one return: after an early one the compiler still meets the load of None
     if ptr is None:
         flags = live & ABSENT
     else:
-        flags = tl.load(ptr + offset, mask=live, other=0) != 0
+        flags = live & (_load(ptr, offset, live, vectors, rest, WINDOWS) != 0)
     return flags
+
+
+@triton.jit
+def _store(ptr, offset, x, live, inner, edge, WINDOWS: tl.constexpr):
+    """Windows: `inner` vectors lie in the row, the `edge` of it is stored one by one."""
+    if WINDOWS:
+        tl.store(ptr + offset, x, mask=inner)
+        tl.store(ptr + offset, x, mask=edge)
+    else:
+        tl.store(ptr + offset, x, mask=live)
 
 
 # What: A_t = delta_t + gamma lambda A_(t+1) of BLOCK_B rows, from the last step back.
@@ -47,7 +78,8 @@ def _gae_fwd_kernel(
     mask_b: tl.int64, mask_t: tl.int64, terminated_b: tl.int64, terminated_t: tl.int64,
     truncated_b: tl.int64, truncated_t: tl.int64, bootstrap_b: tl.int64, bootstrap_t: tl.int64,
     out_b: tl.int64, out_t: tl.int64, gamma: tl.float32, decay: tl.float32,
-    PER_STEP: tl.constexpr, VECTORS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+    PER_STEP: tl.constexpr, VECTORS: tl.constexpr, WINDOWS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row = sequence[:, None]
@@ -62,6 +94,12 @@ def _gae_fwd_kernel(
         first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + number), 0), T)
         steps = tl.minimum(tl.load(cu_seqlens_ptr + number + 1), T) - first
         row = row * 0
+    # Windows: tensors without gaps are cut at multiples of 16 elements, wherever the rows begin.
+    sixteens = (row * T + first) // 16
+    head = row * T + first - sixteens * 16
+    end = head + steps
+    N = T if cu_seqlens_ptr is not None else B * T
+    windows = tl.cdiv(steps + 15 if WINDOWS else steps, BLOCK_T)
     after_last = tl.zeros((BLOCK_B, 1), tl.float32)
     if bootstrap_ptr is not None:
         if not PER_STEP:
@@ -70,17 +108,33 @@ def _gae_fwd_kernel(
     trace = tl.zeros((BLOCK_B, 1), tl.float32)  # the advantage, the value of the next step
     carried = tl.zeros((BLOCK_B, 1), tl.float32)
     seen = tl.zeros((BLOCK_B, 1), tl.int32)  # whether there is one
-    for tile in range(0, tl.cdiv(steps, BLOCK_T)):
-        start = (tl.cdiv(steps, BLOCK_T) - 1 - tile) * BLOCK_T
+    for tile in range(0, windows):
+        start = (windows - 1 - tile) * BLOCK_T
         step = start + place
-        live = inside & (step < steps)
         t = first + step
-        counts = _flags(mask_ptr, row * mask_b + t * mask_t, live, True)
-        ends = _flags(terminated_ptr, row * terminated_b + t * terminated_t, live, False)
-        breaks = _flags(truncated_ptr, row * truncated_b + t * truncated_t, live, False)
+        flat = sixteens * 16 + step
+        live = inside & (step < steps)
+        vectors = live
+        inner = live
+        rest = False
+        edge = live
+        if WINDOWS:
+            live = inside & (step >= head) & (step < end)
+            vectors = inside & (step < tl.minimum(N // 16 - sixteens, (end + 15) // 16) * 16)
+            inner = inside & (step >= (head + 15) // 16 * 16) & (step < end // 16 * 16)
+            rest = tl.max(sixteens) * 16 + start + BLOCK_T > N // 16 * 16
+            edge = live & ~inner
+        place_of_mask = _offset(row, t, flat, mask_b, mask_t, WINDOWS)
+        counts = _flags(mask_ptr, place_of_mask, live, vectors, rest, True, WINDOWS)
+        place_of_end = _offset(row, t, flat, terminated_b, terminated_t, WINDOWS)
+        ends = _flags(terminated_ptr, place_of_end, live, vectors, rest, False, WINDOWS)
+        place_of_break = _offset(row, t, flat, truncated_b, truncated_t, WINDOWS)
+        breaks = _flags(truncated_ptr, place_of_break, live, vectors, rest, False, WINDOWS)
         # loaded wherever there is a step, for a mask from memory would part the vectors
-        reward = tl.load(rewards_ptr + row * rewards_b + t * rewards_t, mask=live, other=0.0)
-        value = tl.load(values_ptr + row * values_b + t * values_t, mask=live, other=0.0)
+        place_of_reward = _offset(row, t, flat, rewards_b, rewards_t, WINDOWS)
+        reward = _load(rewards_ptr, place_of_reward, live, vectors, rest, WINDOWS)
+        place_of_value = _offset(row, t, flat, values_b, values_t, WINDOWS)
+        value = _load(values_ptr, place_of_value, live, vectors, rest, WINDOWS)
         reward = tl.where(counts, reward.to(tl.float32), 0.0)
         value = tl.where(counts, value.to(tl.float32), 0.0)
         # the first step from here on that counts, and the one after it
@@ -92,17 +146,18 @@ def _gae_fwd_kernel(
         after = tl.where(last, after_last, 0.0)
         if bootstrap_ptr is not None:
             if PER_STEP:
-                after = tl.load(
-                    bootstrap_ptr + row * bootstrap_b + t * bootstrap_t, mask=live, other=0.0
-                ).to(tl.float32)
+                of_step = _offset(row, t, flat, bootstrap_b, bootstrap_t, WINDOWS)
+                after = _load(bootstrap_ptr, of_step, live, vectors, rest, WINDOWS).to(tl.float32)
         following = tl.where(ends, 0.0, tl.where(breaks | last, after, following))
         delta = tl.where(counts, reward + gamma * following - value, 0.0)
         kept = tl.where(counts, tl.where(ends | breaks | last, 0.0, decay), 1.0)
         delta, kept = tl.associative_scan((delta, kept), 1, _then, reverse=True)
         advantage = delta + kept * trace
-        out = row * out_b + t * out_t
-        tl.store(advantages_ptr + out, tl.where(counts, advantage, 0.0), mask=live)
-        tl.store(returns_ptr + out, tl.where(counts, advantage + value, 0.0), mask=live)
+        out = _offset(row, t, flat, out_b, out_t, WINDOWS)
+        kept_advantage = tl.where(counts, advantage, 0.0)
+        _store(advantages_ptr, out, kept_advantage, live, inner, edge, WINDOWS)
+        target = tl.where(counts, advantage + value, 0.0)
+        _store(returns_ptr, out, target, live, inner, edge, WINDOWS)
         here = place == 0
         trace = tl.sum(tl.where(here, advantage, 0.0), 1, keep_dims=True)
         nearest = tl.where(found > 0, nearest, carried)
@@ -118,7 +173,7 @@ def _sum_kernel(advantages_ptr, mask_ptr, sums_ptr, counts_ptr, N: tl.int64, BLO
     count = tl.zeros((BLOCK,), tl.int32)
     for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
-        counts = _flags(mask_ptr, i, i < N, True)
+        counts = _flags(mask_ptr, i, i < N, i < N, False, True, False)
         total += tl.load(advantages_ptr + i, mask=counts, other=0.0)
         count += counts.to(tl.int32)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0))
@@ -143,7 +198,7 @@ def _squares_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
-        counts = _flags(mask_ptr, i, i < N, True)
+        counts = _flags(mask_ptr, i, i < N, i < N, False, True, False)
         x = tl.load(advantages_ptr + i, mask=counts, other=0.0) - mean
         total += tl.where(counts, x * x, 0.0)
     tl.store(squares_ptr + tl.program_id(0), tl.sum(total, 0))
@@ -161,7 +216,7 @@ def _whiten_kernel(
     scale = 1.0 / tl.sqrt_rn(variance + 1e-8)
     for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
-        counts = _flags(mask_ptr, i, i < N, True)
+        counts = _flags(mask_ptr, i, i < N, i < N, False, True, False)
         x = tl.load(advantages_ptr + i, mask=counts, other=0.0)
         tl.store(advantages_ptr + i, tl.where(counts, (x - mean) * scale, 0.0), mask=i < N)
 
@@ -204,20 +259,22 @@ def gae_fwd(
         B, T = cu_seqlens.shape[0] - 1, rewards.shape[0]
         per_step = bootstrap is not None and bootstrap.shape[0] != B
     vectors = cu_seqlens is None and not time_major and T % 16 == 0
+    inputs = (rewards, values, mask, terminated, truncated, bootstrap)
+    per_token = [t for t in inputs if t is not None and t.shape == rewards.shape]
+    windows = not time_major and not vectors and all(t.is_contiguous() for t in per_token)
     if time_major:  # rows are adjacent: many of them, and few steps at a time
         block_b, block_t, warps = 64, 8, 2
     else:
-        of_a_warp = OF_A_WARP if vectors else OF_A_WARP_SINGLY
-        block_t = min(1024, triton.next_power_of_2(T))
+        of_a_warp = OF_A_WARP if vectors or windows else OF_A_WARP_SINGLY
+        block_t = min(1024, triton.next_power_of_2(T + 15 if windows else T))
         block_b = max(1, of_a_warp // block_t) if cu_seqlens is None else 1
         warps = max(1, block_t // of_a_warp)
-    inputs = (rewards, values, mask, terminated, truncated, bootstrap)
     with rows.device_of(rewards):
         _gae_fwd_kernel[(triton.cdiv(B, block_b),)](
             *inputs, cu_seqlens, advantages, returns, B, T,
             *(stride for t in (*inputs, advantages) for stride in _strides(t, time_major)),
             gamma, gamma * gae_lambda, PER_STEP=per_step, VECTORS=vectors,
-            BLOCK_B=block_b, BLOCK_T=block_t, num_warps=warps,
+            WINDOWS=windows, BLOCK_B=block_b, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
         if whiten:
             _whiten(advantages, mask)

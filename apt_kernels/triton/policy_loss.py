@@ -15,9 +15,12 @@ from apt_kernels.triton.tokens import (
     exp_minus,
     kl_term,
     read,
+    row_layout,
     row_scale,
-    row_strides,
     sum_partials,
+    tiles_of,
+    window,
+    write,
 )
 
 CLIP = tl.constexpr(0)
@@ -89,17 +92,16 @@ def _policy_loss_fwd_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    T *= UNIT
-    start = tl.program_id(1).to(tl.int64) * BLOCK
-    i = tl.arange(0, BLOCK)
-    live = i < T - start
+    T *= UNIT if UNIT else 1
+    tile = tl.program_id(1).to(tl.int64)
+    start, head, end, live, vectors, rest = window(row, tile, B, T, UNIT, BLOCK)
     scale, _ = row_scale(lengths_ptr, totals_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
-    counts = read(mask_ptr, row, mask_b, start, live, live, 1, UNIT) != 0
-    logps = read(logps_ptr, row, logps_b, start, live, counts, 1, UNIT)
-    adv = read(adv_ptr, row, adv_b, start, live, counts, ADV_STEP, UNIT)
+    counts = read(mask_ptr, row, mask_b, start, live, vectors, rest, live, 1, UNIT) != 0
+    logps = read(logps_ptr, row, logps_b, start, live, vectors, rest, counts, 1, UNIT)
+    adv = read(adv_ptr, row, adv_b, start, live, vectors, rest, counts, ADV_STEP, UNIT)
     log_ratio = logps * 0.0
     if old_ptr is not None:
-        log_ratio = logps - read(old_ptr, row, old_b, start, live, counts, 1, UNIT)
+        log_ratio = logps - read(old_ptr, row, old_b, start, live, vectors, rest, counts, 1, UNIT)
     x = bounded(log_ratio)
     e = tl.exp(x)
     ratio = e
@@ -113,12 +115,14 @@ def _policy_loss_fwd_kernel(
         logps, ratio, adv, slope, low, high, dual, tau_pos, tau_neg, LOSS
     )
     if weights_ptr is not None:
-        weight = read(weights_ptr, row, weights_b, start, live, counts, WEIGHTS_STEP, UNIT)
+        weight = read(
+            weights_ptr, row, weights_b, start, live, vectors, rest, counts, WEIGHTS_STEP, UNIT
+        )
         loss *= weight
         grad *= weight
     kl = logps * 0.0
     if ref_ptr is not None:
-        ref = read(ref_ptr, row, ref_b, start, live, counts, 1, UNIT)
+        ref = read(ref_ptr, row, ref_b, start, live, vectors, rest, counts, 1, UNIT)
         kl, kl_grad = kl_term(logps - ref, K3 if ESTIMATOR == UNBIASED_K3 else ESTIMATOR)
         if ESTIMATOR == UNBIASED_K3:
             kl_grad = ratio * kl_grad + slope * kl
@@ -126,11 +130,12 @@ def _policy_loss_fwd_kernel(
         grad += kl_coef * kl_grad
     entropy = logps * 0.0
     if entropy_ptr is not None:
-        entropy = read(entropy_ptr, row, entropy_b, start, live, counts, 1, UNIT)
-    tl.store(grad_logps_ptr + (row * T + start) + i, tl.where(counts, grad * scale, 0.0), mask=live)
+        entropy = read(entropy_ptr, row, entropy_b, start, live, vectors, rest, counts, 1, UNIT)
+    grad = tl.where(counts, grad * scale, 0.0)
+    write(grad_logps_ptr, row, T, start, head, end, live, grad, UNIT)
     if grad_entropy_ptr is not None:
         grad_entropy = tl.where(counts, -entropy_coef * scale, 0.0)
-        tl.store(grad_entropy_ptr + (row * T + start) + i, grad_entropy, mask=live)
+        write(grad_entropy_ptr, row, T, start, head, end, live, grad_entropy, UNIT)
     P = B * tl.num_programs(1)
     place = row * tl.num_programs(1) + tl.program_id(1)
     approx_kl, _ = exp_minus(x, e)
@@ -159,20 +164,20 @@ def policy_loss_fwd(
         return zeros[QUANTITIES - 1].clone(), zeros[:-1].clone(), grad_logps, grad_entropy
     of_rows = (logps, old_logps) if ratio_level and old_logps is not None else (None, None)
     lengths, totals, means = count_rows(mask, *of_rows)
-    tiles = triton.cdiv(T, BLOCK)
-    partials = logps.new_empty((QUANTITIES, B * tiles), dtype=torch.float64)
     inputs = (logps, old_logps, advantages, mask, weights, ref_logps, entropy)
-    unit, strides = row_strides(T, *inputs)
+    unit, strides = row_layout(T, *inputs)
+    tiles = tiles_of(T, unit)
+    partials = logps.new_empty((QUANTITIES, B * tiles), dtype=torch.float64)
     with rows.device_of(logps):
         _policy_loss_fwd_kernel[(B, tiles)](
             *inputs, normalizer, lengths, totals, means, partials, grad_logps,
-            grad_entropy if need_entropy else None, B, T // unit, *strides,
+            grad_entropy if need_entropy else None, B, T // max(unit, 1), *strides,
             1.0 - clip_low, 1.0 + clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef,
             LOSS=loss_type, SEQUENCE=bool(ratio_level), ESTIMATOR=kl_estimator,
             AGGREGATION=aggregation, ADV_STEP=advantages.dim() - 1,
             WEIGHTS_STEP=0 if weights is None else weights.dim() - 1,
             UNIT=unit, BLOCK=BLOCK, ROWS=ROWS_BLOCK,
-            num_warps=WARPS if unit > 1 else 4,  # ptxas gives 8 too few registers for single loads
+            num_warps=4 if unit == 1 else WARPS,  # ptxas gives 8 too few registers for single loads
         )  # fmt: skip
     sums = sum_partials(partials, lengths, totals, MEANS)
     return sums[-1].clone(), sums[:-1].clone(), grad_logps, grad_entropy

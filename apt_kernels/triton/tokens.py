@@ -36,18 +36,83 @@ def row_strides(T, *tensors):
     return unit, [s // unit if each else s for s, each in zip(strides, tokens, strict=True)]
 
 
+def row_layout(T, *tensors):
+    """How kernels find their tokens, UNIT and strides: as row_strides, or UNIT 0, where rows of any
+    length follow each other without gaps, in all tensors alike. `window` then cuts each row at
+    multiples of 16 elements of the whole tensor, so that vectors stay possible.
+    """
+    unit, strides = row_strides(T, *tensors)
+    tokens = [t for t in tensors if t is not None and t.dim() == 2]
+    gaps = any(t.stride(0) != T and t.shape[0] > 1 for t in tokens)
+    return (0 if unit == 1 and not gaps else unit), strides
+
+
+def tiles_of(T, unit):
+    """Programs a row: a window may begin up to 15 elements before its row."""
+    return triton.cdiv(T if unit else T + 15, BLOCK)
+
+
 @triton.jit
-def read(ptr, row, stride, start, live, counts, STEP: tl.constexpr, UNIT: tl.constexpr):
-    """One number a token from start on, or one a row (STEP 0); 0 where nothing counts.
+def window(row, tile, B, T, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program sees of its row: (start, head, end, live, vectors, rest).
+
+    Its tokens, the live ones, are those from head to end, counted from start, the place in the row
+    (UNIT 0: in the tensor, a multiple of 16). UNIT 0: they are loaded with their neighbours in
+    whole `vectors`; `rest`: some lie behind the last of those in the tensor.
+    """
+    i = tl.arange(0, BLOCK)
+    if UNIT == 0:
+        first = row * T
+        sixteens = first // 16 + tile * (BLOCK // 16)
+        start = sixteens * 16
+        head = first - start
+        end = head + T
+        live = (i >= head) & (i < end)
+        whole = tl.minimum(B * T // 16 - sixteens, (end + 15) // 16) * 16
+        vectors = i < whole
+        rest = whole < tl.minimum(end, BLOCK)
+    else:
+        start = tile * BLOCK
+        head = 0
+        end = T - start
+        live = i < end
+        vectors = live
+        rest = False
+    return start, head, end, live, vectors, rest
+
+
+@triton.jit
+def read(
+    ptr, row, stride, start, live, vectors, rest, counts, STEP: tl.constexpr, UNIT: tl.constexpr
+):
+    """One number a token of a window, or one a row (STEP 0); 0 where nothing counts.
 
     Loaded wherever there is a token, for a mask from memory would part the vectors.
     """
+    i = tl.arange(0, live.shape[0])
     if STEP == 0:
         x = tl.load(ptr + row * stride)
+    elif UNIT == 0:
+        x = tl.load(ptr + start + i, mask=vectors, other=0.0)
+        if rest:
+            x = tl.where(vectors, x, tl.load(ptr + start + i, mask=live & ~vectors, other=0.0))
     else:
-        i = tl.arange(0, live.shape[0])
         x = tl.load(ptr + (row * stride * UNIT + start) + i, mask=live, other=0.0)
     return tl.where(counts, x.to(tl.float32), 0.0)
+
+
+@triton.jit
+def write(ptr, row, T, start, head, end, live, x, UNIT: tl.constexpr):
+    """x to the tokens of a window, in a tensor [B, T] without gaps."""
+    i = tl.arange(0, live.shape[0])
+    if UNIT == 0:  # vectors that lie in the row, and what is left of it at its ends
+        low = (head + 15) // 16 * 16
+        high = end // 16 * 16
+        tl.store(ptr + start + i, x, mask=(i >= low) & (i < high))
+        if (head > 0) | (end < live.shape[0]):
+            tl.store(ptr + start + i, x, mask=live & ((i < low) | (i >= high)))
+    else:
+        tl.store(ptr + (row * T + start) + i, x, mask=live)
 
 
 @triton.jit
@@ -138,16 +203,16 @@ def _count_rows_kernel(
     y_b: tl.int64, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    T *= UNIT
+    T *= UNIT if UNIT else 1
     count = tl.zeros((BLOCK,), tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, T, BLOCK):
-        live = tl.arange(0, BLOCK) < T - start
-        counts = read(mask_ptr, row, mask_b, start, live, live, 1, UNIT) != 0
+    for tile in range(0, tl.cdiv(T if UNIT else T + 15, BLOCK)):
+        start, _, _, live, vectors, rest = window(row, tile, tl.num_programs(0), T, UNIT, BLOCK)
+        counts = read(mask_ptr, row, mask_b, start, live, vectors, rest, live, 1, UNIT) != 0
         count += counts.to(tl.int64)
         if y_ptr is not None:
-            x = read(x_ptr, row, x_b, start, live, counts, 1, UNIT)
-            total += x - read(y_ptr, row, y_b, start, live, counts, 1, UNIT)
+            x = read(x_ptr, row, x_b, start, live, vectors, rest, counts, 1, UNIT)
+            total += x - read(y_ptr, row, y_b, start, live, vectors, rest, counts, 1, UNIT)
     length = tl.sum(count, 0)
     tl.store(lengths_ptr + row, length)
     tl.store(means_ptr + row, tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32))
@@ -185,10 +250,10 @@ def count_rows(mask, x=None, y=None):
     lengths = mask.new_empty(B, dtype=torch.int64)
     means = mask.new_empty(B, dtype=torch.float32)
     totals = None if B <= FEW_ROWS else mask.new_empty(2, dtype=torch.int64)
-    unit, strides = row_strides(T, mask, x, y)
+    unit, strides = row_layout(T, mask, x, y)
     with rows.device_of(mask):
         _count_rows_kernel[(B,)](
-            mask, x, y, lengths, means, T // unit, *strides,
+            mask, x, y, lengths, means, T // max(unit, 1), *strides,
             UNIT=unit, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
         if totals is not None:

@@ -11,9 +11,12 @@ from apt_kernels.triton.tokens import (
     WARPS,
     count_rows,
     read,
+    row_layout,
     row_scale,
-    row_strides,
     sum_partials,
+    tiles_of,
+    window,
+    write,
 )
 
 
@@ -41,22 +44,21 @@ def _value_loss_fwd_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    T *= UNIT
-    start = tl.program_id(1).to(tl.int64) * BLOCK
-    i = tl.arange(0, BLOCK)
-    live = i < T - start
+    T *= UNIT if UNIT else 1
+    tile = tl.program_id(1).to(tl.int64)
+    start, head, end, live, vectors, rest = window(row, tile, B, T, UNIT, BLOCK)
     P = B * tl.num_programs(1)
     place = row * tl.num_programs(1) + tl.program_id(1)
     scale, _ = row_scale(lengths_ptr, totals_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
-    counts = read(mask_ptr, row, mask_b, start, live, live, 1, UNIT) != 0
-    value = read(values_ptr, row, values_b, start, live, counts, 1, UNIT)
-    target = read(returns_ptr, row, returns_b, start, live, counts, 1, UNIT)
+    counts = read(mask_ptr, row, mask_b, start, live, vectors, rest, live, 1, UNIT) != 0
+    value = read(values_ptr, row, values_b, start, live, vectors, rest, counts, 1, UNIT)
+    target = read(returns_ptr, row, returns_b, start, live, vectors, rest, counts, 1, UNIT)
     error = value - target
     squared = error * error
     grad = error
     clipped = error * 0.0
     if old_ptr is not None:
-        old = read(old_ptr, row, old_b, start, live, counts, 1, UNIT)
+        old = read(old_ptr, row, old_b, start, live, vectors, rest, counts, 1, UNIT)
         low = old - clip_range
         high = old + clip_range
         distance = tl.where(value < low, low, tl.where(value > high, high, value)) - target
@@ -64,9 +66,8 @@ def _value_loss_fwd_kernel(
         squared = tl.where(worse, distance * distance, squared)
         grad = tl.where(worse, 0.0, error)
         clipped = tl.where(worse, 1.0, 0.0)
-    tl.store(
-        grad_values_ptr + (row * T + start) + i, tl.where(counts, grad * scale, 0.0), mask=live
-    )
+    grad = tl.where(counts, grad * scale, 0.0)
+    write(grad_values_ptr, row, T, start, head, end, live, grad, UNIT)
     tl.store(partials_ptr + place, tl.sum(0.5 * squared * scale, 0))
     tl.store(partials_ptr + P + place, tl.sum(clipped, 0))
     number = tl.sum(counts.to(tl.float32), 0)
@@ -126,17 +127,17 @@ def value_loss_fwd(values, returns, mask, old_values, normalizer, aggregation, c
         return loss, values.new_zeros(2, dtype=torch.float32), grad_values
     loss, metrics = grad_values.new_empty(()), grad_values.new_empty(2)
     lengths, totals, _ = count_rows(mask)
-    tiles = triton.cdiv(T, BLOCK)
+    inputs = (values, returns, mask, old_values)
+    unit, strides = row_layout(T, *inputs)
+    tiles = tiles_of(T, unit)
     partials = grad_values.new_empty((2, B * tiles))
     of_tiles = grad_values.new_empty((5, B * tiles), dtype=torch.float64)
     spreads = of_tiles.new_empty(2)
-    inputs = (values, returns, mask, old_values)
-    unit, strides = row_strides(T, *inputs)
     with rows.device_of(values):
         _value_loss_fwd_kernel[(B, tiles)](
-            *inputs, normalizer, lengths, totals, partials, of_tiles, grad_values, B, T // unit,
-            *strides, clip_range, AGGREGATION=aggregation, UNIT=unit, BLOCK=BLOCK, ROWS=ROWS_BLOCK,
-            num_warps=WARPS,
+            *inputs, normalizer, lengths, totals, partials, of_tiles, grad_values,
+            B, T // max(unit, 1), *strides, clip_range,
+            AGGREGATION=aggregation, UNIT=unit, BLOCK=BLOCK, ROWS=ROWS_BLOCK, num_warps=WARPS,
         )  # fmt: skip
         _join_spreads_kernel[(2,)](of_tiles, spreads, B * tiles, BLOCK=ROWS_BLOCK, num_warps=4)
         sums = sum_partials(partials, lengths, totals, 0b10)
