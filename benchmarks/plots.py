@@ -54,7 +54,7 @@ def _bars(rows: list[dict], value, title: str, label: str, path: Path) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[o]) for o in others]
     axis.legend(handles, others, loc="lower right", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -41,9 +41,8 @@ class HeadGradients {
       : tiles_(tiles),
         head_(tiles.head),
         functions_(functions),
-        count_(row_count),
         group_(std::min(tiles.group_rows(), row_count)),
-        panels_(kSame || !head_.grad_weight || count_ <= group_ ? 1 : tiles.tiles_per_worker()),
+        panels_(kSame || !head_.grad_weight || row_count <= group_ ? 1 : tiles.tiles_per_worker()),
         hidden_(group_, tiles.features, {false, head_.grad_weight != nullptr}),
         weights_(tiles.weight_blocks({!stored, head_.grad_hidden != nullptr})),
         tile_(stored ? 0 : tiles.workers * std::min(kRowBlock, row_count) * tiles.columns),
@@ -152,7 +151,7 @@ class HeadGradients {
   const Tiles<T, P>& tiles_;
   const LinearHead& head_;
   RowFunctions<A> functions_;
-  int64_t count_, group_, panels_;
+  int64_t group_, panels_;
   Block hidden_;
   std::deque<Block> weights_;  // of the workers
   Workspace<A> tile_, grad_weight_, grad_bias_, partial_, grad_hidden_;

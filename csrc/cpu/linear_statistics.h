@@ -4,6 +4,7 @@
 
 namespace apt::APT_ISA {
 
+// What a loss needs beside lse and the token's logit.
 struct Wanted {
   bool gradient, sum_logits, first_largest;
 };

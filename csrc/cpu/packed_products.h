@@ -89,7 +89,7 @@ struct PackedFloatProducts {
           columns_stride(round_up(most, kLanes)),
           columns(uses.right_of_dots ? w * columns_stride : 0) {}
     void use(const float* data, int64_t n) {
-      rows = data, count = n;
+      rows = data;
       if (columns.size())
         transpose_words(n, width, columns.data(), columns_stride,
                         [&](int64_t r, int64_t c, int64_t size) {
@@ -142,7 +142,7 @@ struct PackedBFloat16Products {
 
   struct Block : RowBlock<uint16_t> {  // of an even stride, an odd width filled up with 0
     int64_t columns_stride;
-    const float* factors = nullptr;  // [count], or null: 1
+    const float* factors = nullptr;  // one a row, or null: 1
     Workspace<uint32_t> columns;     // [stride / 2, columns_stride]: pairs of columns
     Workspace<uint32_t> pairs;       // [longest / 2 rounded up, width]: pairs of rows
     Block(int64_t most, int64_t w, Uses uses)
@@ -151,7 +151,7 @@ struct PackedBFloat16Products {
           columns(uses.right_of_dots ? stride / 2 * columns_stride : 0),
           pairs(uses.sums ? (most + 1) / 2 * w : 0) {}
     void use(const uint16_t* data, int64_t n, const float* row_factors = nullptr) {
-      rows = data, count = n, factors = row_factors;
+      rows = data, factors = row_factors;
       if (columns.size())
         transpose_words(n, stride / 2, columns.data(), columns_stride,
                         [&](int64_t r, int64_t c, int64_t size) {

@@ -38,7 +38,7 @@ struct Uses {
 // Rows side by side: in their own memory, where room() lets them be written, or where they lie.
 template <class E>
 struct RowBlock {
-  int64_t count = 0, longest, width, stride;
+  int64_t longest, width, stride;
   const E* rows = nullptr;
   Workspace<E> own;
   RowBlock(int64_t most, int64_t w, int64_t s) : longest(most), width(w), stride(s) {}
@@ -59,7 +59,7 @@ struct BlasProducts {
 
   struct Block : RowBlock<A> {
     Block(int64_t most, int64_t w, Uses) : RowBlock<A>(most, w, w) {}
-    void use(const A* data, int64_t n) { this->rows = data, this->count = n; }
+    void use(const A* data, int64_t) { this->rows = data; }
     Matrix part(int64_t begin, int64_t size) const {
       return {const_cast<A*>(this->rows) + begin * this->width,
               kType,
