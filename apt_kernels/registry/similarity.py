@@ -52,6 +52,10 @@ def pairs(dtype: torch.dtype) -> Iterator[Sample]:
     north = near(torch.ones(39, 20, dtype=dtype), noise=0.05)
     south = near(-torch.ones(39, 20, dtype=dtype), noise=0.05, seed=4)
     yield Sample("no_similar_column", (north, south), sharp)
+    for scale in (31, 33):  # on both sides of a bound of the CPU kernels
+        options = {"temperature": 1 / scale, "reduction": "none"}
+        yield Sample(f"no_similar_column_scale_{scale}", (north, south), options)
+        yield Sample(f"unrelated_scale_{scale}", (a, rows(33, 65, dtype, seed=3)), options)
     yield Sample("nearly_equal", (north, near(north, noise=0.05, seed=5)), sharp)
     yield Sample("unnormalised", (x, y), {"normalize": False, "temperature": temperature(4.0)})
     large, large_too = rows(33, 16, dtype, scale=3.0), rows(33, 16, dtype, seed=6, scale=3.0)

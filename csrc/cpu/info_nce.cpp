@@ -16,18 +16,18 @@ template <class A>
 struct Side {
   Running<A> others;
   std::vector<A> positive;
-  explicit Side(int64_t rows) : others(rows), positive(rows) {}
+  Side(const Similarity& s, int64_t rows) : others(s, rows), positive(rows) {}
 
   static constexpr int64_t kState = 4;  // of a row: see InfoNCE::before
   void read(const double* state) {
     for (size_t i = 0; i < positive.size(); ++i, state += kState) {
-      others.max[i] = A(state[0]), others.sum[i] = state[1], others.weighted[i] = state[2];
+      others.read(i, state);
       positive[i] = A(state[3]);
     }
   }
   void write(double* state) const {
     for (size_t i = 0; i < positive.size(); ++i, state += kState) {
-      state[0] = others.max[i], state[1] = others.sum[i], state[2] = others.weighted[i];
+      others.write(i, state);
       state[3] = positive[i];
     }
   }
@@ -36,12 +36,12 @@ struct Side {
     double loss, right, slope, lse, rest;
   };
   Result result(int64_t i, double scale) const {
-    const double positive_d = positive[i], sum = others.sum[i], top = others.max[i];
-    if (top == -kInf) return {0, 1, 0, positive_d, 0};  // no other class
-    const double gap = scale * (top - positive_d) + std::log(sum);
+    const double positive_d = positive[i];
+    if (others.max[i] == -kInf) return {0, 1, 0, positive_d, 0};  // no other class
+    const double gap = scale * (others.shift(i) - positive_d) + std::log(others.sum[i]);
     const double loss = (gap > 0 ? gap : 0) + std::log1p(std::exp(-std::abs(gap)));
     const double rest = gap != gap ? gap : 1 / (1 + std::exp(-gap));
-    const double slope = rest * (top - positive_d + others.weighted[i] / sum);
+    const double slope = rest * (others.mean(i) - positive_d);
     return {loss, double(positive[i] > others.max[i]), slope, positive_d + loss / scale, rest};
   }
 };
@@ -93,7 +93,7 @@ void forward(const InfoNCE& a) {
   using A = typename P::Scalar;
   const Similarity& s = a.similarity;
   const Norms<A> norms(s);
-  Side<A> rows(s.rows.count), other(a.symmetric ? s.columns.count : 0);
+  Side<A> rows(s, s.rows.count), other(s, a.symmetric ? s.columns.count : 0);
   Side<A>* columns = s.triangle ? &rows : a.symmetric ? &other : nullptr;
   const int64_t behind_rows = s.rows.count * Side<A>::kState;
   if (a.before) {
@@ -128,16 +128,9 @@ void coefficients(const InfoNCE& a, const Tile<A>& tile, Worker<P>& w) {
   const double* column_stats = s.triangle ? a.row_stats : a.column_stats;
   const SoftmaxSide<A> rows{w.array(0), w.array(1), w.array(2)};
   const SoftmaxSide<A> columns{w.array(3), w.array(4), w.array(5)};
-  if (row_weights) rows.read(row_weights, a.row_stats, s.scale, tile.row, tile.rows);
-  if (column_weights)
-    columns.read(column_weights, column_stats, s.scale, tile.column, tile.columns);
-  if (row_weights && column_weights) {
-    softmax_coefficients<true, true>(tile, s.scale, rows, columns);
-  } else if (row_weights) {
-    softmax_coefficients<true, false>(tile, s.scale, rows, columns);
-  } else {
-    softmax_coefficients<false, true>(tile, s.scale, rows, columns);
-  }
+  rows.read(s, row_weights, a.row_stats, tile.row, tile.rows);
+  columns.read(s, column_weights, column_stats, tile.column, tile.columns);
+  softmax_coefficients(s, tile, row_weights != nullptr, column_weights != nullptr, rows, columns);
   tile.along(s.self_offset, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
   for_positives(s, tile, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
 }

@@ -12,16 +12,16 @@ struct RowTerms {
 };
 
 inline void merge(RowStats& row, const RowStats& other) {
-  if (other.max == -kInf) return;
-  if (row.max == -kInf) {
+  if (other.shift == -kInf) return;
+  if (row.shift == -kInf) {
     row = other;
     return;
   }
   RowStats from = other;
-  if (from.max > row.max) std::swap(row, from);
-  const double shift = from.max - row.max, scale = std::exp(shift);
+  if (from.shift > row.shift) std::swap(row, from);
+  const double change = from.shift - row.shift, scale = std::exp(change);
   row.sum_exp += scale * from.sum_exp;
-  row.sum_zexp += scale * (from.sum_zexp + shift * from.sum_exp);
+  row.sum_zexp += scale * (from.sum_zexp + change * from.sum_exp);
 }
 
 // Functions of one row of `size` logits, chosen once a call. `picked` is the column of the row's
@@ -106,12 +106,12 @@ inline void add_row_double(RowStats& row, const double* x, int64_t size, double 
   RowStats tile = empty_row();
   for (int64_t i = 0; i < size; ++i) {
     const double z = double_logit(x[i], temperature, softcap);
-    if (z > tile.max || z != z) tile.max = z;
+    if (z > tile.shift || z != z) tile.shift = z;
   }
-  if (tile.max == -kInf) return;
+  if (tile.shift == -kInf) return;
   long double sum_exp = 0, sum_zexp = 0;  // a loss near 0 is the logarithm of a sum near 1
   for (int64_t i = 0; i < size; ++i) {
-    const double d = double_logit(x[i], temperature, softcap) - tile.max, e = std::exp(d);
+    const double d = double_logit(x[i], temperature, softcap) - tile.shift, e = std::exp(d);
     sum_exp += e;
     sum_zexp += e == 0 ? 0 : d * e;
   }

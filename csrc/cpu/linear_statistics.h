@@ -11,7 +11,7 @@ struct Wanted {
 
 // One group of rows at a time. wanted.gradient: also the gradient of log p[token] by the hidden
 // state, z'[token] W[token] - sum_v p_v z'_v W_v, whose sum is carried relative to the row's
-// largest z so far, as attention carries its values: no second pass over the vocabulary.
+// shift so far, as attention carries its values: no second pass over the vocabulary.
 template <class T, class P>
 class HeadStatistics {
  public:
@@ -88,13 +88,13 @@ class HeadStatistics {
     const RowStats total = stats(row);
     const T* token = static_cast<const T*>(tiles_.head.weight) + terms.token * d;
     // NaN, as log p is, where every column is excluded
-    const double one = total.max == -kInf ? total.max - total.max : 1.0;
+    const double one = total.shift == -kInf ? total.shift - total.shift : 1.0;
     const A at_token = A(one * functions_.slope(token_logit(row), terms.temperature, softcap_));
     for (int64_t j = 0; j < d; ++j) scratch[j] = at_token * arithmetic_value(token[j]);
     for (int64_t w = 0; w < tiles_.workers; ++w) {
       const RowStats& part = stats_.data()[w * group_ + row];
-      if (part.max == -kInf) continue;
-      const A factor = A(std::exp(part.max - total.max) / total.sum_exp);
+      if (part.shift == -kInf) continue;
+      const A factor = A(std::exp(part.shift - total.shift) / total.sum_exp);
       const A* sum = weighted(w, row);
       for (int64_t j = 0; j < d; ++j) scratch[j] += factor * sum[j];
     }
@@ -111,7 +111,7 @@ class HeadStatistics {
   void use_row(int64_t worker, int64_t tile, int64_t row, const RowTerms& terms, A* x,
                int64_t width) {
     RowStats& stats = stats_.data()[worker * group_ + row];
-    const double before = stats.max;
+    const double before = stats.shift;
     const int64_t picked = tiles_.picked(tile, terms.token);
     if (picked >= 0) tokens_.data()[row] = x[picked];
     functions_.add(stats, x, width, terms.temperature, softcap_);
@@ -119,17 +119,17 @@ class HeadStatistics {
     if (wanted_.sum_logits)
       sums_.data()[worker * group_ + row] += functions_.sum(x, width, softcap_);
     if (!wanted_.gradient) return;
-    if (stats.max == -kInf) {
+    if (stats.shift == -kInf) {
       std::fill_n(x, width, A(0));
       return;
     }
-    if (before != stats.max && before != -kInf) {
-      const A scale = A(std::exp(before - stats.max));
+    if (before != stats.shift && before != -kInf) {
+      const A scale = A(std::exp(before - stats.shift));
       A* sum = weighted(worker, row);
       for (int64_t j = 0; j < tiles_.features; ++j) sum[j] *= scale;
     }
-    RowTerms relative = terms;  // -e^(z - max) z'
-    relative.lse = stats.max;
+    RowTerms relative = terms;  // -e^(z - shift) z'
+    relative.lse = stats.shift;
     relative.grad = 1;
     relative.uniform = relative.pick = 0;
     functions_.write_gradient(x, width, relative, softcap_, -1);

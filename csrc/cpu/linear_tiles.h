@@ -150,7 +150,7 @@ constexpr int64_t kLeastPackedRows = 4;
 
 // Calls body(T{}, P{}): how a head is stored and how it is best multiplied by that many rows.
 template <class Body>
-void with_head_products(DType dtype, int64_t rows, const Body& body) {
+void with_head_products(DType dtype, [[maybe_unused]] int64_t rows, const Body& body) {
   if (dtype == DType::f64) return body(double{}, BlasProducts<double>{});
 #if defined(__AVX512F__)
   if (rows >= kLeastPackedRows) {

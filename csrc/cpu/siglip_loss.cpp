@@ -32,24 +32,60 @@ struct RowSums {
   }
 };
 
+// x = scale * d + bias as log2 of e^x, rounded once.
+template <class A>
+struct Exponent {
+  A scale, bias;
+  explicit Exponent(const SigLIP& a)
+      : scale(A(a.similarity.scale * kLog2e)), bias(A(a.logit_bias * kLog2e)) {}
+  template <class V>
+  V operator()(V d) const {
+    return d * scale + bias;
+  }
+};
+
+// S(x) = 1 / (1 + e^-x), from log2 e^x.
+template <class V>
+V sigmoid(V log2_exp) {
+  const V e = exp2(vmin(log2_exp, -log2_exp)), large = 1 / (1 + e);
+  return select(log2_exp >= V{}, large, e * large);
+}
+
+inline double log_one_plus(double x) { return std::log1p(x); }
+// log(1 + x) of any x >= 0: the logarithm of the rounded sum, and what the rounding left.
+inline VecF log_one_plus(VecF x) {
+  const VecF sum = 1.f + x;
+  return log(sum) + (x - (sum - 1.f)) / sum;
+}
+
+// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|. The logarithm is taken of a product of
+// kFactors: (1 + q)(1 + e) - 1 = q + e + q e keeps the digits of small e.
+constexpr int64_t kFactors = 8;
+
 template <bool kSlopes, class A>
-void add_tile(const Tile<A>& t, A scale, A bias, RowSums<A>& rows) {
+void add_tile(const Tile<A>& t, const Exponent<A>& exponent, RowSums<A>& rows) {
   using V = typename Lanes<A>::V;
+  constexpr int64_t kStep = kFactors * Lanes<A>::kCount;
   for (int64_t r = 0; r < t.rows; ++r) {
-    V best = V{} - A(kInf), loss{}, slope{}, bias_slope{};
-    for (int64_t c = 0; c < t.columns; c += Lanes<A>::kCount) {
-      const V d = load(t[r] + c);
-      const Logistic<V> s = logistic(d * scale + bias);
-      best = vmax(d, best);
-      loss -= s.log_wrong;
-      if constexpr (kSlopes) {
-        slope += select(s.right == A(0), V{}, s.right * d);
-        bias_slope += s.right;
+    V best = V{} - A(kInf), above{}, loss{}, slope{}, bias_slope{};
+    for (int64_t begin = 0; begin < t.columns; begin += kStep) {
+      V product{};  // less 1
+      for (int64_t c = begin; c < std::min(begin + kStep, t.columns); c += Lanes<A>::kCount) {
+        const V d = load(t[r] + c), y = exponent(d), e = exp2(vmin(y, -y));
+        best = vmax(d, best);
+        above += vmax(V{}, y);
+        product = product * e + (product + e);
+        if constexpr (kSlopes) {
+          const V right = sigmoid(y);
+          slope += select(right == V{}, V{}, right * d);
+          bias_slope += right;
+        }
       }
+      loss += log_one_plus(product);
     }
     const int64_t i = t.row + r;
     rows.best[i] = std::max(rows.best[i], A(max(best)));
-    rows.loss[i] += sum(loss);
+    rows.loss[i] += sum(above) / kLog2e + sum(loss);
     rows.slope[i] += sum(slope);
     rows.bias_slope[i] += sum(bias_slope);
   }
@@ -67,7 +103,7 @@ void forward(const SigLIP& a) {
       d = -kInf;
     });
     const auto add = a.need_slopes ? add_tile<true, A> : add_tile<false, A>;
-    add(tile, A(s.scale), A(a.logit_bias), rows);
+    add(tile, Exponent<A>(a), rows);
   });
   if (a.after) rows.write(a.after);
   for (int64_t i = 0; i < s.rows.count; ++i) {
@@ -86,7 +122,7 @@ void forward(const SigLIP& a) {
 template <class P, class A>
 void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w, A* positives) {
   using V = typename Lanes<A>::V;
-  const A scale = A(a.similarity.scale), bias = A(a.logit_bias);
+  const Exponent<A> exponent(a);
   const A* row_weights = static_cast<const A*>(a.grad_losses);
   const A* column_weights = static_cast<const A*>(a.grad_column_losses);
   A* columns = w.array(0);
@@ -99,7 +135,7 @@ void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w, A* positives)
   for (int64_t r = 0; r < t.rows; ++r) {
     const A row = row_weights ? row_weights[t.row + r] : A(0);
     for (int64_t c = 0; c < t.columns; c += Lanes<A>::kCount) {
-      const V right = logistic(load(t[r] + c) * scale + bias).right;
+      const V right = sigmoid(exponent(V(load(t[r] + c))));
       store(t[r] + c, (row + load(columns + c)) * right);
     }
   }

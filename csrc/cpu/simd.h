@@ -194,9 +194,10 @@ inline void store_partial(T* p, int64_t count, VecF v) {
   for (int64_t i = 0; i < count; ++i) from_float(v[i], p + i);
 }
 
-// e^x within 2 ulp; 0 for results under 2^-126, NaN for NaN. x = n ln2 + r with ln2 in two parts,
-// |r| <= ln2 / 2, and n falls out of the bits of a float near 1.5 * 2^23. The polynomial is e^r,
-// minimax to 2e-09, and exactly 1 at 0: a vocabulary of one has log-probability 0.
+// e^x for x <= 88 within 2 ulp, infinity at 89; 0 for results under 2^-126, NaN for NaN. x = n ln2
+// + r with ln2 in two parts, |r| <= ln2 / 2, and n falls out of the bits of a float near 1.5 *
+// 2^23. The polynomial is e^r, minimax to 2e-09, and exactly 1 at 0: a vocabulary of one has
+// log-probability 0.
 inline VecF exp(VecF x) {
   constexpr float kLog2e = 1.44269504f, kMagic = 12582912.f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -216,6 +217,34 @@ inline VecF exp(VecF x) {
 #else
   const VecF scale = bit_cast<VecF>((bit_cast<VecI>(shifted) << 23) + 0x3f800000);
   return select(x < -87.33f, VecF{}, poly * scale);
+#endif
+}
+
+// 2^y, relative error within 1e-7 and exactly 1 at 0; results under 2^-126 may be 0. NaN for NaN.
+// Cheaper than exp: nothing is lost in the reduction, so the rounding of y is the caller's.
+// y = n + r with n = floor(y), and the polynomial is 2^r, minimax to 2e-09 on [0, 1].
+constexpr double kLog2e = 1.4426950408889634;
+inline VecF exp2(VecF y) {
+#if defined(__AVX512F__)
+  constexpr int kDown = 9;  // to the floor, without an exception
+  const VecF r = bit_cast<VecF>(_mm512_reduce_ps(bit_cast<__m512>(y), kDown));
+#else
+  constexpr float kMagic = 12582912.f;
+  y = vmin(splat(128.f), vmax(splat(-150.f), y));  // an infinity would leave r undefined
+  const VecF shifted = (y - 0.5f) + kMagic, n = shifted - kMagic, r = y - n;
+#endif
+  VecF poly = splat(2.1612915e-4f);
+  poly = poly * r + 1.24678464e-3f;
+  poly = poly * r + 9.67545157e-3f;
+  poly = poly * r + 5.54852806e-2f;
+  poly = poly * r + 2.40229306e-1f;
+  poly = poly * r + 6.93147044e-1f;
+  poly = poly * r + 1.f;
+#if defined(__AVX512F__)
+  return bit_cast<VecF>(_mm512_scalef_ps(bit_cast<__m512>(poly), bit_cast<__m512>(y)));
+#else
+  const VecF scale = bit_cast<VecF>((bit_cast<VecI>(shifted) << 23) + 0x3f800000);
+  return select(y < -126.f, VecF{}, poly * scale);
 #endif
 }
 

@@ -27,6 +27,7 @@ inline void store(double* p, double v) { *p = v; }
 inline double vmax(double a, double b) { return a > b ? a : b; }
 inline double sum(double v) { return v; }
 inline double max(double v) { return v; }
+inline double exp2(double y) { return std::exp2(y); }
 inline double to_float(double x) { return x; }
 inline void from_float(double x, double* out) { *out = x; }
 inline void from_float(double x, float* out) { *out = float(x); }

@@ -1,28 +1,63 @@
 // Softmax statistics of tiles of dot products, by rows and by columns in one reading, and the
-// coefficients of their gradient. Maxima are the real ones; sums of a tile are float, go on in
-// double. Everything is in units of the dot product: s = scale * d.
+// coefficients of their gradient. Sums of a tile are float, go on in double. Everything is in units
+// of the dot product: s = scale * d.
 #pragma once
 #include "similarity_tiles.h"
 
 namespace apt::APT_ISA {
 
-// Over the classes of each row (or column): max d, sum e^(s - max s), and that sum weighted with
-// d - max d.
+// Unit rows whose scale is no larger need no shift, as e^s within e^-32 and e^32 has all its digits
+// in a float: one exponential serves the row and the column of a pair.
+constexpr double kLargestPlainScale = 32;
+
+template <class A>
+bool without_shift(const Similarity& s) {
+  return std::is_same_v<A, float> && s.normalize && s.scale > 0 && s.scale <= kLargestPlainScale;
+}
+
+// Over the classes of each row (or column): max d, sum e^(scale * (d - shift)), and that sum
+// weighted with d - shift. The shift is max d, or 0 where none is needed.
 template <class A>
 struct Running {
+  bool plain;
+  double scale;
   std::vector<A> max;
   std::vector<double> sum, weighted;
-  explicit Running(int64_t rows) : max(rows, A(-kInf)), sum(rows), weighted(rows) {}
+  Running(const Similarity& s, int64_t rows)
+      : plain(without_shift<A>(s)),
+        scale(s.scale),
+        max(rows, A(-kInf)),
+        sum(rows),
+        weighted(rows) {}
   // Moves row i to a maximum of at least `tile_max`.
-  void raise(int64_t i, A tile_max, double scale) {
-    if (tile_max > max[i]) {
-      const double shift = double(max[i]) - tile_max, factor = std::exp(shift * scale);
-      if (factor > 0) weighted[i] = factor * (weighted[i] + shift * sum[i]);
+  void raise(int64_t i, A tile_max) {
+    if (!(tile_max > max[i])) return;
+    if (!plain) {
+      const double change = double(max[i]) - tile_max, factor = std::exp(change * scale);
+      if (factor > 0) weighted[i] = factor * (weighted[i] + change * sum[i]);
       sum[i] *= factor;
-      max[i] = tile_max;
     }
+    max[i] = tile_max;
   }
-  A shift(int64_t i) const { return max[i] == A(-kInf) ? A(0) : max[i]; }
+  // Of a row with a class.
+  double shift(int64_t i) const { return plain ? 0 : max[i]; }
+  double mean(int64_t i) const { return shift(i) + weighted[i] / sum[i]; }
+  // The numbers of a row as other processes and backends know them, with the shift max d.
+  void read(int64_t i, const double* state) {
+    max[i] = A(state[0]);
+    const double factor = std::exp(scale * from_shift(i));
+    sum[i] = factor * state[1];
+    weighted[i] = factor * (state[2] + from_shift(i) * state[1]);
+  }
+  void write(int64_t i, double* state) const {
+    const double factor = std::exp(-scale * from_shift(i));
+    state[0] = max[i];
+    state[1] = factor * sum[i];
+    state[2] = factor * (weighted[i] - from_shift(i) * sum[i]);
+  }
+
+ private:
+  double from_shift(int64_t i) const { return plain && max[i] != A(-kInf) ? max[i] : 0; }
 };
 
 // Maxima of R rows of a tile and of its columns, which are raised.
@@ -48,29 +83,36 @@ template <class A>
 struct TileSums {
   const A *row_shift, *column_shift;
   A *column_sum, *column_weighted;
-  A scale;
+  A log2_scale;
 };
 
-template <bool kSlope, class V, class A>
-void add_exponential(V x, A scale, V& sum, V& weighted) {
-  const V e = exp(x * scale);
+template <bool kSlope, class V>
+void add_exponential(V e, V x, V& sum, V& weighted) {
   sum += e;
-  if constexpr (kSlope) weighted += select(e == A(0), V{}, e * x);
+  if constexpr (kSlope) weighted += select(e == V{}, V{}, e * x);
 }
 
-template <bool kSlope, bool kColumns, int R, class A>
+template <bool kSlope, bool kColumns, bool kPlain, int R, class A>
 void tile_sums(const A* d, int64_t stride, int64_t width, int64_t row, const TileSums<A>& t,
                double* row_sum, double* row_weighted) {
   using V = typename Lanes<A>::V;
   V sums[R] = {}, weighted[R] = {};
   for (int64_t c = 0; c < width; c += Lanes<A>::kCount) {
     V column_sum{}, column_weighted{}, shift{};
-    if constexpr (kColumns) shift = load(t.column_shift + c);
+    if constexpr (kColumns && !kPlain) shift = load(t.column_shift + c);
     for (int r = 0; r < R; ++r) {
       const V x = load(d + r * stride + c);
-      add_exponential<kSlope>(x - t.row_shift[row + r], t.scale, sums[r], weighted[r]);
-      if constexpr (kColumns)
-        add_exponential<kSlope>(x - shift, t.scale, column_sum, column_weighted);
+      if constexpr (kPlain) {
+        const V e = exp2(x * t.log2_scale);
+        add_exponential<kSlope>(e, x, sums[r], weighted[r]);
+        if constexpr (kColumns) add_exponential<kSlope>(e, x, column_sum, column_weighted);
+      } else {
+        const V below = x - t.row_shift[row + r];
+        add_exponential<kSlope>(V(exp2(below * t.log2_scale)), below, sums[r], weighted[r]);
+        if constexpr (kColumns)
+          add_exponential<kSlope>(V(exp2((x - shift) * t.log2_scale)), V(x - shift), column_sum,
+                                  column_weighted);
+      }
     }
     if constexpr (kColumns) {
       store(t.column_sum + c, load(t.column_sum + c) + column_sum);
@@ -96,7 +138,7 @@ void for_row_groups(int64_t rows, const Body& body) {
   for (; r < rows; ++r) body(std::integral_constant<int, 1>{}, r);
 }
 
-template <bool kSlope, bool kColumns, class P, class A>
+template <bool kSlope, bool kColumns, bool kPlain, class P, class A>
 void add_tile(const Tile<A>& t, Worker<P>& w, double scale, Running<A>& rows, Running<A>* columns) {
   A *row_shift = w.array(0), *column_shift = w.array(1), *column_sum = w.array(2),
     *column_weighted = w.array(3);
@@ -105,23 +147,23 @@ void add_tile(const Tile<A>& t, Worker<P>& w, double scale, Running<A>& rows, Ru
   for_row_groups(t.rows, [&](auto group, int64_t r) {
     tile_maxima<kColumns, group()>(t[r], t.stride, width, row_shift + r, column_shift);
   });
-  for (int64_t r = 0; r < t.rows; ++r) {
-    rows.raise(t.row + r, row_shift[r], scale);
-    row_shift[r] = rows.shift(t.row + r);
-  }
-  for (int64_t c = 0; kColumns && c < t.columns; ++c) {
-    columns->raise(t.column + c, column_shift[c], scale);
-    column_shift[c] = columns->shift(t.column + c);
-  }
+  const auto raise = [&](Running<A>& side, int64_t first, int64_t count, A* shift) {
+    for (int64_t i = 0; i < count; ++i) {
+      side.raise(first + i, shift[i]);
+      shift[i] = side.max[first + i] == A(-kInf) ? A(0) : side.max[first + i];
+    }
+  };
+  raise(rows, t.row, t.rows, row_shift);
+  if constexpr (kColumns) raise(*columns, t.column, t.columns, column_shift);
   std::fill(column_shift + t.columns, column_shift + width, A(0));
-  const TileSums<A> sums{row_shift, column_shift, column_sum, column_weighted, A(scale)};
+  const TileSums<A> sums{row_shift, column_shift, column_sum, column_weighted, A(scale * kLog2e)};
   for (int64_t begin = 0; begin < t.rows; begin += kColumnRows) {
     std::fill_n(column_sum, width, A(0));
     std::fill_n(column_weighted, width, A(0));
     for_row_groups(std::min(kColumnRows, t.rows - begin), [&](auto group, int64_t r) {
       r += begin;
-      tile_sums<kSlope, kColumns, group()>(t[r], t.stride, width, r, sums, &rows.sum[t.row + r],
-                                           &rows.weighted[t.row + r]);
+      tile_sums<kSlope, kColumns, kPlain, group()>(t[r], t.stride, width, r, sums,
+                                                   &rows.sum[t.row + r], &rows.weighted[t.row + r]);
     });
     for (int64_t c = 0; kColumns && c < t.columns; ++c) {
       columns->sum[t.column + c] += column_sum[c];
@@ -130,17 +172,23 @@ void add_tile(const Tile<A>& t, Worker<P>& w, double scale, Running<A>& rows, Ru
   }
 }
 
+// Calls body with the flags as std::bool_constant.
+template <class Body>
+void with_flags(bool a, bool b, bool c, const Body& body) {
+  const auto pick = [](bool flag, const auto& next) {
+    flag ? next(std::true_type{}) : next(std::false_type{});
+  };
+  pick(a, [&](auto x) { pick(b, [&](auto y) { pick(c, [&](auto z) { body(x, y, z); }); }); });
+}
+
 // Calls add_tile for its flags. columns: null for none, and ignored on the diagonal of a triangle.
 template <class P, class A>
 void add_tile(const Tile<A>& t, Worker<P>& w, double scale, bool slopes, Running<A>& rows,
               Running<A>* columns) {
-  if (t.diagonal || columns == nullptr) {
-    slopes ? add_tile<true, false>(t, w, scale, rows, columns)
-           : add_tile<false, false>(t, w, scale, rows, columns);
-  } else {
-    slopes ? add_tile<true, true>(t, w, scale, rows, columns)
-           : add_tile<false, true>(t, w, scale, rows, columns);
-  }
+  with_flags(slopes, columns != nullptr && !t.diagonal, rows.plain,
+             [&](auto slope, auto both, auto plain) {
+               add_tile<slope(), both(), plain()>(t, w, scale, rows, columns);
+             });
 }
 
 #if defined(__FMA__) || defined(__aarch64__)
@@ -149,55 +197,90 @@ constexpr bool kFused = true;
 constexpr bool kFused = false;
 #endif
 
-// scale * d - lse = log p, rounded once where products and sums are fused: scale and lse have two
-// parts. Elsewhere the difference comes first, in units of d, as the product would lose digits.
+// log2 of p = e^(scale * x - lse), rounded once where products and sums are fused: scale and lse
+// have two parts. Elsewhere the difference comes first, in units of x, as the product would lose
+// digits.
 template <class A>
-struct LogShare {
-  A scale_high, scale_low;
-  explicit LogShare(double scale) : scale_high(A(scale)), scale_low(A(scale - scale_high)) {}
+class LogShare {
+ public:
+  explicit LogShare(double scale)
+      : scale_(scale), high_(A(scale * kLog2e)), low_(A(scale * kLog2e - high_)) {}
+  // The lse of a row as operator() wants it.
+  struct Lse {
+    A high, low;
+  };
+  Lse lse(double lse) const {
+    const double shift = kFused ? lse * kLog2e : lse / scale_;
+    return {A(shift), A(shift - A(shift))};
+  }
   template <class V, class L>
-  V operator()(V d, L lse_high, L lse_low) const {
+  V operator()(V x, L lse_high, L lse_low) const {
     if constexpr (kFused) {
-      return (d * scale_high - lse_high) + (d * scale_low - lse_low);
+      return (x * high_ - lse_high) + (x * low_ - lse_low);
     } else {
-      return ((d - lse_high) - lse_low) * scale_high;
+      return ((x - lse_high) - lse_low) * high_;
     }
   }
+
+ private:
+  double scale_;
+  A high_, low_;
 };
 
-// One side of a tile: upstream gradients, and the log-sum-exps in two parts as LogShare wants them.
+// One side of a tile: upstream gradients, and the log-sum-exps as LogShare wants them; or, where no
+// shift is needed, upstream gradients times e^-lse.
 template <class A>
 struct SoftmaxSide {
   A *weight, *lse_high, *lse_low;
-  // Reads `count` rows from `first` on; weight 0 to a whole vector beyond them.
-  void read(const A* weights, const double* stats, double scale, int64_t first,
+  // Reads `count` rows from `first` on; weight 0 to a whole vector beyond them. weights null: none.
+  void read(const Similarity& s, const A* weights, const double* stats, int64_t first,
             int64_t count) const {
-    for (int64_t i = 0; i < round_up(count, Lanes<A>::kCount); ++i) {
-      const double lse = i < count ? stats[2 * (first + i)] * (kFused ? scale : 1) : 0;
-      weight[i] = i < count ? weights[first + i] : A(0);
-      lse_high[i] = A(lse);
-      lse_low[i] = A(lse - lse_high[i]);
+    const LogShare<A> log_share(s.scale);
+    const bool plain = without_shift<A>(s);
+    std::fill_n(weight, round_up(count, Lanes<A>::kCount), A(0));
+    std::fill_n(lse_high, round_up(count, Lanes<A>::kCount), A(0));
+    std::fill_n(lse_low, round_up(count, Lanes<A>::kCount), A(0));
+    for (int64_t i = 0; weights && i < count; ++i) {
+      const double d = stats[2 * (first + i)];  // lse in units of d
+      weight[i] = plain ? A(weights[first + i] * std::exp(-s.scale * d)) : weights[first + i];
+      const typename LogShare<A>::Lse lse = log_share.lse(d * s.scale);
+      lse_high[i] = lse.high;
+      lse_low[i] = lse.low;
     }
   }
 };
 
 // d becomes the coefficient w_i p_ij + w_j p_ji of the pair. (Not so in the padding.)
-template <bool kRows, bool kColumns, class A>
+template <bool kRows, bool kColumns, bool kPlain, class A>
 void softmax_coefficients(const Tile<A>& t, double scale, SoftmaxSide<A> rows,
                           SoftmaxSide<A> columns) {
   using V = typename Lanes<A>::V;
   const LogShare<A> log_share(scale);
+  const A log2_scale = A(scale * kLog2e);
   for (int64_t r = 0; r < t.rows; ++r)
     for (int64_t c = 0; c < t.columns; c += Lanes<A>::kCount) {
       const V d = load(t[r] + c);
       V coefficient{};
-      if constexpr (kRows)
-        coefficient = rows.weight[r] * exp(log_share(d, rows.lse_high[r], rows.lse_low[r]));
-      if constexpr (kColumns)
-        coefficient += load(columns.weight + c) *
-                       exp(log_share(d, load(columns.lse_high + c), load(columns.lse_low + c)));
+      if constexpr (kPlain) {
+        coefficient = (rows.weight[r] + load(columns.weight + c)) * exp2(d * log2_scale);
+      } else {
+        if constexpr (kRows)
+          coefficient = rows.weight[r] * exp2(log_share(d, rows.lse_high[r], rows.lse_low[r]));
+        if constexpr (kColumns)
+          coefficient += load(columns.weight + c) *
+                         exp2(log_share(d, load(columns.lse_high + c), load(columns.lse_low + c)));
+      }
       store(t[r] + c, coefficient);
     }
+}
+
+// Calls softmax_coefficients for its flags.
+template <class A>
+void softmax_coefficients(const Similarity& s, const Tile<A>& t, bool with_rows, bool with_columns,
+                          SoftmaxSide<A> rows, SoftmaxSide<A> columns) {
+  with_flags(with_rows, with_columns, without_shift<A>(s), [&](auto r, auto c, auto plain) {
+    softmax_coefficients<r(), c(), plain()>(t, s.scale, rows, columns);
+  });
 }
 
 }  // namespace apt::APT_ISA

@@ -7,11 +7,13 @@
 
 namespace apt::APT_ISA {
 
-// sum_exp = sum e^(z - max), sum_zexp = sum (z - max) e^(z - max) with 0 * -inf = 0.
+// sum_exp = sum e^(z - shift), sum_zexp = sum (z - shift) e^(z - shift) with 0 * -inf = 0, where
+// shift is the largest z or up to kSlack less.
+constexpr float kSlack = 1;
 struct RowStats {
-  double max, sum_exp, sum_zexp;
-  double lse() const { return max + std::log(sum_exp); }
-  double log_probability(double z) const { return (z - max) - std::log(sum_exp); }
+  double shift, sum_exp, sum_zexp;
+  double lse() const { return shift + std::log(sum_exp); }
+  double log_probability(double z) const { return (z - shift) - std::log(sum_exp); }
   double entropy() const { return std::log(sum_exp) - sum_zexp / sum_exp; }
 };
 
@@ -47,87 +49,86 @@ struct Logit {
   }
 };
 
-// Online softmax over blocks that stay in the L1 cache: first the block's maximum, then its
-// exponentials. Vector sums hold one block only and go on in double, so the error does not grow
-// with the vocabulary.
+// Online softmax over blocks that stay in the L1 cache: one reading of a block, with the shift the
+// row has so far, finds its sums and its maximum; only where that is much larger, as in a row's
+// first block, the maximum comes first. Vector sums hold one block only and go on in double, so the
+// error does not grow with the vocabulary.
 constexpr int64_t kSoftmaxBlock = 1024;
 
-template <bool kEntropy>
-inline void merge_block(RowStats& row, float block_max, VecF sum_exp, VecF sum_zexp) {
-  if (row.max == -kInf) {
-    row.sum_exp = row.sum_zexp = 0;
-  } else if (block_max > row.max) {
-    const double shift = row.max - block_max, scale = std::exp(shift);
-    row.sum_zexp = scale * (row.sum_zexp + shift * row.sum_exp);
-    row.sum_exp *= scale;
-  }
-  if (block_max > row.max || block_max != block_max) row.max = block_max;
-  row.sum_exp += sum(sum_exp);
-  if constexpr (kEntropy) row.sum_zexp += sum(sum_zexp);
+// Calls body(vector of x, u) for all of a block, u = 0 .. 3 in turn: so many sums at a time. The
+// columns after the last are -inf.
+template <class T, class Body>
+inline void for_each_vector(const T* p, int64_t n, const Body& body) {
+  constexpr int64_t kStep = 4 * kLanes;
+  const int64_t whole = n / kStep * kStep;
+  for (int64_t i = 0; i < whole; i += kStep)
+    for (int u = 0; u < 4; u += 2) {
+      const T* at = p + i + u * kLanes;
+      const VecPair x = load_pair(at);
+      // The next block travels while this one is computed. (A hint: past the end is harmless.)
+      for (size_t line = 0; line < 2 * kLanes * sizeof(T); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(at + kSoftmaxBlock) + line);
+      body(x.first, u);
+      body(x.second, u + 1);
+    }
+  for (int64_t i = whole; i < n; i += kLanes)
+    body(load_partial(p + i, std::min<int64_t>(kLanes, n - i), -kInf), 0);
 }
 
-template <bool kEntropy>
-inline void accumulate(VecF z, float max, VecF& sum_exp, VecF& sum_zexp) {
-  const VecF d = z - max, e = exp(d);
-  sum_exp += e;
-  if constexpr (kEntropy) sum_zexp += select(e == 0.f, VecF{}, d * e);
+template <class T>
+inline float block_max(const T* p, int64_t n) {
+  VecF best[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
+  for_each_vector(p, n, [&](VecF x, int u) { best[u] = vmax(x, best[u]); });
+  return max(vmax(vmax(best[0], best[1]), vmax(best[2], best[3])));
+}
+
+struct BlockSums {
+  float max, exp, zexp;  // max of x, not z
+};
+
+template <bool kEntropy, bool kTransform, class T>
+inline BlockSums block_sums(const T* p, int64_t n, Logit<kTransform> logit, float shift) {
+  VecF best[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)}, s[4] = {}, t[4] = {};
+  for_each_vector(p, n, [&](VecF x, int u) {
+    const VecF d = logit(x) - shift;
+    // The entropy, a difference, needs every digit.
+    const VecF e = kEntropy ? exp(d) : exp2(d * float(kLog2e));
+    best[u] = vmax(x, best[u]);
+    s[u] += e;
+    if constexpr (kEntropy) t[u] += select(e == 0.f, VecF{}, d * e);
+  });
+  return {max(vmax(vmax(best[0], best[1]), vmax(best[2], best[3]))),
+          sum((s[0] + s[1]) + (s[2] + s[3])), sum((t[0] + t[1]) + (t[2] + t[3]))};
+}
+
+inline void raise(RowStats& row, float shift) {
+  if (row.shift == -kInf) {
+    row.sum_exp = row.sum_zexp = 0;
+  } else {
+    const double change = row.shift - shift, scale = std::exp(change);
+    row.sum_zexp = scale * (row.sum_zexp + change * row.sum_exp);
+    row.sum_exp *= scale;
+  }
+  row.shift = shift;
 }
 
 template <bool kEntropy, bool kTransform, class T>
 void add_columns(RowStats& row, const T* x, int64_t size, Logit<kTransform> logit) {
-  constexpr int kPairs = 2, kStep = kPairs * 2 * kLanes;
   for (int64_t start = 0; start < size; start += kSoftmaxBlock) {
     const T* p = x + start;
-    const int64_t n = std::min(kSoftmaxBlock, size - start), whole = n / kStep * kStep;
-    VecF m[2 * kPairs] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
-    float cached[kTransform ? kSoftmaxBlock : 1];  // z of this block: tanh and / only once
-    for (int64_t i = 0; i < whole; i += kStep)
-      for (int u = 0; u < kPairs; ++u) {
-        const int64_t at = i + u * 2 * kLanes;
-        VecPair z = load_pair(p + at);
-        if constexpr (kTransform) {
-          z = {logit(z.first), logit(z.second)};
-          store_pair(cached + at, z);
-        }
-        m[2 * u] = vmax(z.first, m[2 * u]);
-        m[2 * u + 1] = vmax(z.second, m[2 * u + 1]);
-      }
-    for (int64_t i = whole; i < n; i += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, n - i);
-      const VecF z = logit(load_partial(p + i, count, -kInf));
-      if constexpr (kTransform) store_partial(cached + i, count, z);
-      m[0] = vmax(z, m[0]);
+    const int64_t n = std::min(kSoftmaxBlock, size - start);
+    BlockSums sums{kInf, 0, 0};
+    if (row.shift != -kInf)
+      sums = block_sums<kEntropy>(p, n, logit, float(row.shift));
+    else
+      sums.max = block_max(p, n);
+    if (const float top = logit(sums.max); top > row.shift + kSlack || row.shift == -kInf) {
+      if (top == -kInf) continue;  // only excluded columns so far
+      sums = block_sums<kEntropy>(p, n, logit, top);
+      raise(row, top);
     }
-    const float block_max = max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
-    const float top = std::max<float>(block_max, float(row.max));
-    if (top == -kInf) continue;  // only excluded columns so far
-    VecF s[2 * kPairs] = {}, t[2 * kPairs] = {};
-    for (int64_t i = 0; i < whole; i += kStep)
-      for (int u = 0; u < kPairs; ++u) {
-        const int64_t at = i + u * 2 * kLanes;
-        VecPair z;
-        if constexpr (kTransform) {
-          z = load_pair(cached + at);
-        } else {
-          z = load_pair(p + at);
-        }
-        // The next block travels while this one is computed. (A hint: past the end is harmless.)
-        for (size_t line = 0; line < 2 * kLanes * sizeof(T); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(p + at + kSoftmaxBlock) + line);
-        accumulate<kEntropy>(z.first, top, s[2 * u], t[2 * u]);
-        accumulate<kEntropy>(z.second, top, s[2 * u + 1], t[2 * u + 1]);
-      }
-    for (int64_t i = whole; i < n; i += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, n - i);
-      VecF z;
-      if constexpr (kTransform) {
-        z = load_partial(cached + i, count, -kInf);
-      } else {
-        z = load_partial(p + i, count, -kInf);
-      }
-      accumulate<kEntropy>(z, top, s[0], t[0]);
-    }
-    merge_block<kEntropy>(row, top, (s[0] + s[1]) + (s[2] + s[3]), (t[0] + t[1]) + (t[2] + t[3]));
+    row.sum_exp += sums.exp;
+    row.sum_zexp += sums.zexp;
   }
 }
 

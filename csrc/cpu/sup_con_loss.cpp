@@ -2,7 +2,7 @@
 // Passes: forward one product a tile, backward one more and one for each side's gradient. All rows
 // with all rows, N of them, are a triangle of tiles: N^2 D flops forward, 3 N^2 D backward.
 // Bytes: N^2 s / 512 rows read (s = element size). Parallel over tiles that share no block.
-// Accuracy: sums of a tile in float, then in double; the maxima are the real ones.
+// Accuracy: sums of a tile in float, then in double.
 #include "sup_con_loss.h"
 
 #include <unordered_map>
@@ -90,7 +90,7 @@ constexpr int64_t kState = 7;  // of a row: see SupCon::before
 template <class A>
 void read_state(const double* state, Running<A>& all, Positives<A>& positives) {
   for (size_t i = 0; i < all.max.size(); ++i, state += kState) {
-    all.max[i] = A(state[0]), all.sum[i] = state[1], all.weighted[i] = state[2];
+    all.read(i, state);
     positives.best[i] = A(state[3]), positives.best_negative[i] = A(state[4]);
     positives.sum[i] = state[5], positives.number[i] = int64_t(state[6]);
   }
@@ -99,7 +99,7 @@ void read_state(const double* state, Running<A>& all, Positives<A>& positives) {
 template <class A>
 void write_state(double* state, const Running<A>& all, const Positives<A>& positives) {
   for (size_t i = 0; i < all.max.size(); ++i, state += kState) {
-    state[0] = all.max[i], state[1] = all.sum[i], state[2] = all.weighted[i];
+    all.write(i, state);
     state[3] = positives.best[i], state[4] = positives.best_negative[i];
     state[5] = positives.sum[i], state[6] = double(positives.number[i]);
   }
@@ -111,11 +111,11 @@ void write_results(const SupCon& a, const Running<A>& all, const Positives<A>& p
   for (int64_t i = 0; i < s.rows.count; ++i) {
     const int64_t count = positives.number[i];
     const double mean = positives.sum[i] / count, log_sum = std::log(all.sum[i]);
-    a.stats[2 * i] = count ? all.max[i] + log_sum / s.scale : 0;
+    a.stats[2 * i] = count ? all.shift(i) + log_sum / s.scale : 0;
     a.stats[2 * i + 1] = count ? 1. / count : 0;
-    static_cast<A*>(a.losses)[i] = count ? A(s.scale * (all.max[i] - mean) + log_sum) : A(0);
+    static_cast<A*>(a.losses)[i] = count ? A(s.scale * (all.shift(i) - mean) + log_sum) : A(0);
     static_cast<A*>(a.right)[i] = count && positives.best[i] > positives.best_negative[i];
-    if (a.need_slopes) a.slopes[i] = count ? all.max[i] - mean + all.weighted[i] / all.sum[i] : 0;
+    if (a.need_slopes) a.slopes[i] = count ? all.mean(i) - mean : 0;
   }
 }
 
@@ -124,7 +124,7 @@ void forward(const SupCon& a) {
   using A = typename P::Scalar;
   const Similarity& s = a.similarity;
   const Labels<A> labels(a);
-  Running<A> all(s.rows.count);
+  Running<A> all(s, s.rows.count);
   Positives<A> positives(s.rows.count);
   if (a.before) read_state(a.before, all, positives);
   for (int64_t i = 0; i < s.rows.count; ++i) {
@@ -163,10 +163,10 @@ void coefficients(const SupCon& a, const Tile<A>& t, Worker<P>& w, const Labels<
   using V = typename Lanes<A>::V;
   const SoftmaxSide<A> row_side{w.array(0), w.array(1), w.array(2)};
   const SoftmaxSide<A> column_side{w.array(3), w.array(4), w.array(5)};
-  row_side.read(rows.whole.data(), a.stats, a.similarity.scale, t.row, t.rows);
-  column_side.read(columns.whole.data(), a.similarity.triangle ? a.stats : a.column_stats,
-                   a.similarity.scale, t.column, t.columns);
-  softmax_coefficients<true, true>(t, a.similarity.scale, row_side, column_side);
+  row_side.read(a.similarity, rows.whole.data(), a.stats, t.row, t.rows);
+  column_side.read(a.similarity, columns.whole.data(),
+                   a.similarity.triangle ? a.stats : a.column_stats, t.column, t.columns);
+  softmax_coefficients(a.similarity, t, true, true, row_side, column_side);
   const A* column_labels = padded_labels(labels.columns, t, w);
   A* shares = w.array(6);
   std::fill_n(shares, w.stride, A(0));

@@ -102,10 +102,10 @@ void forward_row_double(const TokenLogprobs& a, int64_t row) {
   RowStats stats = empty_row();
   for (int64_t i = 0; i < a.vocab; ++i) {
     const double z = logit(x[i]);
-    if (z > stats.max || z != z) stats.max = z;
+    if (z > stats.shift || z != z) stats.shift = z;
   }
   for (int64_t i = 0; i < a.vocab; ++i) {
-    const double d = logit(x[i]) - stats.max, e = std::exp(d);
+    const double d = logit(x[i]) - stats.shift, e = std::exp(d);
     stats.sum_exp += e;
     stats.sum_zexp += e == 0 ? 0 : d * e;
   }
