@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -222,10 +222,13 @@ class DPOTrainer(TrainingLoop):
         reference = self._reference if ref_logps is None else None
         if ref_logps is None and reference is None and self.config.has_reference:
             raise ValueError("without a reference model each step needs ref_chosen_logps")
-        with reference.following() if reference else nullcontext():
-            logps, token_logps, counted = self._answer_logps(self._policy, batch)
-        if reference:
-            ref_logps = self._answer_logps(reference, batch)[0]
+        policy = partial(self._answer_logps, self._policy, batch)
+        if reference is None:
+            logps, token_logps, counted = policy()
+        else:
+            (logps, token_logps, counted), (ref_logps, *_) = reference.beside(
+                policy, partial(self._answer_logps, reference, batch)
+            )
         loss, chosen, rejected = self.config.loss(logps, ref_logps, batch.counted, self._backend)
         if self.config.sft_coef:
             of_chosen = token_logps[: batch.pairs], counted[: batch.pairs]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from apt_kernels import value_loss
 
 from ..config import read_config, split_options
+from ..output_head import Scoring
 from .grpo_config import GRPOConfig
 from .policy_trainer import PolicyTrainer
 from .reward_source import checked_rewards
@@ -201,13 +202,14 @@ class GRPOTrainer(PolicyTrainer):
         """Returns the batch's share of the loss and metrics of `counts` rows and tokens."""
         columns, tokens = batch.columns, batch.tokens
         compared = self._reference is not None and self._kl.value > 0
-        scores = self._score(batch, entropy=self.config.entropy_coef > 0, reference=compared)
+        how = Scoring(self._temperature, self.config.entropy_coef > 0, self.value_head)
+        scores, ref_logps = self._score(batch, how, compared=compared)
         loss, measured = self.config.loss(
             scores.logps,
             columns.get("old_logps"),
             columns["advantages"],
             tokens,
-            ref_logps=self._reference_logps(batch) if compared else None,
+            ref_logps=ref_logps,
             kl_coef=self._kl.value if compared else 0.0,
             entropy=scores.entropy,
             normalizer=counts["loss"],

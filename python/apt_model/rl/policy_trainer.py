@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -179,14 +178,19 @@ class PolicyTrainer(TrainingLoop):
         with self.autocast():
             return self._sampler(prompts, masks, max_new_tokens, self._temperature, copies)
 
-    def _score(self, batch: SequenceBatch, *, entropy: bool, reference: bool) -> TokenScores:
-        """Scores the responses; the reference may take over what the policy has computed."""
-        how = Scoring(self._temperature, entropy, self.value_head)
-        with self._reference.following() if reference else nullcontext():
+    def _score(
+        self, batch: SequenceBatch, how: Scoring, *, compared: bool
+    ) -> tuple[TokenScores, Tensor | None]:
+        """Scores the responses; if `compared`, the reference's log-probabilities too."""
+
+        def policy() -> TokenScores:
             return self._policy.score(*batch.sequences(), how=how)
 
-    def _reference_logps(self, batch: SequenceBatch) -> Tensor:
-        return self._reference(*batch.sequences(), self._temperature)
+        if not compared:
+            return policy(), None
+        return self._reference.beside(
+            policy, lambda: self._reference(*batch.sequences(), how.temperature)
+        )
 
     def _train_mode(self) -> None:
         for module in self._modules.values():
@@ -236,16 +240,15 @@ class PolicyTrainer(TrainingLoop):
     ) -> dict[str, Tensor]:
         """Gives the batch old_logps, old_values and ref_logps, `rows` rows at once."""
         at = self._temperature if temperature is None else temperature
+        how = Scoring(at, value_head=self.value_head)
         found: dict[str, list[Tensor]] = {"old_logps": [], "old_values": [], "ref_logps": []}
         with evaluating(self.policy_model), self.autocast():
             for part in batch.chunk(-(-batch.rows // rows)):
-                with self._reference.following() if self._reference else nullcontext():
-                    how = Scoring(at, value_head=self.value_head)
-                    scores = self._policy.score(*part.sequences(), how=how)
+                scores, ref_logps = self._score(part, how, compared=self._reference is not None)
                 found["old_logps"].append(scores.logps)
                 if scores.values is not None:
                     found["old_values"].append(scores.values)
-                if self._reference is not None:
-                    found["ref_logps"].append(self._reference(*part.sequences(), at))
+                if ref_logps is not None:
+                    found["ref_logps"].append(ref_logps)
         batch.columns.update({name: torch.cat(parts) for name, parts in found.items() if parts})
         return batch.columns

@@ -13,6 +13,7 @@ from apt_kernels import gae, kl_penalty, value_loss
 
 from ..config import read_config, split_options
 from ..curves import read_numbers
+from ..output_head import Scoring
 from .all_processes import rows_of_all
 from .policy_trainer import COPY, PolicyTrainer
 from .rlhf_config import RLHFConfig
@@ -230,9 +231,10 @@ class RLHFTrainer(PolicyTrainer):
 
     def _update(self, batch: SequenceBatch) -> dict[str, float]:
         tokens = self.count_over_processes(batch.tokens.sum().double())
+        how = Scoring(self._temperature, True, self.value_head)
 
         def share(part: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = self._score(part, entropy=True, reference=False)
+            scores, _ = self._score(part, how, compared=False)
             return self.config.loss(scores, part, tokens, self._backend)
 
         return self.update(batch.chunk(self.gradient_accumulation_steps), share, finish=False)

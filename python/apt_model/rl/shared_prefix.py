@@ -43,11 +43,14 @@ class SharedPrefix:
             return cls(nn.ModuleList(), nn.ModuleList())
         return cls(policy.get_submodule(name), copied.get_submodule(name))
 
+    def __bool__(self) -> bool:
+        return self._last is not None
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Within this context the policy's forward pass is listened to."""
         self._outputs = []
-        if self._last is None or not (torch.is_grad_enabled() or self._independent):
+        if not self or not (torch.is_grad_enabled() or self._independent):
             yield
             return
         hook = self._last.register_forward_hook(lambda _m, _a, out: self._outputs.append(out))
@@ -59,7 +62,7 @@ class SharedPrefix:
     def run(self, score: Callable[[], Tensor]) -> Tensor:
         """Returns `score()` of the copy, its first layers skipped where that can be trusted."""
         outputs, self._outputs = self._outputs, []
-        mode = self._last is not None and self._last.training
+        mode = bool(self) and self._last.training
         usable = len(outputs) == 1 and not _depends_on_trained(outputs[0])
         self._independent = usable if outputs else self._independent
         if not usable or self._trusted.get(mode) is False:
