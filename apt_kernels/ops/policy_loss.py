@@ -112,11 +112,11 @@ class _PolicyLoss(torch.autograd.Function):
     ):
         *options, backend = options
         need_entropy = entropy is not None and ctx.needs_input_grad[5] and options[-1] != 0
-        loss, metrics, grad_logps, grad_entropy = dispatch.kernel("policy_loss_fwd", backend)(
+        loss, metrics, *grads, scales = dispatch.kernel("policy_loss_fwd", backend)(
             logps, old_logps, advantages, mask, weights, ref_logps, entropy, normalizer, *options,
             need_entropy,
         )  # fmt: skip
-        ctx.save_for_backward(grad_logps, grad_entropy)
+        ctx.save_for_backward(*grads, scales)
         ctx.dtype, ctx.need_entropy, ctx.arguments = logps.dtype, need_entropy, 9 + len(options)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)  # the metrics' gradient would be zeros, a tensor
@@ -125,12 +125,13 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        grad_logps, grad_entropy = ctx.saved_tensors
+        grad_logps, grad_entropy, scales = ctx.saved_tensors
+        factors = scales * grad_loss  # of the rows
         grads = [None] * ctx.arguments
         if ctx.needs_input_grad[0]:
-            grads[0] = (grad_logps * grad_loss).to(ctx.dtype)
+            grads[0] = (grad_logps * factors).to(ctx.dtype)
         if ctx.need_entropy:
-            grads[5] = (grad_entropy * grad_loss).to(ctx.dtype)
+            grads[5] = (grad_entropy * factors).to(ctx.dtype)
         return tuple(grads)
 
 
@@ -138,5 +139,6 @@ class _PolicyLoss(torch.autograd.Function):
 def _(logps, *arguments):
     dtype = accumulate_dtype(logps)
     need_entropy = arguments[-1]
-    shapes = (), (len(METRICS),), logps.shape, logps.shape if need_entropy else (0,)
+    of_entropy = logps.shape if need_entropy else (0,)
+    shapes = (), (len(METRICS),), logps.shape, of_entropy, (logps.shape[0], 1)
     return tuple(logps.new_empty(shape, dtype=dtype) for shape in shapes)

@@ -124,10 +124,10 @@ class _ValueLoss(torch.autograd.Function):
     def forward(
         ctx, values, returns, mask, old_values, normalizer, aggregation, clip_range, backend
     ):
-        loss, metrics, grad_values = dispatch.kernel("value_loss_fwd", backend)(
+        loss, metrics, grad_values, scales = dispatch.kernel("value_loss_fwd", backend)(
             values, returns, mask, old_values, normalizer, aggregation, clip_range
         )
-        ctx.save_for_backward(grad_values)
+        ctx.save_for_backward(grad_values, scales)
         ctx.dtype = values.dtype
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -136,11 +136,21 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        (grad_values,) = ctx.saved_tensors
-        return (grad_values * grad_loss).to(ctx.dtype), None, None, None, None, None, None, None
+        grad_values, scales = ctx.saved_tensors
+        return (
+            (grad_values * (scales * grad_loss)).to(ctx.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @dispatch.fake("value_loss_fwd")
 def _(values, *arguments):
     dtype = accumulate_dtype(values)
-    return tuple(values.new_empty(shape, dtype=dtype) for shape in ((), (2,), values.shape))
+    shapes = (), (2,), values.shape, (values.shape[0], 1)
+    return tuple(values.new_empty(shape, dtype=dtype) for shape in shapes)

@@ -28,7 +28,7 @@ def linear_policy_loss_fwd(
     needed = (need_hidden, need_weight, need_bias)
     need_entropy = entropy_coef != 0 and any(needed)
     logps, entropy, lse, _ = linear_token_logprobs_fwd(*inputs, *head, True, False)
-    loss, metrics, grad_logps, grad_entropy = policy_loss_fwd(
+    loss, metrics, grad_logps, grad_entropy, factors = policy_loss_fwd(
         logps.view(mask.shape), old_logps, advantages, mask, weights, ref_logps,
         entropy.view(mask.shape), normalizer, loss_type, ratio_level, kl_estimator, aggregation,
         clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef, need_entropy,
@@ -37,9 +37,10 @@ def linear_policy_loss_fwd(
         none = hidden.new_empty(0)
         return loss, metrics, none, none, none
     if upstream is not None:
-        grad_logps, grad_entropy = grad_logps * upstream, grad_entropy * upstream
+        factors = factors * upstream
     grads = linear_token_logprobs_bwd(
-        grad_logps.view(-1), grad_entropy.view(-1) if need_entropy else None, *inputs, lse, entropy,
-        *head, *needed,
+        (grad_logps * factors).view(-1),
+        (grad_entropy * factors).view(-1) if need_entropy else None,
+        *inputs, lse, entropy, *head, *needed,
     )  # fmt: skip
     return loss, metrics, *grads

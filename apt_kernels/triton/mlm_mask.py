@@ -7,6 +7,7 @@ import triton.language as tl
 from apt_kernels.triton import rows
 
 BLOCK = 1024  # slots a program takes at a time: 8 a thread at 4 warps
+SECTOR = tl.constexpr(32)  # slots: whole sectors of memory, of a mask one
 MOST_RUNS = 256  # of special ids: each costs every slot a few instructions
 NO_KEY = tl.constexpr(2**63 - 1)
 KEY_SHIFT = tl.constexpr(31)  # positions are below 2^31
@@ -41,9 +42,10 @@ def _mask_tile(
     Returns whether a slot was chosen, the smallest key of an eligible slot (with KEYED), and the
     start of the word that the tile ends in. With RESCUE the word at only_start alone is chosen.
     """
-    t = first + tl.arange(0, BLOCK)
-    live = t < T
-    at = row * T + t
+    i = tl.arange(0, BLOCK)
+    t = first + i
+    live = (t >= 0) & (t < T)
+    at = (row * T + first) + i  # one address a thread: t, of 32 bits, would make one a slot
     w0, w1, w2, _ = tl.philox(
         seed, t.to(tl.uint32), step, sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
     )
@@ -90,6 +92,7 @@ def _mask_tile(
 # Passes: one over the ids; one more over a row that at_least_one finds without a chosen slot.
 # Bytes of int64 ids: 8 read and 17 written a slot, and the masks. Philox: 10 rounds a slot, twice
 # with word_ids. Parallelism: one program a tile of a row; with word_ids or at_least_one, a row.
+# Tiles are cut at multiples of SECTOR slots of the whole tensor, where that takes no more of them.
 @triton.jit(do_not_specialize=KEEP_GENERIC)
 def _mlm_mask_fwd_kernel(
     ids_ptr, attention_ptr, special_ptr, samples_ptr, words_ptr,
@@ -107,7 +110,9 @@ def _mlm_mask_fwd_kernel(
     counter = step.to(tl.uint32)
     found, smallest = tl.full((), False, tl.int1), tl.full((), NO_KEY, tl.int64)
     word_start = tl.full((), -1, tl.int32)
-    for first in range(tl.program_id(1) * BLOCK, T, tl.num_programs(1) * BLOCK):
+    head = (row * T % SECTOR).to(tl.int32)  # slots between the cut and the row
+    head = tl.where((T - 1) % BLOCK + head < BLOCK, head, 0)
+    for first in range(tl.program_id(1) * BLOCK - head, T, tl.num_programs(1) * BLOCK):
         some, key, word_start = _mask_tile(
             ids_ptr, attention_ptr, special_ptr, words_ptr, masked_ptr, labels_ptr, positions_ptr,
             row, first, T, sample, word_start, chosen_below, -1,
@@ -121,7 +126,7 @@ def _mlm_mask_fwd_kernel(
         only_start = (smallest & POSITION).to(tl.int32)
         word_start = tl.full((), -1, tl.int32)
         tl.debug_barrier()  # the first pass has written the row before the second one does
-        for first in range(0, T, BLOCK):
+        for first in range(-head, T, BLOCK):
             _, _, word_start = _mask_tile(
                 ids_ptr, attention_ptr, special_ptr, words_ptr, masked_ptr, labels_ptr,
                 positions_ptr, row, first, T, sample, word_start, ALWAYS, only_start,

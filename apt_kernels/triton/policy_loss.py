@@ -8,16 +8,15 @@ from apt_kernels.triton import rows
 from apt_kernels.triton.logistic import sigmoids
 from apt_kernels.triton.tokens import (
     BLOCK,
-    ROWS_BLOCK,
     WARPS,
     bounded,
-    count_rows,
     exp_minus,
+    finish,
     kl_term,
+    mean_log_ratios,
+    put,
     read,
     row_layout,
-    row_scale,
-    sum_partials,
     tiles_of,
     window,
     write,
@@ -29,8 +28,9 @@ SAPO = tl.constexpr(2)
 K3 = tl.constexpr(3)
 UNBIASED_K3 = tl.constexpr(4)  # times the ratio
 
-QUANTITIES = 8  # the metrics, in their order, and the loss
-MEANS = 0b01111110  # those that are divided by the number of tokens
+QUANTITIES = 8  # the metrics, in their order, and the loss; then the number of tokens
+WIDTH = 16  # of a tile's sums
+LOSSES = 0b10000001  # of these; the others are means over tokens
 
 
 @triton.jit
@@ -68,34 +68,31 @@ def _surrogate(logps, ratio, adv, slope, low, high, dual, tau_pos, tau_neg, LOSS
 
 
 @triton.jit
-def _put(partials_ptr, k, P, place, values, counts, scale):
+def _sum(values, counts):
     # float64, as losses of opposite signs cancel in the sum; 8 additions a token cost nothing
-    total = tl.sum(tl.where(counts, values, 0.0).to(tl.float64), 0)
-    tl.store(partials_ptr + k * P + place, total * scale)
+    return tl.sum(tl.where(counts, values, 0.0).to(tl.float64), 0)
 
 
-# What: the losses of a tile of tokens, their gradients and the sums of the metrics.
-# Passes: one, after one over the mask (and over the log-ratios, for ratios of sequences).
+# What: the losses of a tile of tokens, the gradients of their sum and the sums of the metrics.
+# Passes: one, for ratios of sequences after one over mask and log-ratios.
 # Bytes: each input once, the gradients written. Parallelism: a tile of a row a program.
 # Accuracy: float32 a token, sums in float64 in a fixed order.
 @triton.jit(do_not_specialize=["B", "T", "logps_b", "old_b", "adv_b", "mask_b", "weights_b",
                                "ref_b", "entropy_b"])  # fmt: skip
 def _policy_loss_fwd_kernel(
-    logps_ptr, old_ptr, adv_ptr, mask_ptr, weights_ptr, ref_ptr, entropy_ptr, normalizer_ptr,
-    lengths_ptr, totals_ptr, means_ptr, partials_ptr, grad_logps_ptr, grad_entropy_ptr,
+    logps_ptr, old_ptr, adv_ptr, mask_ptr, weights_ptr, ref_ptr, entropy_ptr, means_ptr,
+    sums_ptr, grad_logps_ptr, grad_entropy_ptr,
     B: tl.int64, T: tl.int64, logps_b: tl.int64, old_b: tl.int64, adv_b: tl.int64,
     mask_b: tl.int64, weights_b: tl.int64, ref_b: tl.int64, entropy_b: tl.int64,
     low: tl.float32, high: tl.float32, dual: tl.float32, tau_pos: tl.float32, tau_neg: tl.float32,
     kl_coef: tl.float32, entropy_coef: tl.float32,
-    LOSS: tl.constexpr, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, AGGREGATION: tl.constexpr,
-    ADV_STEP: tl.constexpr, WEIGHTS_STEP: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    LOSS: tl.constexpr, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, ADV_STEP: tl.constexpr,
+    WEIGHTS_STEP: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     T *= UNIT if UNIT else 1
     tile = tl.program_id(1).to(tl.int64)
     start, head, end, live, vectors, rest = window(row, tile, B, T, UNIT, BLOCK)
-    scale, _ = row_scale(lengths_ptr, totals_ptr, normalizer_ptr, row, B, T, AGGREGATION, ROWS)
     counts = read(mask_ptr, row, mask_b, start, live, vectors, rest, live, 1, UNIT) != 0
     logps = read(logps_ptr, row, logps_b, start, live, vectors, rest, counts, 1, UNIT)
     adv = read(adv_ptr, row, adv_b, start, live, vectors, rest, counts, ADV_STEP, UNIT)
@@ -131,23 +128,24 @@ def _policy_loss_fwd_kernel(
     entropy = logps * 0.0
     if entropy_ptr is not None:
         entropy = read(entropy_ptr, row, entropy_b, start, live, vectors, rest, counts, 1, UNIT)
-    grad = tl.where(counts, grad * scale, 0.0)
+    grad = tl.where(counts, grad, 0.0)
     write(grad_logps_ptr, row, T, start, head, end, live, grad, UNIT)
     if grad_entropy_ptr is not None:
-        grad_entropy = tl.where(counts, -entropy_coef * scale, 0.0)
+        grad_entropy = tl.where(counts, -entropy_coef, 0.0)
         write(grad_entropy_ptr, row, T, start, head, end, live, grad_entropy, UNIT)
-    P = B * tl.num_programs(1)
-    place = row * tl.num_programs(1) + tl.program_id(1)
     approx_kl, _ = exp_minus(x, e)
-    _put(partials_ptr, 0, P, place, loss, counts, scale)
-    _put(partials_ptr, 1, P, place, approx_kl, counts, 1.0)
-    _put(partials_ptr, 2, P, place, -x, counts, 1.0)
-    _put(partials_ptr, 3, P, place, clipped, counts, 1.0)
-    _put(partials_ptr, 4, P, place, dual_clipped, counts, 1.0)
-    _put(partials_ptr, 5, P, place, kl, counts, 1.0)
-    _put(partials_ptr, 6, P, place, entropy, counts, 1.0)
     total = loss + kl_coef * kl - entropy_coef * entropy
-    _put(partials_ptr, 7, P, place, total, counts, scale)
+    sums = put(tl.zeros((WIDTH,), tl.float64), 0, _sum(loss, counts))
+    sums = put(sums, 1, _sum(approx_kl, counts))
+    sums = put(sums, 2, _sum(-x, counts))
+    sums = put(sums, 3, _sum(clipped, counts))
+    sums = put(sums, 4, _sum(dual_clipped, counts))
+    sums = put(sums, 5, _sum(kl, counts))
+    sums = put(sums, 6, _sum(entropy, counts))
+    sums = put(sums, 7, _sum(total, counts))
+    sums = put(sums, 8, tl.sum(counts.to(tl.float32), 0).to(tl.float64))
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums_ptr + place * WIDTH + tl.arange(0, WIDTH), sums)
 
 
 def policy_loss_fwd(
@@ -155,29 +153,32 @@ def policy_loss_fwd(
     ratio_level, kl_estimator, aggregation, clip_low, clip_high, dual_clip, tau_pos, tau_neg,
     kl_coef, entropy_coef, need_entropy,
 ):  # fmt: skip
-    """(loss 0-dim, metrics (7,), grad_logps (B,T), grad_entropy (B,T) or (0,)), all float32."""
+    """(loss 0-dim, metrics (7,), grad_logps (B,T), grad_entropy (B,T) or (0,), scales (B,1)).
+
+    All float32; a row of the gradients is still to be multiplied by its scale.
+    """
     B, T = logps.shape
     grad_logps = logps.new_empty((B, T), dtype=torch.float32)
     grad_entropy = logps.new_empty((B, T) if need_entropy else (0,), dtype=torch.float32)
     if B == 0 or T == 0:
         zeros = logps.new_zeros(QUANTITIES, dtype=torch.float32)
-        return zeros[QUANTITIES - 1].clone(), zeros[:-1].clone(), grad_logps, grad_entropy
-    of_rows = (logps, old_logps) if ratio_level and old_logps is not None else (None, None)
-    lengths, totals, means = count_rows(mask, *of_rows)
+        scales = zeros.new_ones((B, 1))
+        return zeros[QUANTITIES - 1].clone(), zeros[:-1].clone(), grad_logps, grad_entropy, scales
+    means = mean_log_ratios(mask, logps, old_logps) if ratio_level else None
     inputs = (logps, old_logps, advantages, mask, weights, ref_logps, entropy)
     unit, strides = row_layout(T, *inputs)
     tiles = tiles_of(T, unit)
-    partials = logps.new_empty((QUANTITIES, B * tiles), dtype=torch.float64)
+    sums = logps.new_empty((B, tiles, WIDTH), dtype=torch.float64)
     with rows.device_of(logps):
         _policy_loss_fwd_kernel[(B, tiles)](
-            *inputs, normalizer, lengths, totals, means, partials, grad_logps,
-            grad_entropy if need_entropy else None, B, T // max(unit, 1), *strides,
+            *inputs, means, sums, grad_logps, grad_entropy if need_entropy else None,
+            B, T // max(unit, 1), *strides,
             1.0 - clip_low, 1.0 + clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef,
             LOSS=loss_type, SEQUENCE=bool(ratio_level), ESTIMATOR=kl_estimator,
-            AGGREGATION=aggregation, ADV_STEP=advantages.dim() - 1,
+            ADV_STEP=advantages.dim() - 1,
             WEIGHTS_STEP=0 if weights is None else weights.dim() - 1,
-            UNIT=unit, BLOCK=BLOCK, ROWS=ROWS_BLOCK,
+            UNIT=unit, BLOCK=BLOCK, WIDTH=WIDTH,
             num_warps=4 if unit == 1 else WARPS,  # ptxas gives 8 too few registers for single loads
         )  # fmt: skip
-    sums = sum_partials(partials, lengths, totals, MEANS)
-    return sums[-1].clone(), sums[:-1].clone(), grad_logps, grad_entropy
+    totals, scales = finish(sums, normalizer, aggregation, LOSSES, QUANTITIES, T)
+    return totals[-1].clone(), totals[:-1].clone(), grad_logps, grad_entropy, scales

@@ -1,8 +1,8 @@
 """What the losses of tokens share: counting, the factor of a row, sums in a fixed order.
 
-A loss takes three launches: `count_rows` (the tokens of each row, and its mean log-ratio; one more
-for the totals of many rows), the loss of a tile of a row in each program, with partial sums, and
-`sum_partials`.
+A loss takes two launches: the losses of a tile of a row in each program, with sums of the tile, and
+`finish`. What a mean divides by is known only then: gradients are those of the sum, and `finish`
+gives the factors of the rows. A ratio of sequences needs `mean_log_ratios` before.
 """
 
 import torch
@@ -13,8 +13,7 @@ from apt_kernels.triton import rows
 
 BLOCK = 1024  # tokens a program takes
 WARPS = 8  # 4 tokens a thread: 16 bytes of float32, so that a warp asks for whole sectors
-ROWS_BLOCK = 512  # row lengths that are added at a time; not BLOCK: tokens would lie as they do
-FEW_ROWS = 16  # lengths that every program adds for itself; of more, a launch makes the totals
+ROWS_BLOCK = 64  # rows that are finished at a time
 
 TOKEN_MEAN = tl.constexpr(0)
 TOKEN_SUM = tl.constexpr(1)
@@ -151,123 +150,121 @@ def kl_term(d, ESTIMATOR: tl.constexpr):
     return value, grad
 
 
-@triton.jit
-def _totals(lengths_ptr, B, ROWS: tl.constexpr):
-    """The number of tokens, and of rows with any."""
-    tokens = tl.zeros((ROWS,), tl.int64)
-    full = tl.zeros((ROWS,), tl.int64)
-    for start in range(0, B, ROWS):
-        i = start + tl.arange(0, ROWS)
-        length = tl.load(lengths_ptr + i, mask=i < B, other=0)
-        tokens += length
-        full += (length > 0).to(tl.int64)
-    return tl.sum(tokens, 0), tl.sum(full, 0)
+# What: the mean of x - y over the tokens that count in each row, 0 of none. Passes: one.
+# Bytes: the mask and two numbers a token read. Parallelism: a row a program.
+# Accuracy: float32, fixed order.
+@triton.jit(do_not_specialize=["T", "mask_b", "x_b", "y_b"])
+def _mean_log_ratios_kernel(
+    mask_ptr, x_ptr, y_ptr, means_ptr, T: tl.int64, mask_b: tl.int64, x_b: tl.int64, y_b: tl.int64,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    T *= UNIT if UNIT else 1
+    length = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(0, tl.cdiv(T if UNIT else T + 15, BLOCK)):
+        start, _, _, live, vectors, rest = window(row, tile, tl.num_programs(0), T, UNIT, BLOCK)
+        counts = read(mask_ptr, row, mask_b, start, live, vectors, rest, live, 1, UNIT) != 0
+        length += counts.to(tl.float32)
+        x = read(x_ptr, row, x_b, start, live, vectors, rest, counts, 1, UNIT)
+        total += x - read(y_ptr, row, y_b, start, live, vectors, rest, counts, 1, UNIT)
+    tl.store(means_ptr + row, tl.sum(total, 0) / tl.maximum(tl.sum(length, 0), 1.0))
 
 
 @triton.jit
-def row_scale(
-    lengths_ptr, totals_ptr, normalizer_ptr, row, B, T, AGGREGATION: tl.constexpr,
+def put(sums, k, x):
+    """The sums of a tile with x as the one of quantity k."""
+    return tl.where(tl.arange(0, sums.shape[0]) == k, x, sums)
+
+
+@triton.jit
+def _of_rows(sums_ptr, row, B, tiles, WIDTH: tl.constexpr):
+    """The sums of rows [rows, WIDTH] from those of their tiles; 0 beyond the last row."""
+    total = tl.zeros((row.shape[0], WIDTH), tl.float64)
+    for tile in range(0, tiles):
+        at = (row * tiles + tile)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        total += tl.load(sums_ptr + at, mask=(row < B)[:, None], other=0.0)
+    return total
+
+
+@triton.jit
+def column(x, k, j):
+    """Column j of x, of whose columns k are the numbers."""
+    return tl.sum(tl.where(k == j, x, 0.0), 1)
+
+
+# What: out[j] = sum of quantity j: of losses (LOSSES has bit j) with the factor of each row, of the
+# others divided by the number of tokens, which is quantity NUMBER. Also the factors of the rows.
+# Passes: one over the sums of tiles, two with a mean of each row. One program.
+# Accuracy: float64, fixed order.
+@triton.jit(do_not_specialize=["B", "T", "tiles"])
+def _finish_kernel(
+    sums_ptr, normalizer_ptr, scales_ptr, out_ptr, B: tl.int64, T: tl.int64, tiles: tl.int64,
+    AGGREGATION: tl.constexpr, LOSSES: tl.constexpr, NUMBER: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The factor of the losses of a row, and the number of tokens (at least 1) of all rows."""
-    if totals_ptr is None:
-        tokens, full = _totals(lengths_ptr, B, ROWS)
-    else:  # a vector, which one warp loads; a number would be loaded by all
-        k = tl.arange(0, ROWS)
-        both = tl.load(totals_ptr + k, mask=k < 2, other=0)
-        tokens = tl.sum(tl.where(k == 0, both, 0), 0)
-        full = tl.sum(tl.where(k == 1, both, 0), 0)
-    count = tl.maximum(tokens, 1).to(tl.float32)
-    filled = tl.maximum(full, 1).to(tl.float32)
+    j = tl.arange(0, WIDTH)
+    is_loss = ((LOSSES >> j) & 1) != 0
+    total = tl.zeros((ROWS, WIDTH), tl.float64)
+    full = tl.zeros((ROWS,), tl.float64)
+    for start in range(0, B, ROWS):
+        part = _of_rows(sums_ptr, start + tl.arange(0, ROWS), B, tiles, WIDTH)
+        length = column(part, j[None, :], NUMBER)
+        full += (length > 0).to(tl.float64)
+        if AGGREGATION == SEQUENCE_MEAN:
+            mean = part / tl.maximum(length, 1.0)[:, None]
+            part = tl.where(is_loss[None, :], mean, part)
+        total += part
+    totals = tl.sum(total, 0)
+    count = tl.maximum(tl.sum(tl.where(j == NUMBER, totals, 0.0), 0), 1.0)
+    filled = tl.maximum(tl.sum(full, 0), 1.0)
     if normalizer_ptr is not None:
-        scale = 1.0 / tl.load(normalizer_ptr)
+        scale = 1.0 / tl.load(normalizer_ptr).to(tl.float64)
     elif AGGREGATION == TOKEN_MEAN:
         scale = 1.0 / count
     elif AGGREGATION == TOKEN_SUM:
         scale = count * 0.0 + 1.0
     elif AGGREGATION == DR_GRPO:
-        scale = 1.0 / (filled * T.to(tl.float32))
+        scale = 1.0 / (filled * T)
     else:
         scale = 1.0 / filled
-    if AGGREGATION == SEQUENCE_MEAN:
-        scale = scale / tl.maximum(tl.load(lengths_ptr + row), 1).to(tl.float32)
-    return scale, count
+    tl.store(out_ptr + j, totals * tl.where(is_loss, scale, 1.0 / count), mask=j < NUMBER)
+    for begin in range(0, B, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        factor = tl.zeros((ROWS,), tl.float64) + scale
+        if AGGREGATION == SEQUENCE_MEAN:
+            part = _of_rows(sums_ptr, row, B, tiles, WIDTH)
+            factor /= tl.maximum(column(part, j[None, :], NUMBER), 1.0)
+        tl.store(scales_ptr + row, factor, mask=row < B)
 
 
-# What: the tokens that count in each row and, for losses of sequences, the mean of x - y there.
-# Passes: one. Bytes: the mask (and two numbers a token) read. Parallelism: a row a program.
-# Accuracy: float32, fixed order.
-@triton.jit(do_not_specialize=["T", "mask_b", "x_b", "y_b"])
-def _count_rows_kernel(
-    mask_ptr, x_ptr, y_ptr, lengths_ptr, means_ptr, T: tl.int64, mask_b: tl.int64, x_b: tl.int64,
-    y_b: tl.int64, UNIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    T *= UNIT if UNIT else 1
-    count = tl.zeros((BLOCK,), tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for tile in range(0, tl.cdiv(T if UNIT else T + 15, BLOCK)):
-        start, _, _, live, vectors, rest = window(row, tile, tl.num_programs(0), T, UNIT, BLOCK)
-        counts = read(mask_ptr, row, mask_b, start, live, vectors, rest, live, 1, UNIT) != 0
-        count += counts.to(tl.int64)
-        if y_ptr is not None:
-            x = read(x_ptr, row, x_b, start, live, vectors, rest, counts, 1, UNIT)
-            total += x - read(y_ptr, row, y_b, start, live, vectors, rest, counts, 1, UNIT)
-    length = tl.sum(count, 0)
-    tl.store(lengths_ptr + row, length)
-    tl.store(means_ptr + row, tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32))
-
-
-# What: the tokens of all rows, and the rows with any. Passes: one. Bytes: 8 a row. One program.
-@triton.jit(do_not_specialize=["B"])
-def _totals_kernel(lengths_ptr, totals_ptr, B: tl.int64, ROWS: tl.constexpr):
-    tokens, full = _totals(lengths_ptr, B, ROWS)
-    tl.store(totals_ptr, tokens)
-    tl.store(totals_ptr + 1, full)
-
-
-# What: out[k] = sum of partials[k], divided by the number of tokens where DIVIDED has bit k.
-# Passes: one. Bytes: the partial sums read. Parallelism: a quantity a program.
-# Accuracy: float64, fixed order.
-@triton.jit(do_not_specialize=["B", "P"])
-def _sum_partials_kernel(
-    partials_ptr, lengths_ptr, totals_ptr, out_ptr, B: tl.int64, P: tl.int64,
-    DIVIDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    k = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, P, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.load(partials_ptr + k * P + i, mask=i < P, other=0.0).to(tl.float64)
-    _, count = row_scale(lengths_ptr, totals_ptr, None, 0, B, B, 0, BLOCK)
-    result = tl.sum(total, 0)
-    tl.store(out_ptr + k, tl.where(((DIVIDED >> k) & 1) != 0, result / count, result))
-
-
-def count_rows(mask, x=None, y=None):
-    """(lengths (B,) int64, their totals (2,) or None, means of x - y (B,) float32, 0 without)."""
+def mean_log_ratios(mask, logps, old_logps):
+    """The mean of logps - old_logps over the tokens of each row, (B,) float32; old None: 0."""
     B, T = mask.shape
-    lengths = mask.new_empty(B, dtype=torch.int64)
-    means = mask.new_empty(B, dtype=torch.float32)
-    totals = None if B <= FEW_ROWS else mask.new_empty(2, dtype=torch.int64)
-    unit, strides = row_layout(T, mask, x, y)
+    if old_logps is None:
+        return logps.new_zeros(B, dtype=torch.float32)
+    means = logps.new_empty(B, dtype=torch.float32)
+    unit, strides = row_layout(T, mask, logps, old_logps)
     with rows.device_of(mask):
-        _count_rows_kernel[(B,)](
-            mask, x, y, lengths, means, T // max(unit, 1), *strides,
+        _mean_log_ratios_kernel[(B,)](
+            mask, logps, old_logps, means, T // max(unit, 1), *strides,
             UNIT=unit, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-        if totals is not None:
-            _totals_kernel[(1,)](lengths, totals, B, ROWS=ROWS_BLOCK, num_warps=WARPS)
-    return lengths, totals, means
+    return means
 
 
-def sum_partials(partials, lengths, totals, divided):
-    """The sums of the rows of `partials`; row k divided by the tokens where bit k is set."""
-    K, P = partials.shape
-    out = partials.new_empty(K, dtype=torch.float32)
-    with rows.device_of(partials):
-        _sum_partials_kernel[(K,)](
-            partials, lengths, totals, out, lengths.shape[0], P,
-            DIVIDED=divided, BLOCK=ROWS_BLOCK, num_warps=4,
+def finish(sums, normalizer, aggregation, losses, number, T):
+    """(totals (number,), factors of the rows (B,1)), float32, from sums of tiles [B, tiles, WIDTH].
+
+    losses: bit j: quantity j is a loss. number: which quantity is the number of tokens.
+    """
+    B, tiles, width = sums.shape
+    out = sums.new_empty(number, dtype=torch.float32)
+    scales = sums.new_empty((B, 1), dtype=torch.float32)
+    with rows.device_of(sums):
+        _finish_kernel[(1,)](
+            sums, normalizer, scales, out, B, T, tiles,
+            AGGREGATION=aggregation, LOSSES=losses, NUMBER=number, WIDTH=width, ROWS=ROWS_BLOCK,
+            num_warps=4,
         )  # fmt: skip
-    return out
+    return out, scales

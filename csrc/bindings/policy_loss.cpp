@@ -4,7 +4,7 @@
 namespace apt {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
     const Tensor& logps, const OptionalTensor& old_logps, const Tensor& advantages,
     const Tensor& mask, const OptionalTensor& weights, const OptionalTensor& ref_logps,
     const OptionalTensor& entropy, const OptionalTensor& normalizer, int64_t loss_type,
@@ -16,6 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
   const Tensor grad_logps = empty_large(logps.sizes(), options);
   const Tensor grad_entropy =
       need_entropy ? empty_large(logps.sizes(), options) : at::empty({0}, options);
+  const Tensor scales = at::empty({logps.size(0), 1}, options);
   PolicyLoss a{};
   a.dtype = dtype_of(logps);
   a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,
@@ -30,9 +31,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
   a.loss = loss.mutable_data_ptr();
   a.metrics = metrics.mutable_data_ptr();
   a.grad_logps = grad_logps.mutable_data_ptr();
+  a.scales = scales.mutable_data_ptr();
   a.grad_entropy = need_entropy ? grad_entropy.mutable_data_ptr() : nullptr;
   APT_CALL_KERNEL(policy_loss_fwd, a);
-  return {loss, metrics, grad_logps, grad_entropy};
+  return {loss, metrics, grad_logps, grad_entropy, scales};
 }
 
 }  // namespace
@@ -43,7 +45,7 @@ TORCH_LIBRARY_FRAGMENT(apt, m) {
       "Tensor? weights, Tensor? ref_logps, Tensor? entropy, Tensor? normalizer, int loss_type, "
       "int ratio_level, int kl_estimator, int aggregation, float clip_low, float clip_high, "
       "float dual_clip, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, "
-      "bool need_entropy) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("policy_loss_fwd", policy_loss_fwd_cpu); }

@@ -21,6 +21,7 @@ class Rows {
   void run() {
     for_rows(a_.tokens, [this](int64_t row) { run_row(row); });
     write_policy_results<S>(a_.options, weights_, sums_, a_.loss, a_.metrics);
+    weights_.write_scales(static_cast<S*>(a_.scales));
   }
 
  private:
@@ -56,7 +57,7 @@ class Rows {
       if (grad_entropy) std::fill_n(grad_entropy, a_.tokens.length, S(0));
       return;
     }
-    const S scale = S(weights_.scales[row]), entropy_grad = S(-a_.options.entropy_coef) * scale;
+    const S entropy_grad = S(-a_.options.entropy_coef);
     Ratio<V> of_row = {};
     if (a_.options.sequence_level) of_row = ratio_of_row(row);
     Sum<V> loss, approx_kl, log_ratios, clipped, dual_clipped, kl_sum, entropy_sum;
@@ -82,7 +83,7 @@ class Rows {
       if (a_.entropy.data) entropy_sum.add(read(a_.entropy, row, t, left, counts));
       if (grad_entropy)
         store_tokens(grad_entropy + t, left, select(counts, zero + entropy_grad, zero));
-      store_tokens(grad_logps + t, left, select(counts, token.grad * scale, zero));
+      store_tokens(grad_logps + t, left, select(counts, token.grad, zero));
       loss.add(token.loss);
       approx_kl.add(exp_minus(bounded, e).expm1_minus_x);
       log_ratios.add(bounded);

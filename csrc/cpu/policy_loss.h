@@ -23,8 +23,9 @@ struct PolicyLoss {
   Tokens tokens;
   TokenInput logps, old_logps, advantages, weights, ref_logps, entropy;
   // Float, or double for float64. loss: one; metrics: policy_loss, approx_kl, ppo_kl,
-  // clip_fraction, dual_clip_fraction, ref_kl, entropy; grads [rows, length], grad_entropy or null
-  void *loss, *metrics, *grad_logps, *grad_entropy;
+  // clip_fraction, dual_clip_fraction, ref_kl, entropy; grads [rows, length], of which each row
+  // is still to be multiplied by its scale, grad_entropy or null
+  void *loss, *metrics, *grad_logps, *grad_entropy, *scales;
 };
 
 }  // namespace apt

@@ -143,6 +143,10 @@ struct Weights {
       scales[row] = mean ? scale / std::max<int64_t>(lengths[row], 1) : scale;
     }
   }
+  template <class S>
+  void write_scales(S* out) const {
+    for (size_t row = 0; row < scales.size(); ++row) out[row] = S(scales[row]);
+  }
   double at_least_one() const { return double(std::max<int64_t>(tokens, 1)); }
 
  private:

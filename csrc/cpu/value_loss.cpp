@@ -43,6 +43,7 @@ class Rows {
     const auto around = [&](double squares, double mean, double rounded) {
       return std::max(squares - double(weights_.tokens) * (mean - rounded) * (mean - rounded), 0.0);
     };
+    weights_.write_scales(static_cast<S*>(a_.scales));
     spread = around(spread, returns, mean_return_);
     unexplained = around(unexplained, errors, mean_error_);
     *static_cast<S*>(a_.loss) = S(loss);
@@ -87,7 +88,7 @@ class Rows {
       std::fill_n(grad_values, a_.tokens.length, S(0));
       return;
     }
-    const S scale = S(weights_.scales[row]), range = S(a_.clip_range);
+    const S range = S(a_.clip_range);
     Sum<V> loss, clipped_tokens, spread, unexplained;
     for_tokens<S>(a_.tokens, row, [&](int64_t t, int64_t left, auto counts) {
       const V zero = zeros_like(V{});
@@ -104,7 +105,7 @@ class Rows {
         grad = select(clipped, zero, grad);
         clipped_tokens.add(select(clipped, zero + S(1), zero));
       }
-      store_tokens(grad_values + t, left, select(counts, grad * scale, zero));
+      store_tokens(grad_values + t, left, select(counts, grad, zero));
       const V from_mean = (target - pivot_) - mean_return_, error_from_mean = -error - mean_error_;
       loss.add(S(0.5) * squared);
       spread.add(select(counts, from_mean * from_mean, zero));

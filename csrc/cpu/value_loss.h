@@ -11,7 +11,7 @@ struct ValueLoss {
   TokenInput values, returns, old_values;  // old_values: null where nothing is clipped
   double clip_range;
   // Float, or double for float64. loss: one; metrics: clip_fraction, explained_variance
-  void *loss, *metrics, *grad_values;
+  void *loss, *metrics, *grad_values, *scales;  // the gradient is grad_values times the row's scale
 };
 
 }  // namespace apt

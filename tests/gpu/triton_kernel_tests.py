@@ -158,7 +158,7 @@ def test_rows_of_a_multiple_of_16(dtype):
         )
         values = kernels.value_loss_fwd(logps, old, counts, ref, None, 0, 0.2)
         logps = kernels.sequence_logps_fwd(logps, mask, True)
-        for grad in (*losses[2:], values[2]):
+        for grad in (*losses[2:4], values[2]):
             assert (grad[~mask] == 0).all() and grad[mask].isfinite().all()
         outputs.append((*losses, *values, logps))
     for near, apart in zip(*outputs, strict=True):
@@ -420,18 +420,22 @@ SEEDED = [
      _of("policy_loss", "dual_clip_token_mean")),
     ("forgets the weights' gradient", "policy_loss", "        grad *= weight\n", "",
      _of("policy_loss", "clip_weights")),
-    ("writes masked gradients", "policy_loss", "tl.where(counts, grad * scale, 0.0)",
-     "grad * scale", _of("policy_loss", "k1_0.3")),
+    ("writes masked gradients", "policy_loss", "tl.where(counts, grad, 0.0)",
+     "grad", _of("policy_loss", "k1_0.3")),
     ("cancels near 0", "tokens", "near = tl.abs(x) < 1.0", "near = tl.abs(x) < 0.0",
      _of("kl_penalty", "k3")),
     ("keeps the clipped gradient", "value_loss", "tl.where(worse, 0.0, error)", "error",
      _of("value_loss", "token_mean_0.2")),
     ("measures returns from 0", "value_loss", "from_pivot = tl.where(counts, x - pivot, 0.0)",
      "pivot *= 0.0; from_pivot = tl.where(counts, x, 0.0)", _of("value_loss", "equal_returns_700")),
-    ("forgets the spread between tiles", "value_loss", "tl.sum(within, 0) + between",
-     "tl.sum(within, 0)", _of("value_loss", "token_mean_0.2")),
-    ("takes filled rows for tokens", "tokens", "tl.where(k == 0, both, 0)",
-     "tl.where(k == 1, both, 0)", lambda bugged: checks.many_rows(bugged, torch.float32)),
+    ("forgets the spread between tiles", "value_loss", "around, tl.sum(within, 0))",
+     "0.0 * around, tl.sum(within, 0))", _of("value_loss", "token_mean_0.2")),
+    ("takes filled rows for tokens", "tokens", "tl.where(j == NUMBER, totals, 0.0), 0), 1.0)",
+     "full, 0), 1.0)", lambda bugged: checks.many_rows(bugged, torch.float32)),
+    ("sums where a row has a mean", "tokens", "tl.where(is_loss[None, :], mean, part)",
+     "part", _of("value_loss", "sequence_mean_0.2")),
+    ("gives all rows one factor", "tokens", "factor /= tl.maximum(", "factor *= tl.minimum(0.0, ",
+     _of("value_loss", "sequence_mean_0.2")),
     ("divides by the size", "group_advantages", "tl.maximum(G - 1, 1)", "tl.maximum(G, 1)",
      _of("group_advantages", "normalized")),
     ("counts ties in full", "group_advantages", "0.5 * equal", "1.0 * equal",
@@ -446,8 +450,7 @@ SEEDED = [
      "tl.where(breaks | last, 0.0, decay)", _of("gae", "terminated_rows_37")),
     ("takes the biased variance", "gae", "tl.maximum(count - 1, 1)", "tl.maximum(count, 1)",
      _of("gae", "1_rows_of_5")),
-    ("forgets the upstream scale", "linear_policy_loss", "grad_logps * upstream, grad",
-     "grad_logps, grad",
+    ("forgets the upstream scale", "linear_policy_loss", "factors * upstream", "factors",
      lambda bugged: checks.registry_sample(bugged, "linear_policy_loss", "plain", torch.float16)),
 ]  # fmt: skip
 
