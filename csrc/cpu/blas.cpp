@@ -14,7 +14,7 @@
 
 #include "isa.h"
 
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(CPUBLAS_BRGEMM_F32F32F32) && defined(__x86_64__)
+#if defined(__x86_64__)
 #define APT_HAS_BRGEMM 1
 #endif
 
