@@ -145,3 +145,13 @@ def test_more_rows_than_a_group_of_the_cpu_kernels(dtype, frozen):
         plain(in_float64(fresh(sample))), strict=False,
     ):  # fmt: skip
         assert_as_accurate(*values, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_with_a_nan_logit_is_not_correct(dtype):
+    hidden, weight = hidden_and_weight(8, features=12, vocab=1500, dtype=dtype)
+    labels = (hidden @ weight.T).argmax(-1)
+    weight = weight.detach().clone()
+    weight[(labels.max() + 1) % 1500] = torch.nan
+    loss, correct = apt_kernels.linear_cross_entropy(hidden, weight, labels)[:2]
+    assert loss.isnan() and correct == 0

@@ -46,7 +46,11 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("no_positives", (x, torch.arange(9)), {"temperature": temperature(0.2)})
     yield Sample("no_positives_none", (x, torch.arange(9)), {"reduction": "none"})
     yield Sample("one_label", (x, torch.zeros(9, dtype=torch.long)))
-    yield Sample("some_without", (x, torch.tensor([3, 3, 5, 9, 9, 9, 1, 0, 7])))
+    some_without = torch.tensor([3, 3, 5, 9, 9, 9, 1, 0, 7])
+    yield Sample("some_without", (x, some_without))
+    alike = similarity.near(torch.ones(9, 6, dtype=dtype), noise=0.05)
+    options = {"temperature": 0.01, "reduction": "none"}
+    yield Sample("some_without_alike", (alike, some_without), options)
     wild = torch.tensor([-5, 2**62, -5, 2**62, -(2**62), 1, 0, -(2**62), 1])
     yield Sample("any_labels", (x, wild), {"temperature": temperature(0.2)})
     for kind in (torch.int32, torch.int16, torch.uint8):

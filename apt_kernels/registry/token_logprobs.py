@@ -66,6 +66,12 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     nothing = logits(3, 20)
     nothing[1] = -torch.inf
     yield Sample("row_of_minus_infinity", (nothing.requires_grad_(), _ids(3, vocab=20)))
+    unknown = logits(3, 1300)
+    unknown[0, :1024] = torch.nan
+    unknown[1, :1100] = -torch.inf
+    unknown[1, 500] = torch.nan
+    options = {"return_entropy": True}
+    yield Sample("nan_first", (unknown.requires_grad_(), _ids(3, vocab=1300)), options)
 
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
     dirty = logits(3, 5, 37)

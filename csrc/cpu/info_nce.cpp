@@ -120,17 +120,10 @@ void forward(const InfoNCE& a) {
 }
 
 // d of a tile becomes the coefficients of the gradient.
-template <class P, class A>
-void coefficients(const InfoNCE& a, const Tile<A>& tile, Worker<P>& w) {
-  const Similarity& s = a.similarity;
-  const A* row_weights = static_cast<const A*>(a.grad_losses);
-  const A* column_weights = s.triangle ? row_weights : static_cast<const A*>(a.grad_column_losses);
-  const double* column_stats = s.triangle ? a.row_stats : a.column_stats;
-  const SoftmaxSide<A> rows{w.array(0), w.array(1), w.array(2)};
-  const SoftmaxSide<A> columns{w.array(3), w.array(4), w.array(5)};
-  rows.read(s, row_weights, a.row_stats, tile.row, tile.rows);
-  columns.read(s, column_weights, column_stats, tile.column, tile.columns);
-  softmax_coefficients(s, tile, row_weights != nullptr, column_weights != nullptr, rows, columns);
+template <class A>
+void coefficients(const Similarity& s, const Tile<A>& tile, const SoftmaxWeights<A>& rows,
+                  const SoftmaxWeights<A>& columns) {
+  softmax_coefficients(s, tile, rows, columns);
   tile.along(s.self_offset, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
   for_positives(s, tile, [](int64_t, int64_t, A& coefficient) { coefficient = 0; });
 }
@@ -143,9 +136,15 @@ void backward(const InfoNCE& a) {
   Gradient<A> grad_rows(s.rows, a.grad_rows, s.unrounded);
   Gradient<A> grad_columns(s.columns, a.grad_columns, s.unrounded);
   Gradient<A> grad_own(a.own, a.grad_own, s.unrounded);
+  const A* row_weights = static_cast<const A*>(a.grad_losses);
+  const A* column_weights = s.triangle ? row_weights : static_cast<const A*>(a.grad_column_losses);
+  const double* column_stats = s.triangle ? a.row_stats : a.column_stats;
+  const SoftmaxWeights<A> row_side(s, row_weights, a.row_stats, s.rows.count);
+  const SoftmaxWeights<A> column_side(s, s.triangle ? nullptr : column_weights, column_stats,
+                                      s.columns.count);
   if (grad_rows || grad_columns) {
     for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
-      coefficients(a, tile, w);
+      coefficients(s, tile, row_side, s.triangle ? row_side : column_side);
       if (grad_rows) P::add_to_left(grad_rows.row(tile.row), tile, w.right, w.scratch, true);
       if (s.triangle && !tile.diagonal)
         P::add_to_right(grad_rows.row(tile.column), tile, w.left, w.scratch, true);
@@ -153,9 +152,6 @@ void backward(const InfoNCE& a) {
         P::add_to_right(grad_columns.row(tile.column), tile, w.left, w.scratch, true);
     });
   }
-  const A* row_weights = static_cast<const A*>(a.grad_losses);
-  const A* column_weights = s.triangle ? row_weights : static_cast<const A*>(a.grad_column_losses);
-  const double* column_stats = s.triangle ? a.row_stats : a.column_stats;
   // w (p - 1), without the cancellation
   add_pairs(s.rows, norms.rows(), grad_rows, s.columns, norms.columns(),
             s.triangle ? grad_rows : grad_columns, s.label_offset, [&](int64_t i) {

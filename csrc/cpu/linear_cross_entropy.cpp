@@ -65,7 +65,7 @@ class CrossEntropy {
                  s * stats.log_probability(statistics.sum_logits(i) / double(a_.head.vocab));
         losses_[start + i] = loss;
         const int64_t label = a_.labels[rows_[start + i]];
-        if (stats.shift == stats.shift && statistics.first_largest(i) == label) ++correct_;
+        if (stats.sum_exp == stats.sum_exp && statistics.first_largest(i) == label) ++correct_;
       }
     });
   }

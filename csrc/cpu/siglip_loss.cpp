@@ -32,23 +32,11 @@ struct RowSums {
   }
 };
 
-// x = scale * d + bias as log2 of e^x, rounded once.
-template <class A>
-struct Exponent {
-  A scale, bias;
-  explicit Exponent(const SigLIP& a)
-      : scale(A(a.similarity.scale * kLog2e)), bias(A(a.logit_bias * kLog2e)) {}
-  template <class V>
-  V operator()(V d) const {
-    return d * scale + bias;
-  }
-};
-
-// S(x) = 1 / (1 + e^-x), from log2 e^x.
+// S(x) = 1 / (1 + e^-x)
 template <class V>
-V sigmoid(V log2_exp) {
-  const V e = exp2(vmin(log2_exp, -log2_exp)), large = 1 / (1 + e);
-  return select(log2_exp >= V{}, large, e * large);
+V sigmoid(V x) {
+  const V e = exp(vmin(x, -x)), large = 1 / (1 + e);
+  return select(x >= V{}, large, e * large);
 }
 
 inline double log_one_plus(double x) { return std::log1p(x); }
@@ -63,7 +51,7 @@ inline VecF log_one_plus(VecF x) {
 constexpr int64_t kFactors = 8;
 
 template <bool kSlopes, class A>
-void add_tile(const Tile<A>& t, const Exponent<A>& exponent, RowSums<A>& rows) {
+void add_tile(const Tile<A>& t, A scale, A bias, RowSums<A>& rows) {
   using V = typename Lanes<A>::V;
   constexpr int64_t kStep = kFactors * Lanes<A>::kCount;
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -71,12 +59,12 @@ void add_tile(const Tile<A>& t, const Exponent<A>& exponent, RowSums<A>& rows) {
     for (int64_t begin = 0; begin < t.columns; begin += kStep) {
       V product{};  // less 1
       for (int64_t c = begin; c < std::min(begin + kStep, t.columns); c += Lanes<A>::kCount) {
-        const V d = load(t[r] + c), y = exponent(d), e = exp2(vmin(y, -y));
+        const V d = load(t[r] + c), x = d * scale + bias, e = exp(vmin(x, -x));
         best = vmax(d, best);
-        above += vmax(V{}, y);
+        above += vmax(V{}, x);
         product = product * e + (product + e);
         if constexpr (kSlopes) {
-          const V right = sigmoid(y);
+          const V right = sigmoid(x);
           slope += select(right == V{}, V{}, right * d);
           bias_slope += right;
         }
@@ -85,7 +73,7 @@ void add_tile(const Tile<A>& t, const Exponent<A>& exponent, RowSums<A>& rows) {
     }
     const int64_t i = t.row + r;
     rows.best[i] = std::max(rows.best[i], A(max(best)));
-    rows.loss[i] += sum(above) / kLog2e + sum(loss);
+    rows.loss[i] += sum(above) + sum(loss);
     rows.slope[i] += sum(slope);
     rows.bias_slope[i] += sum(bias_slope);
   }
@@ -103,7 +91,7 @@ void forward(const SigLIP& a) {
       d = -kInf;
     });
     const auto add = a.need_slopes ? add_tile<true, A> : add_tile<false, A>;
-    add(tile, Exponent<A>(a), rows);
+    add(tile, A(s.scale), A(a.logit_bias), rows);
   });
   if (a.after) rows.write(a.after);
   for (int64_t i = 0; i < s.rows.count; ++i) {
@@ -122,7 +110,7 @@ void forward(const SigLIP& a) {
 template <class P, class A>
 void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w, A* positives) {
   using V = typename Lanes<A>::V;
-  const Exponent<A> exponent(a);
+  const A scale = A(a.similarity.scale), bias = A(a.logit_bias);
   const A* row_weights = static_cast<const A*>(a.grad_losses);
   const A* column_weights = static_cast<const A*>(a.grad_column_losses);
   A* columns = w.array(0);
@@ -135,7 +123,7 @@ void coefficients(const SigLIP& a, const Tile<A>& t, Worker<P>& w, A* positives)
   for (int64_t r = 0; r < t.rows; ++r) {
     const A row = row_weights ? row_weights[t.row + r] : A(0);
     for (int64_t c = 0; c < t.columns; c += Lanes<A>::kCount) {
-      const V right = sigmoid(exponent(V(load(t[r] + c))));
+      const V right = sigmoid(V(load(t[r] + c) * scale + bias));
       store(t[r] + c, (row + load(columns + c)) * right);
     }
   }

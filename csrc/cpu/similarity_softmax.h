@@ -227,48 +227,59 @@ class LogShare {
   A high_, low_;
 };
 
-// One side of a tile: upstream gradients, and the log-sum-exps as LogShare wants them; or, where no
-// shift is needed, upstream gradients times e^-lse.
+// The softmaxes of all rows (or columns) on their way back. Arrays end a vector after the last row.
 template <class A>
-struct SoftmaxSide {
-  A *weight, *lse_high, *lse_low;
-  // Reads `count` rows from `first` on; weight 0 to a whole vector beyond them. weights null: none.
-  void read(const Similarity& s, const A* weights, const double* stats, int64_t first,
-            int64_t count) const {
+class SoftmaxWeights {
+ public:
+  // weights: upstream gradients, null for none. stats: (lse in units of d, unused) of a row.
+  SoftmaxWeights(const Similarity& s, const A* weights, const double* stats, int64_t rows)
+      : weight(weights ? rows + Lanes<A>::kCount : 0),
+        scaled(weight.size()),
+        lse_high(weight.size()),
+        lse_low(weight.size()) {
     const LogShare<A> log_share(s.scale);
-    const bool plain = without_shift<A>(s);
-    std::fill_n(weight, round_up(count, Lanes<A>::kCount), A(0));
-    std::fill_n(lse_high, round_up(count, Lanes<A>::kCount), A(0));
-    std::fill_n(lse_low, round_up(count, Lanes<A>::kCount), A(0));
-    for (int64_t i = 0; weights && i < count; ++i) {
-      const double d = stats[2 * (first + i)];  // lse in units of d
-      weight[i] = plain ? A(weights[first + i] * std::exp(-s.scale * d)) : weights[first + i];
-      const typename LogShare<A>::Lse lse = log_share.lse(d * s.scale);
-      lse_high[i] = lse.high;
-      lse_low[i] = lse.low;
+    for (int64_t i = 0; weights && i < rows; ++i) {
+      // Without a weight nothing may overflow: such a row may have no lse.
+      const double lse = weights[i] == 0 ? kInf : s.scale * stats[2 * i];
+      const typename LogShare<A>::Lse parts = log_share.lse(lse);
+      weight[i] = weights[i];
+      scaled[i] = A(weights[i] * std::exp(-lse));
+      lse_high[i] = parts.high;
+      lse_low[i] = lse == kInf ? A(0) : parts.low;
+      plain = plain &&
+              (weight[i] == 0 || (std::abs(scaled[i]) > A(1e-25) && std::abs(scaled[i]) < A(1e20)));
     }
   }
+  explicit operator bool() const { return !weight.empty(); }
+
+  std::vector<A> weight, scaled;  // scaled: weight * e^-lse
+  std::vector<A> lse_high, lse_low;
+  bool plain = true;  // products of `scaled` with e^s have all their digits
 };
 
 // d becomes the coefficient w_i p_ij + w_j p_ji of the pair. (Not so in the padding.)
 template <bool kRows, bool kColumns, bool kPlain, class A>
-void softmax_coefficients(const Tile<A>& t, double scale, SoftmaxSide<A> rows,
-                          SoftmaxSide<A> columns) {
+void softmax_coefficients(const Tile<A>& t, double scale, const SoftmaxWeights<A>& rows,
+                          const SoftmaxWeights<A>& columns) {
   using V = typename Lanes<A>::V;
   const LogShare<A> log_share(scale);
   const A log2_scale = A(scale * kLog2e);
   for (int64_t r = 0; r < t.rows; ++r)
     for (int64_t c = 0; c < t.columns; c += Lanes<A>::kCount) {
+      const int64_t i = t.row + r, j = t.column + c;
       const V d = load(t[r] + c);
       V coefficient{};
       if constexpr (kPlain) {
-        coefficient = (rows.weight[r] + load(columns.weight + c)) * exp2(d * log2_scale);
+        if constexpr (kRows) coefficient += rows.scaled[i];
+        if constexpr (kColumns) coefficient += load(columns.scaled.data() + j);
+        coefficient = coefficient * exp2(d * log2_scale);
       } else {
         if constexpr (kRows)
-          coefficient = rows.weight[r] * exp2(log_share(d, rows.lse_high[r], rows.lse_low[r]));
+          coefficient = rows.weight[i] * exp2(log_share(d, rows.lse_high[i], rows.lse_low[i]));
         if constexpr (kColumns)
-          coefficient += load(columns.weight + c) *
-                         exp2(log_share(d, load(columns.lse_high + c), load(columns.lse_low + c)));
+          coefficient +=
+              load(columns.weight.data() + j) * exp2(log_share(d, load(columns.lse_high.data() + j),
+                                                               load(columns.lse_low.data() + j)));
       }
       store(t[r] + c, coefficient);
     }
@@ -276,10 +287,11 @@ void softmax_coefficients(const Tile<A>& t, double scale, SoftmaxSide<A> rows,
 
 // Calls softmax_coefficients for its flags.
 template <class A>
-void softmax_coefficients(const Similarity& s, const Tile<A>& t, bool with_rows, bool with_columns,
-                          SoftmaxSide<A> rows, SoftmaxSide<A> columns) {
-  with_flags(with_rows, with_columns, without_shift<A>(s), [&](auto r, auto c, auto plain) {
-    softmax_coefficients<r(), c(), plain()>(t, s.scale, rows, columns);
+void softmax_coefficients(const Similarity& s, const Tile<A>& t, const SoftmaxWeights<A>& rows,
+                          const SoftmaxWeights<A>& columns) {
+  const bool plain = without_shift<A>(s) && rows.plain && columns.plain;
+  with_flags(bool(rows), bool(columns), plain, [&](auto r, auto c, auto without) {
+    softmax_coefficients<r(), c(), without()>(t, s.scale, rows, columns);
   });
 }
 

@@ -122,8 +122,13 @@ void add_columns(RowStats& row, const T* x, int64_t size, Logit<kTransform> logi
       sums = block_sums<kEntropy>(p, n, logit, float(row.shift));
     else
       sums.max = block_max(p, n);
+    // The largest z is that of the largest x, as temperatures are above 0.
     if (const float top = logit(sums.max); top > row.shift + kSlack || row.shift == -kInf) {
-      if (top == -kInf) continue;  // only excluded columns so far
+      if (top == -kInf) {  // only excluded columns so far, or NaN, which no maximum keeps
+        const float sum = block_sums<kEntropy>(p, n, logit, 0.f).exp;
+        if (sum != sum) row = {sum, sum, sum};
+        continue;
+      }
       sums = block_sums<kEntropy>(p, n, logit, top);
       raise(row, top);
     }

@@ -148,11 +148,20 @@ void forward(const SupCon& a) {
 template <class A>
 struct Weights {
   std::vector<A> whole, share;
-  Weights(const void* grad_losses, const double* stats, int64_t rows) : whole(rows), share(rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      whole[i] = stats[2 * i + 1] > 0 ? static_cast<const A*>(grad_losses)[i] : A(0);
-      share[i] = A(whole[i] * stats[2 * i + 1]);
-    }
+  SoftmaxWeights<A> softmax;
+  Weights(const Similarity& s, const void* grad_losses, const double* stats, int64_t rows)
+      : whole(weights(grad_losses, stats, rows)),
+        share(rows),
+        softmax(s, whole.data(), stats, rows) {
+    for (int64_t i = 0; i < rows; ++i) share[i] = A(whole[i] * stats[2 * i + 1]);
+  }
+
+ private:
+  static std::vector<A> weights(const void* grad_losses, const double* stats, int64_t rows) {
+    std::vector<A> found(rows);
+    for (int64_t i = 0; i < rows; ++i)
+      found[i] = stats[2 * i + 1] > 0 ? static_cast<const A*>(grad_losses)[i] : A(0);
+    return found;
   }
 };
 
@@ -161,12 +170,7 @@ template <class P, class A>
 void coefficients(const SupCon& a, const Tile<A>& t, Worker<P>& w, const Labels<A>& labels,
                   const Weights<A>& rows, const Weights<A>& columns) {
   using V = typename Lanes<A>::V;
-  const SoftmaxSide<A> row_side{w.array(0), w.array(1), w.array(2)};
-  const SoftmaxSide<A> column_side{w.array(3), w.array(4), w.array(5)};
-  row_side.read(a.similarity, rows.whole.data(), a.stats, t.row, t.rows);
-  column_side.read(a.similarity, columns.whole.data(),
-                   a.similarity.triangle ? a.stats : a.column_stats, t.column, t.columns);
-  softmax_coefficients(a.similarity, t, true, true, row_side, column_side);
+  softmax_coefficients(a.similarity, t, rows.softmax, columns.softmax);
   const A* column_labels = padded_labels(labels.columns, t, w);
   A* shares = w.array(6);
   std::fill_n(shares, w.stride, A(0));
@@ -188,8 +192,8 @@ void backward(const SupCon& a) {
   const Similarity& s = a.similarity;
   const Norms<A> norms(s);
   const Labels<A> labels(a);
-  const Weights<A> rows(a.grad_losses, a.stats, s.rows.count);
-  const Weights<A> other(a.grad_column_losses, a.column_stats, s.triangle ? 0 : s.columns.count);
+  const Weights<A> rows(s, a.grad_losses, a.stats, s.rows.count);
+  const Weights<A> other(s, a.grad_column_losses, a.column_stats, s.triangle ? 0 : s.columns.count);
   Gradient<A> grad_rows(s.rows, a.grad_rows, s.unrounded);
   for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
     coefficients(a, tile, w, labels, rows, s.triangle ? rows : other);
