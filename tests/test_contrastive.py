@@ -233,6 +233,20 @@ def test_a_wrong_temperature_in_a_tensor_is_an_error_on_the_cpu(loss, bad):
         loss(x, y, temperature=torch.tensor(bad))
 
 
+@each_loss
+@pytest.mark.parametrize("upstream", [1e-32, 1e24])
+def test_gradients_keep_their_digits_at_any_upstream_gradient(loss, upstream):
+    """At a scale of 31 e^-lse is 1e-11: together with the upstream gradient beyond float32."""
+    x, y = views(40, 16)
+    found = {}
+    for factor in (1.0, upstream):
+        total = loss(x, y, temperature=1 / 31, reduction="sum")[0]
+        found[factor] = torch.autograd.grad(total, (x, y), torch.tensor(factor))
+    for small, plain in zip(found[upstream], found[1.0], strict=True):
+        scaled = small.double() / upstream
+        torch.testing.assert_close(scaled, plain.double(), rtol=1e-4, atol=1e-5 * plain.abs().max())
+
+
 @needs_native
 @each_loss
 def test_threads_change_nothing_but_rounding(loss):

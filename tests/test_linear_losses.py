@@ -155,3 +155,28 @@ def test_a_row_with_a_nan_logit_is_not_correct(dtype):
     weight[(labels.max() + 1) % 1500] = torch.nan
     loss, correct = apt_kernels.linear_cross_entropy(hidden, weight, labels)[:2]
     assert loss.isnan() and correct == 0
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs", "linear_policy_loss"])
+def test_a_wrong_temperature_of_a_row_is_an_error(name, bad):
+    logits, hidden, weight = torch.randn(2, 3, 8), torch.randn(2, 3, 4), torch.randn(8, 4)
+    ids, temperature = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3)
+    temperature[1, 0] = bad
+    mask = torch.ones(2, 3, dtype=torch.bool)
+
+    def call(mask):
+        if name == "linear_policy_loss":
+            args = hidden, weight, ids, torch.zeros(2, 3), torch.ones(2), mask
+        elif name == "linear_token_logprobs":
+            args = hidden, weight, ids
+        else:
+            args = logits, ids
+        named = {} if name == "linear_policy_loss" else {"mask": mask}
+        found = getattr(apt_kernels, name)(*args, temperature=temperature, **named)
+        return found[0] if isinstance(found, tuple) else found
+
+    with pytest.raises(ValueError, match=r"temperature: .*above 0 .*in row 3"):
+        call(mask)
+    mask[1, 0] = False
+    assert call(mask).isfinite().all()

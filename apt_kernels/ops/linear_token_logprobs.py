@@ -52,8 +52,9 @@ def linear_token_logprobs(
         `(logps, entropy)`. No rows: an empty tensor.
 
     Raises:
-        ValueError, TypeError: a wrong argument. An id outside [0, V) in a row that counts is a
-            ValueError on the CPU; on a GPU its log-probability is NaN.
+        ValueError, TypeError: a wrong argument. An id outside [0, V) or a temperature not above 0,
+            in a row that counts, is a ValueError on the CPU; on a GPU the log-probability of such
+            an id is NaN, and a tensor of temperatures is not looked at.
     """
     rows = check_head(hidden, weight, bias, softcap, logit_scale)
     checks.tensor("token_ids", token_ids, checks.INTEGERS)

@@ -137,16 +137,7 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         grad_values, scales = ctx.saved_tensors
-        return (
-            (grad_values * (scales * grad_loss)).to(ctx.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        return (grad_values * (scales * grad_loss)).to(ctx.dtype), *[None] * 7
 
 
 @dispatch.fake("value_loss_fwd")

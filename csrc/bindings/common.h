@@ -5,6 +5,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "bindings/large_memory.h"
 #include "cpu/types.h"
 
@@ -39,6 +41,22 @@ const T* optional_data(const OptionalTensor& t) {
 }
 inline const void* optional_data(const OptionalTensor& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+
+// One temperature a row, null for none; above 0 where the mask counts.
+inline const void* row_temperatures(const OptionalTensor& temperatures,
+                                    const OptionalTensor& mask) {
+  if (!temperatures.has_value()) return nullptr;
+  const Tensor values = temperatures->to(at::kDouble);
+  const Tensor counts = mask.has_value() ? mask->contiguous() : Tensor();
+  for (int64_t row = 0; row < values.numel(); ++row) {
+    const double value = values.const_data_ptr<double>()[row];
+    const bool read = !counts.defined() || counts.const_data_ptr<bool>()[row];
+    TORCH_CHECK_VALUE(!read || (value > 0 && value < std::numeric_limits<double>::infinity()),
+                      "temperature: expected finite numbers above 0 where the mask counts, got ",
+                      value, " in row ", row);
+  }
+  return temperatures->const_data_ptr();
 }
 
 }  // namespace apt

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
   a.head = linear_head(hidden, weight, bias, softcap, logit_scale);
   const HeadGradientTensors grad(a.head, hidden.options(), need_hidden, need_weight, need_bias);
   a.token_ids = token_ids.const_data_ptr<int64_t>();
-  a.temperatures = optional_data(temperatures);
+  a.temperatures = row_temperatures(temperatures, mask);
   a.temperature = temperature;
   a.upstream = upstream.has_value() ? upstream->item().toDouble() : 1;
   a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,

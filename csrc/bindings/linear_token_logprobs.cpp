@@ -13,7 +13,7 @@ LinearTokenLogprobs arguments(const Tensor& hidden, const Tensor& weight,
   a.head = linear_head(hidden, weight, bias, softcap, logit_scale);
   a.token_ids = token_ids.const_data_ptr<int64_t>();
   a.mask = optional_data<bool>(mask);
-  a.temperatures = optional_data(temperatures);
+  a.temperatures = row_temperatures(temperatures, mask);
   a.temperature = temperature;
   return a;
 }

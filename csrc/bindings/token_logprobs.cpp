@@ -18,7 +18,7 @@ TokenLogprobs arguments(const Tensor& logits, const Tensor& token_ids, const Opt
   a.logits = logits.const_data_ptr();
   a.token_ids = token_ids.const_data_ptr<int64_t>();
   a.mask = optional_data<bool>(mask);
-  a.temperatures = optional_data(temperatures);
+  a.temperatures = row_temperatures(temperatures, mask);
   a.temperature = temperature;
   a.softcap = softcap;
   return a;

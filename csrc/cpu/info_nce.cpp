@@ -107,7 +107,7 @@ void forward(const InfoNCE& a) {
       if (columns) columns->positive[j] = d;
       d = -kInf;
     });
-    add_tile(tile, w, s.scale, a.need_slopes, rows.others, columns ? &columns->others : nullptr);
+    add_tile(tile, w, a.need_slopes, rows.others, columns ? &columns->others : nullptr);
   });
   for_own_positives(a, norms.rows(), [&](int64_t i, const A* query, const A* key) {
     rows.positive[i] = A(dot(query, key, a.own.width));

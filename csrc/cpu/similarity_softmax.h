@@ -139,7 +139,7 @@ void for_row_groups(int64_t rows, const Body& body) {
 }
 
 template <bool kSlope, bool kColumns, bool kPlain, class P, class A>
-void add_tile(const Tile<A>& t, Worker<P>& w, double scale, Running<A>& rows, Running<A>* columns) {
+void add_tile(const Tile<A>& t, Worker<P>& w, Running<A>& rows, Running<A>* columns) {
   A *row_shift = w.array(0), *column_shift = w.array(1), *column_sum = w.array(2),
     *column_weighted = w.array(3);
   const int64_t width = round_up(t.columns, Lanes<A>::kCount);
@@ -156,7 +156,8 @@ void add_tile(const Tile<A>& t, Worker<P>& w, double scale, Running<A>& rows, Ru
   raise(rows, t.row, t.rows, row_shift);
   if constexpr (kColumns) raise(*columns, t.column, t.columns, column_shift);
   std::fill(column_shift + t.columns, column_shift + width, A(0));
-  const TileSums<A> sums{row_shift, column_shift, column_sum, column_weighted, A(scale * kLog2e)};
+  const TileSums<A> sums{row_shift, column_shift, column_sum, column_weighted,
+                         A(rows.scale * kLog2e)};
   for (int64_t begin = 0; begin < t.rows; begin += kColumnRows) {
     std::fill_n(column_sum, width, A(0));
     std::fill_n(column_weighted, width, A(0));
@@ -183,11 +184,10 @@ void with_flags(bool a, bool b, bool c, const Body& body) {
 
 // Calls add_tile for its flags. columns: null for none, and ignored on the diagonal of a triangle.
 template <class P, class A>
-void add_tile(const Tile<A>& t, Worker<P>& w, double scale, bool slopes, Running<A>& rows,
-              Running<A>* columns) {
+void add_tile(const Tile<A>& t, Worker<P>& w, bool slopes, Running<A>& rows, Running<A>* columns) {
   with_flags(slopes, columns != nullptr && !t.diagonal, rows.plain,
              [&](auto slope, auto both, auto plain) {
-               add_tile<slope(), both(), plain()>(t, w, scale, rows, columns);
+               add_tile<slope(), both(), plain()>(t, w, rows, columns);
              });
 }
 

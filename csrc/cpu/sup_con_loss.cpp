@@ -138,7 +138,7 @@ void forward(const SupCon& a) {
     const auto add = both ? add_positives<true, A> : add_positives<false, A>;
     add(tile, labels.rows.data() + tile.row, padded_labels(labels.columns, tile, w), w.array(0),
         w.length, positives);
-    add_tile(tile, w, s.scale, a.need_slopes, all, s.triangle ? &all : nullptr);
+    add_tile(tile, w, a.need_slopes, all, s.triangle ? &all : nullptr);
   });
   if (a.after) write_state(a.after, all, positives);
   write_results(a, all, positives);

@@ -434,7 +434,7 @@ SEEDED = [
      "full, 0), 1.0)", lambda bugged: checks.many_rows(bugged, torch.float32)),
     ("sums where a row has a mean", "tokens", "tl.where(is_loss[None, :], mean, part)",
      "part", _of("value_loss", "sequence_mean_0.2")),
-    ("gives all rows one factor", "tokens", "factor /= tl.maximum(", "factor *= tl.minimum(0.0, ",
+    ("gives all rows one factor", "tokens", "factor /= tl.maximum(", "factor += 0.0 * tl.maximum(",
      _of("value_loss", "sequence_mean_0.2")),
     ("divides by the size", "group_advantages", "tl.maximum(G - 1, 1)", "tl.maximum(G, 1)",
      _of("group_advantages", "normalized")),
