@@ -130,6 +130,49 @@ def test_the_model_makes_no_logits(monkeypatch):
     assert "forward" not in vars(model.lm_head)
 
 
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "tied, dtype, dense",
+    [
+        (True, torch.float32, False),
+        (True, torch.float64, False),
+        (True, torch.bfloat16, True),
+        (False, torch.float32, True),
+    ],
+)
+def test_a_tied_embedding_adds_rows_to_the_gradient_of_the_head(tied, dtype, dense):
+    model = tiny_llama(layers=1, tie_word_embeddings=tied).to(dtype)
+    embedding = model.get_input_embeddings()
+    ids = torch.randint(0, VOCABULARY, (2, 20))
+    ids[:, 5:9] = 3  # a token that comes again
+    by_hidden, by_logits = NextTokenScorer(model), NextTokenScorer(model, use_hidden_states=False)
+    grads = []
+    for scorer in (by_hidden, by_logits):
+        model.zero_grad()
+        for _ in range(2):  # onto what is there
+            loss = scorer(ids).square().sum()
+            assert not embedding.sparse
+            with Calls() as calls:
+                loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        if scorer is by_hidden:
+            assert ("embedding_dense_backward" in calls.names) == dense
+    for name, grad in grads[0].items():
+        assert grad.layout == torch.strided
+        if dtype != torch.bfloat16:
+            tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
+            torch.testing.assert_close(grad, grads[1][name], rtol=tolerance, atol=tolerance)
+
+
 class Changed(TinyModelWithHead):
     """A model whose logits are not those of its output embedding."""
 

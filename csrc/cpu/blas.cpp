@@ -34,6 +34,8 @@ at::Tensor view(const Matrix& m) {
 // A call adds one product after the other. Sums in blocks of k are as exact as the BLAS' or better
 // (at k = 576 their error is 1 / 2.7 of that without) and cost 4 %.
 constexpr int64_t kSumBlock = 64, kPairedSumBlock = 128;
+// Of the right factor, a block of k and this many columns stays in the first cache.
+const int64_t kPairedColumns = getenv("KPC") ? atoi(getenv("KPC")) : 64;
 
 // Asked by a product: oneDNN may have been told to use less of the processor (ONEDNN_MAX_CPU_ISA).
 template <class T>
@@ -97,11 +99,12 @@ void multiply_bfloat16(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64
                        const uint32_t* b_pairs, int64_t b_stride, float* out, int64_t out_stride,
                        bool accumulate) {
 #if defined(APT_HAS_BRGEMM)
-  for (int64_t i = 0; i < k; i += kPairedSumBlock)
-    at::native::cpublas::brgemm(
-        m, n, std::min(kPairedSumBlock, k - i), a_stride, b_stride, out_stride, accumulate || i > 0,
-        reinterpret_cast<const at::BFloat16*>(a + i),
-        reinterpret_cast<const at::BFloat16*>(b_pairs + i / 2 * b_stride), out);
+  for (int64_t j = 0; j < n; j += kPairedColumns)
+    for (int64_t i = 0; i < k; i += kPairedSumBlock)
+      at::native::cpublas::brgemm(
+          m, std::min(kPairedColumns, n - j), std::min(kPairedSumBlock, k - i), a_stride, b_stride,
+          out_stride, accumulate || i > 0, reinterpret_cast<const at::BFloat16*>(a + i),
+          reinterpret_cast<const at::BFloat16*>(b_pairs + i / 2 * b_stride + j), out + j);
 #else
   (void)m, (void)n, (void)k, (void)a, (void)a_stride, (void)b_pairs, (void)b_stride, (void)out,
       (void)out_stride, (void)accumulate;

@@ -38,14 +38,20 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def vocabulary_size(model: nn.Module) -> int | None:
-    """Returns how many rows the input embedding of `model` has, None where it cannot be told."""
+def input_embedding(model: nn.Module) -> nn.Embedding | None:
+    """Returns the embedding of the tokens of `model`, None where it cannot be told."""
     getter = getattr(base_model(model), "get_input_embeddings", None)
     try:
         embedding = getter() if callable(getter) else None
     except NotImplementedError:
         return None
-    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+    return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Returns how many rows the input embedding of `model` has, None where it cannot be told."""
+    embedding = input_embedding(model)
+    return None if embedding is None else embedding.num_embeddings
 
 
 def logits_of(output: Any) -> Tensor:

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from apt_kernels import linear_token_logprobs, token_logprobs
 
 from .hidden_states import real_positions, takes_positions
-from .model_access import FSDPModule, as_autocast, base_model, logits_of, without_wrapper
+from .model_access import (
+    FSDPModule,
+    as_autocast,
+    base_model,
+    input_embedding,
+    logits_of,
+    without_wrapper,
+)
 from .output_head import LOGPS_ONLY, OutputHead, Scoring, TokenScores
 
 PROBED_TOKENS = 8
@@ -199,7 +206,8 @@ class NextTokenScorer:
             found.append(TokenScores(logps, entropy, how.values(hidden)))
             return logps.unsqueeze(-1).clone()  # FSDP2 hooks no views
 
-        with head.answering(score):
+        embedding = input_embedding(self.model)
+        with head.answering(score), head.adding_rows(embedding):
             output = self._call(self.model, ids, attention_mask)
         if len(found) != 1:
             raise ValueError(f"its output embedding ran {len(found)} times in one forward pass")
