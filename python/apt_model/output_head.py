@@ -45,7 +45,7 @@ class OutputHead:
 
     @contextmanager
     def adding_rows(self, embedding: nn.Module | None) -> Iterator[None]:
-        """Within this context `embedding`, tied to the layer, adds its rows to the layer's gradient.
+        """Within this context `embedding`, tied to the layer, adds rows to the layer's gradient.
 
         Of the embedding's gradient only the rows of the batch's tokens are not 0; autograd would
         make a second tensor of the weight's size for it, at the end of the backward pass, where

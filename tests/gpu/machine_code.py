@@ -1,11 +1,11 @@
 """The table of what every GPU kernel becomes: registers, shared memory, instructions.
 
-    python tests/gpu/machine_code.py        writes benchmarks/results/machine-code.csv
+    python tests/gpu/machine_code.py [OPERATION ...]
 
-The launches are those of the registry: its benchmarks and first samples run as fake tensors, and
-each operator call is handed to the Triton launcher of the same name, which is asked what it would
-start. A change of a
-kernel changes the table, and the table is in the repository.
+writes benchmarks/results/machine-code.csv, or the rows of the named operations in it. The launches
+are those of the registry: its benchmarks and first samples run as fake tensors, and each operator
+call is handed to the Triton launcher of the same name, which is asked what it would start. A change
+of a kernel changes the table, and the table is in the repository.
 """
 
 from __future__ import annotations
@@ -131,17 +131,29 @@ def read() -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def main() -> None:
+def main(names: tuple[str, ...]) -> None:
+    """Writes the table; of operations that are named, their rows in it."""
+    unknown = set(names) - {op.name for op in operations()}
+    if unknown:
+        sys.exit(f"no such operation: {', '.join(sorted(unknown))}")
+    old = read() if names else []
+    table = []
+    for target in offline.TARGETS:
+        for op in operations():
+            if names and op.name not in names:
+                key = (target, op.name)
+                table += [row for row in old if (row["target"], row["operation"]) == key]
+                continue
+            for row in rows(target, (op.name,)):
+                table.append(row)
+                if int(row["spilled"]) or int(row["shared"]) > offline.SHARED_LIMIT[target]:
+                    print("over the limits:", row, file=sys.stderr)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        for target in offline.TARGETS:
-            for row in rows(target):
-                writer.writerow(row)
-                if int(row["spilled"]) or int(row["shared"]) > offline.SHARED_LIMIT[target]:
-                    print("over the limits:", row, file=sys.stderr)
+        writer.writerows(table)
     print(f"wrote {TABLE}")
 
 
 if __name__ == "__main__":
-    main()
+    main(tuple(sys.argv[1:]))

@@ -281,8 +281,8 @@ F32, BF16, I64, I32 = torch.float32, torch.bfloat16, torch.int64, torch.int32
 @pytest.mark.parametrize(
     "call, dtype",
     [
-        *((call, d) for call in (_ema_update, _queue_push, _group_advantages, _gae)
-          for d in (F32, BF16)),
+        *((call, d) for call in (_ema_update, _queue_push, _group_advantages, _gae, _value_loss,
+                                 _policy_loss) for d in (F32, BF16)),
         *((_mlm_mask, d) for d in (I64, I32)),
     ],
 )  # fmt: skip
@@ -290,22 +290,6 @@ def test_traffic_of_one_pass(call, dtype):
     bytes, sectors = _moved(call, kernels, dtype)
     assert 1.0 <= bytes <= BYTES
     assert 1.0 <= sectors <= BYTES
-
-
-# Beside what they read and write there are the sums of tiles.
-@pytest.mark.parametrize(
-    "call, dtype, most",
-    [
-        (_value_loss, F32, BYTES),
-        (_value_loss, BF16, 1.024),
-        (_policy_loss, F32, BYTES),
-        (_policy_loss, BF16, BYTES),
-    ],
-)
-def test_traffic_of_losses_of_tokens(call, dtype, most):
-    bytes, sectors = _moved(call, kernels, dtype)
-    assert 1.0 <= bytes <= most
-    assert 1.0 <= sectors <= most
 
 
 # What rows, groups and pointers that begin anywhere cost: sectors of which two requests take a
@@ -321,9 +305,9 @@ def test_traffic_of_losses_of_tokens(call, dtype, most):
         (_mlm_mask, I32, {"T": 1023}, 1.24),
         (_group_advantages, F32, {"size": 4}, 1.0),
         (_group_advantages, BF16, {"size": 64}, 1.0),
-        (_value_loss, F32, {"B": 4, "T": 4099}, 1.03),
-        (_value_loss, BF16, {"B": 4, "T": 4099}, 1.04),
-        (_policy_loss, F32, {"B": 4, "T": 4099}, 1.03),
+        (_value_loss, F32, {"B": 4, "T": 4099}, 1.025),
+        (_value_loss, BF16, {"B": 4, "T": 4099}, 1.035),
+        (_policy_loss, F32, {"B": 4, "T": 4099}, 1.025),
         (_policy_loss, BF16, {"B": 4, "T": 4099}, 1.04),
         (_gae, F32, {"T": 2051}, 1.04),
         (_gae, BF16, {"T": 2051}, 1.04),

@@ -81,12 +81,13 @@ def large_groups(kernels, dtype) -> None:
 
 def many_rows(kernels, dtype) -> None:
     """So many that a launch of its own adds their lengths, some of several tiles, some empty."""
-    for B, T in ((40, 33), (17, 1100)):
+    for B, T, empty in ((40, 33, 0), (17, 1100, 0), (140, 3, 66)):
         generator = _generator(f"{B}{T}")
         logps, old, ref, values = torch.randn(4, B, T, generator=generator).to(dtype)
         returns = (torch.randn(B, T, generator=generator) + 100).to(dtype)
         mask = torch.rand(B, T, generator=generator) < 0.4
         mask[::3] = False
+        mask[:empty] = False
         for aggregation in ("token_mean", "sequence_mean", "dr_grpo"):
             options = {"aggregation": aggregation, "clip_range": 0.2}
             leaves = values.clone().requires_grad_(), returns, mask
