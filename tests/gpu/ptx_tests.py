@@ -210,10 +210,13 @@ def _randn(*shape, dtype):
     return torch.randn(shape).to(dtype)
 
 
-def _ema_update(launchers, dtype):
-    targets, sources = ([_randn(n, dtype=dtype) for n in (16384, 32775)] for _ in range(2))
+def _ema_update(launchers, dtype, source_dtype=None, begin=(0, 0)):
+    targets, sources = (
+        [_randn(n + 8, dtype=kind)[start : n + start] for n in (16384, 32775)]
+        for kind, start in zip((dtype, source_dtype or dtype), begin, strict=True)
+    )
     launchers.ema_update_fwd(targets, sources, 0.99)
-    return 3 * sum(t.nbytes for t in targets)
+    return sum(2 * t.nbytes + s.nbytes for t, s in zip(targets, sources, strict=True))
 
 
 def _queue_push(launchers, dtype, pointer=512):
@@ -297,6 +300,13 @@ def test_traffic_of_one_pass(call, dtype):
 @pytest.mark.parametrize(
     "call, dtype, named, most",
     [
+        (_ema_update, F32, {"begin": (3, 3)}, 1.02),
+        (_ema_update, BF16, {"begin": (3, 3)}, 1.03),
+        (_ema_update, F32, {"begin": (3, 2)}, 1.26),
+        (_ema_update, BF16, {"begin": (3, 2)}, 1.51),
+        (_ema_update, F32, {"source_dtype": BF16}, 1.02),
+        (_ema_update, BF16, {"source_dtype": F32}, 1.02),
+        (_ema_update, F32, {"source_dtype": BF16, "begin": (3, 3)}, 1.02),
         (_queue_push, F32, {"pointer": 3}, 1.03),
         (_queue_push, BF16, {"pointer": 3}, 1.05),
         (_mlm_mask, I64, {"T": 2051}, 1.01),
