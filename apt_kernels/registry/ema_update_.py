@@ -54,9 +54,7 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     t, s = _pair(1 + sum(sizes), dtype=dtype)
     for further in (0, 1):
         parts = (x[1 - shift :].narrow(0, 0, sum(sizes)) for x, shift in ((t, 0), (s, further)))
-        yield Sample(
-            f"parts_of_a_buffer_{further}", (*(list(p.split(sizes)) for p in parts), 0.9)
-        )
+        yield Sample(f"parts_of_a_buffer_{further}", (*(list(p.split(sizes)) for p in parts), 0.9))
     mixed = _pair(5000, dtype=dtype)[0][3:], _pair(5000, dtype=torch.bfloat16)[1][3:]
     yield Sample("parts_of_buffers_in_bfloat16", (*([x] for x in mixed), 0.9))
     extreme = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 0.0, 3e38]).to(dtype)

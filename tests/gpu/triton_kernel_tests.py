@@ -165,6 +165,28 @@ def test_rows_of_a_multiple_of_16(dtype):
         torch.testing.assert_close(near, apart)
 
 
+@each_dtype
+def test_parts_of_buffers_are_updated_and_nothing_beside_them(dtype):
+    whole = torch.randn(2, 6000).to(dtype)
+    for begins in ((0, 0), (1, 1), (3, 11), (9, 9), (2, 3)):  # (2, 3): no vectors
+        for sizes in ((1, 2, 4000, 3), (5, 2048, 12)):
+            target, source = whole.clone()
+            parts = ([], [])
+            for side, buffer, at in zip(parts, (target, source), begins, strict=True):
+                for size in sizes:
+                    side.append(buffer[at : at + size])
+                    at += size + 8  # elements between them that stay
+            expected = [(t.double() + 0.25 * (s.double() - t.double())) for t, s in zip(*parts)]
+            kernels.ema_update_fwd(*parts, 0.75)
+            changed = torch.zeros(6000, dtype=torch.bool)
+            for part, value in zip(parts[0], expected, strict=True):
+                torch.testing.assert_close(part, value.to(dtype))
+                at = part.storage_offset() - target.storage_offset()
+                changed[at : at + len(part)] = True
+            assert torch.equal(target[~changed], whole[0][~changed])
+            assert torch.equal(source, whole[1])
+
+
 def test_ids_out_of_range():
     """Their log-probability is NaN, they add no term to the gradient, and nothing is read there."""
     V = 50
