@@ -192,6 +192,29 @@ def test_options_reach_the_loss():
         assert losses[0][0]["total_loss"] != pytest.approx(default["total_loss"], abs=1e-6), options
 
 
+def test_dr_grpo_divides_by_a_constant():
+    """Liu et al. 2025: by the responses' room, whatever the batch is padded to."""
+    batch, steps = sampled(), []
+    for columns in (0, 8):
+        padded = {k: F.pad(v, (0, columns)) if v.dim() == 2 else v for k, v in batch.items()}
+        policy = tiny_model()
+        trainer = GRPOTrainer(
+            policy, None, torch.optim.SGD(policy.parameters(), lr=0.1),
+            {"aggregation": "dr_grpo", "max_new_tokens": 20, "max_grad_norm": None},
+        )  # fmt: skip
+        logps = trainer.get_log_probs(policy, padded["responses"], padded["response_masks"])
+        old = (logps + 0.3).detach()
+        metrics = trainer.train_step(**padded, old_log_probs=old, prompt_lengths=PROMPT)
+        steps.append((metrics, parameters_of(policy)))
+    assert steps[0][0] == pytest.approx(steps[1][0], abs=1e-9)
+    assert_same_parameters(policy, steps[0][1], 1e-9)
+    advantages = paper_advantages(batch["rewards"], 4, "relative")
+    lengths = batch["response_masks"][:, PROMPT:].sum(1)
+    ratio = torch.exp(torch.tensor(-0.3, dtype=torch.float64))
+    terms = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) * lengths
+    assert steps[0][0]["policy_loss"] == pytest.approx(-terms.sum().item() / (8 * 20), abs=1e-9)
+
+
 # Groups
 
 
@@ -519,6 +542,12 @@ def test_a_batch_that_does_not_fit_is_refused(message):
         (nan_rewards, ValueError, "finite, got nan in row 7"),
         (failing, RuntimeError, "failed on 8 sequences: KeyError"),
         (lambda ids, masks: [1.0], ValueError, "one a row, 8"),
+        (lambda ids, masks: None, ValueError, "a tensor, 8 numbers or .*, got NoneType"),
+        (lambda ids, masks: {"reward": [1.0]}, ValueError, r"got dict with \['reward'\]"),
+        (lambda ids, masks: (1.0 for _ in ids), ValueError, "got generator"),
+        (lambda ids, masks: ["good"] * 8, ValueError, "8 numbers or .*, got list"),
+        (lambda ids, masks: [[1.0], [1.0, 2.0]] * 4, ValueError, "8 numbers or .*, got list"),
+        (lambda ids, masks: torch.ones(8) * 1j, ValueError, "8 numbers or .*, got Tensor"),
     ],
 )
 def test_rewards_that_cannot_be_used(reward, error, message):
@@ -560,6 +589,11 @@ def test_impossible_options_are_refused_at_construction(options, message):
         p, **options)):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             make(tiny_model())
+
+
+def test_what_the_configuration_says_is_no_option():
+    with pytest.raises(ValueError, match=r"GRPOTrainer has no option 'value_head'.*use_critic"):
+        create_grpo_trainer(tiny_model(), value_head=True)
 
 
 def test_defaults_and_attributes():

@@ -188,14 +188,29 @@ def masked_columns(logits):
     return torch.cat([logits[..., :-3], logits[..., -3:] - 1e6], dim=-1)
 
 
+def padded_vocabulary(value):
+    """The last columns are of no token."""
+
+    def change(logits):
+        return logits.masked_fill(torch.arange(logits.shape[-1]) >= VOCABULARY - 3, value)
+
+    return lambda: Changed(change)
+
+
 UNTRUSTED = {
+    "padding of -inf": (padded_vocabulary(-torch.inf), "some of its logits"),
+    "padding of -1e4": (padded_vocabulary(-1e4), "some of its logits"),
+    "padding of the least number": (
+        padded_vocabulary(torch.finfo(torch.float64).min),
+        "some of its logits",
+    ),
     "cut columns": (lambda: Changed(lambda logits: logits[..., : VOCABULARY - 1]), "logits from"),
     "masked columns": (lambda: Changed(masked_columns), "more than a scale|differ"),
     "squares": (lambda: Changed(lambda logits: logits + 0.1 * logits**2), "more than a scale"),
     "bias": (lambda: Changed(lambda logits: logits + 0.1 * torch.arange(VOCABULARY)), "replaced"),
     "temperature by position": (
         lambda: Changed(lambda logits: logits * torch.arange(1, logits.shape[1] + 1)[:, None]),
-        "differ",
+        "some of its logits",
     ),
 }
 
@@ -206,6 +221,7 @@ def test_a_head_that_cannot_be_trusted_is_given_up(name):
     torch.manual_seed(0)
     model = make().double()
     ids, mask = batch_of(False)
+    ids = ids % (VOCABULARY - 3)
     with pytest.warns(UserWarning, match=reason):
         logps = NextTokenScorer(model)(ids, mask)
     expected = F.log_softmax(model(ids, mask)[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]

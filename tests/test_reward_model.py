@@ -11,6 +11,7 @@ from torch import nn
 from apt_kernels import bradley_terry_loss
 from apt_model.rl import GRPOTrainer, RewardModel, RewardModelTrainer, create_reward_model
 from apt_model.rl.reward_model import RewardEnsemble
+from apt_model.rl.reward_source import TextReward
 from tiny_models import VOCABULARY, parameters_of, random_pairs, tiny_llama
 from trainer_checks import assert_same_parameters, halving, shifted_left
 
@@ -50,16 +51,16 @@ def encoder(kind=TinyEncoder, seed=0, **options):
     return kind(**options).double()
 
 
-def tiny_bert():
-    from transformers import BertConfig, BertModel
+def tiny_bert(family="Bert", **options):
+    import transformers
 
     torch.manual_seed(0)
-    config = BertConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=24, max_position_embeddings=32, initializer_range=0.5,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
     )  # fmt: skip
-    return BertModel(config).double()
+    return getattr(transformers, f"{family}Model")(config).double()
 
 
 BASES = {
@@ -72,6 +73,7 @@ BASES = {
     "llama": lambda: tiny_llama().model,
     "llama with head": tiny_llama,
     "bert": tiny_bert,
+    "roberta": lambda: tiny_bert("Roberta", pad_token_id=1),
 }
 
 
@@ -182,6 +184,13 @@ def test_pairs_are_compared_in_one_pass():
     torch.testing.assert_close(rejected, expected, rtol=0, atol=1e-12)
 
 
+class Words:
+    """A tokenizer whose texts are a letter a token."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["x" * len(row) for row in rows]
+
+
 def test_ensembles():
     models = [reward_model(encoder(seed=seed), seed) for seed in range(3)]
     batch = pairs()
@@ -196,6 +205,12 @@ def test_ensembles():
     torch.testing.assert_close(mixed(ids, mask)["rewards"].squeeze(1), expected)
     trainer = GRPOTrainer(tiny_llama(), mixed)  # usable wherever a reward model is
     torch.testing.assert_close(trainer.compute_rewards(ids, mask), expected.detach())
+    by_text = TextReward(lambda prompts, responses: [len(r) for r in responses], Words())
+    mixed = RewardEnsemble([lambda ids, mask: [1.0] * len(ids), by_text])
+    tokens = mask.clone()
+    tokens[:, :3] = 0
+    given = GRPOTrainer(tiny_llama(), mixed).compute_rewards(ids, mask, tokens)
+    assert given.tolist() == ((1 + tokens.sum(1)) / 2).tolist()
     with pytest.raises(ValueError, match="mean or min"):
         RewardEnsemble(models, reduce="max")
     with pytest.raises(ValueError, match="at least one"):
@@ -209,6 +224,7 @@ def test_ensembles():
         ({"hidden_size": 0}, "hidden_size"),
         ({"num_layers": 0}, "num_layers"),
         ({"num_layers": 2, "dropout": 1.5}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
     ],
 )
 def test_impossible_models(options, message):
@@ -226,6 +242,20 @@ def test_a_wrong_width_is_an_error():
         reward_model(encoder(answer=lambda h: {"logits": h}))(torch.ones(1, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"hidden states \(B, S, H\)"):
         reward_model(encoder(answer=lambda h: h[:, 0]))(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_hidden_states_narrower_than_the_layers():
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=1,
+    )  # fmt: skip
+    base = transformers.OPTModel(config)
+    with pytest.raises(ValueError, match="hidden_size is 32, that of the base model 16"):
+        create_reward_model(base, 32)
+    reward = create_reward_model(base, 16)
+    assert reward.get_rewards(torch.ones(2, 3, dtype=torch.long)).shape == (2, 1)
 
 
 def test_a_row_without_tokens_is_named():
@@ -297,7 +327,7 @@ def test_the_order_of_the_pairs_does_not_matter():
 
 def test_side_and_length_of_the_padding_do_not_matter():
     batch = pairs()
-    for name in ("bert", "llama with head"):
+    for name in ("bert", "roberta", "llama with head"):
         trainer = RewardModelTrainer(reward_model(BASES[name]()))
         expected = trainer.compute_loss(**batch).item()
         left, right = dict(batch), dict(batch)

@@ -188,7 +188,9 @@ def test_minibatches_are_steps_of_their_own(monkeypatch):
 def test_minibatches_are_shuffled_and_hold_every_row_once():
     trainer = trainer_of(tiny_model(), rollout=fixed_rollout, batch_size=2, ppo_epochs=8)
     seen, update = [], trainer._update
-    trainer._update = lambda batch: seen.append(batch.input_ids[:, 5].tolist()) or update(batch)
+    trainer._update = lambda batch, temperature: (
+        seen.append(batch.input_ids[:, 5].tolist()) or update(batch, temperature)
+    )
     trainer.train_step(PROMPTS, MASKS)
     epochs = [seen[i] + seen[i + 1] for i in range(0, 16, 2)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
@@ -246,6 +248,38 @@ def test_the_parts_make_the_step():
         assert metrics[key] == pytest.approx(expected[key], abs=1e-9), key
     assert_same_parameters(parts.policy_model, parameters_of(whole.policy_model), 1e-9)
     assert parts.total_steps == 1
+
+
+def test_ratios_are_of_the_temperature_that_was_sampled_at():
+    trainer = trainer_of(tiny_model(), tiny_model(1), rollout=fixed_rollout, ppo_epochs=1,
+                         batch_size=4)  # fmt: skip
+    ids, masks, logps = trainer.generate_responses(PROMPTS, MASKS, 6, temperature=0.5)
+    zero = torch.zeros_like(logps)
+    metrics = trainer.ppo_step(ids, masks, logps, zero, zero)
+    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-12)
+    metrics = trainer.ppo_step(ids.clone(), masks, logps, zero, zero)  # not known to be those
+    assert metrics["approx_kl"] > 1e-3
+
+
+def test_log_probabilities_of_a_rollout_are_the_old_ones():
+    noise = 0.4 * torch.sin(torch.arange(4.0 * (WIDTH - 1))).view(4, -1).double()
+
+    def rollout(prompts, masks, max_new_tokens, temperature):
+        ids, masks, tokens = fixed_rollout(prompts, masks, max_new_tokens, temperature)
+        with torch.no_grad():
+            logps = trainer.get_log_probs(policy, ids, masks)
+        return ids, masks, tokens, logps + noise
+
+    policy = tiny_model()
+    trainer = trainer_of(policy, rollout=rollout, ppo_epochs=1, batch_size=4)
+    metrics = trainer.train_step(PROMPTS, MASKS)
+    _, _, tokens = fixed_rollout(PROMPTS, MASKS, 0, 1.0)
+    d = noise[tokens[:, 1:] == 1]  # old minus new
+    assert metrics["mean_kl"] == pytest.approx(0, abs=1e-12)  # to the reference: of the policy
+    assert metrics["approx_kl"] == pytest.approx((torch.exp(-d) - 1 + d).mean().item(), abs=1e-9)
+    noise[2, 4] = torch.nan
+    with pytest.raises(ValueError, match="the rollout's logps must be finite, got nan in row 2"):
+        trainer.train_step(PROMPTS, MASKS)
 
 
 def test_the_losses_are_the_kernels():
@@ -431,8 +465,12 @@ def test_batches_that_do_not_fit():
         trainer.ppo_step(ids, None, some, some[:, :2], some)
     with pytest.raises(ValueError, match="row 2 of responses has an empty response"):
         trainer.ppo_step(ids, None, some, some, some, prompt_lengths=[1, 2, 5, 3])
-    with pytest.raises(FloatingPointError):
-        trainer.ppo_step(ids, None, some, some + torch.nan, some)
+    wrong = some.clone()
+    wrong[3, 2] = torch.nan
+    for name in ("old_log_probs", "advantages", "returns", "old_values"):
+        numbers = dict.fromkeys(("old_log_probs", "advantages", "returns", "old_values"), some)
+        with pytest.raises(ValueError, match=f"{name} must be finite, got nan in row 3, place 2"):
+            trainer.ppo_step(ids, None, **{**numbers, name: wrong})
     assert_same_parameters(policy, start)
     empty = trainer_of(tiny_model(), rollout=lambda p, m, *_: (p, m, 0 * m))
     with pytest.raises(ValueError, match="empty response"):

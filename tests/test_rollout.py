@@ -156,8 +156,44 @@ def test_the_room_for_a_response():
     assert sampler(model, max_length=5)(PROMPT, None, 9).responses.shape[1] == 5
     with pytest.raises(ValueError, match=r"a prompt has 3 tokens, no room .* max_length=3"):
         sampler(model, max_length=3)(PROMPT, None, 9)
-    with pytest.raises(ValueError, match="max_new_tokens=0"):
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         sampler(model)(PROMPT, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [
+        ("llama", [2, 16, 5]),
+        ("plain", [2, 2, 2]),  # whose number of positions nobody knows
+    ],
+)
+def test_a_long_prompt_shortens_its_own_response_alone(name, lengths):
+    prompts = torch.randint(3, VOCABULARY, (3, 30))
+    mask = torch.ones_like(prompts)
+    mask[1, :25] = mask[2, :3] = 0  # 30, 5 and 27 tokens, of 32 with the response
+    for temperature in (0.0, 1.0):
+        rollout = sampler(MODELS[name](), max_length=32, eos_token_id=[])(
+            prompts, mask, 16, temperature
+        )
+        assert rollout.token_mask.sum(1).tolist() == lengths
+        assert rollout.token_mask.shape[1] == 30 + max(lengths)
+        assert (rollout.response_masks.sum(1) <= 32).all()
+        assert torch.equal(rollout.token_mask[:, :30], 0 * mask)
+
+
+def test_no_position_beyond_the_model_s():
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32
+    )
+    model = transformers.GPT2LMHeadModel(config).double()
+    prompts = torch.randint(3, VOCABULARY, (2, 30))
+    mask = torch.ones_like(prompts)
+    mask[1, :25] = 0
+    for max_length, lengths in ((32, [2, 2]), (31, [1, 2])):
+        rollout = sampler(model, max_length=max_length, eos_token_id=[])(prompts, mask, 16)
+        assert rollout.token_mask.sum(1).tolist() == lengths
 
 
 @pytest.mark.parametrize("kind", [lambda *a: Rollout(*a), lambda *a: a, lambda *a: {

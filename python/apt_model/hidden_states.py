@@ -32,7 +32,7 @@ class HiddenStates:
             self._options["use_cache"] = False
         if "logits_to_keep" in accepted:
             self._options["logits_to_keep"] = 1
-        self._takes_positions = takes_positions(model)
+        self._positions = Positions(model)
 
     def __call__(self, model: nn.Module, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Returns `model`'s last hidden states, `(B, S, H)`.
@@ -42,9 +42,8 @@ class HiddenStates:
             ids: `(B, S)`.
             attention_mask: `(B, S)`, 1 = real token; None: all are.
         """
-        options = dict(self._options)
-        if attention_mask is not None and self._takes_positions:
-            options["position_ids"] = real_positions(attention_mask)
+        ids, positions = self._positions(ids, attention_mask)
+        options = {**self._options, **positions}
         hidden = hidden_states_of(model(input_ids=ids, attention_mask=attention_mask, **options))
         if hidden.dim() != 3 or hidden.shape[0] != len(ids):
             raise ValueError(
@@ -88,21 +87,36 @@ def has_output_embedding(inner: nn.Module) -> bool:
     return callable(getter) and getter() is not None
 
 
-def takes_positions(model: nn.Module) -> bool:
-    """Returns whether `model` is to be told the positions of its tokens.
+class Positions:
+    """How a model's positions come to count real tokens alone; made once.
 
-    Not where an adapter puts a learned prompt in front, nor where the model counts from its
-    padding id as RoBERTa does.
+    A model that takes `position_ids` is told them, unless an adapter puts a learned prompt in
+    front. One that counts the tokens that are not its padding id, as RoBERTa does, gets this id
+    where there is padding.
     """
-    inner = base_model(model)
-    adapters = without_wrapper(model).peft_config if has_adapter(model) else None
-    learned = any(getattr(a, "is_prompt_learning", False) for a in (adapters or {}).values())
-    counts_itself = any(
-        name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None
-        for name, part in inner.named_modules()
-    )
-    accepted = inspect.signature(inner.forward).parameters
-    return "position_ids" in accepted and not learned and not counts_itself
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = base_model(model)
+        adapters = without_wrapper(model).peft_config if has_adapter(model) else {}
+        learned = any(getattr(a, "is_prompt_learning", False) for a in adapters.values())
+        paddings = (
+            getattr(part, "padding_idx", None)
+            for name, part in inner.named_modules()
+            if name.endswith("position_embeddings")
+        )
+        self._padding = next((padding for padding in paddings if padding is not None), None)
+        accepted = inspect.signature(inner.forward).parameters
+        self.are_told = "position_ids" in accepted and not learned and self._padding is None
+
+    def __call__(
+        self, ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the ids `(B, S)` and the options to call the model with."""
+        if attention_mask is None:
+            return ids, {}
+        if self._padding is not None:
+            return ids.masked_fill(attention_mask == 0, self._padding), {}
+        return ids, {"position_ids": real_positions(attention_mask)} if self.are_told else {}
 
 
 def real_positions(attention_mask: Tensor) -> Tensor:

@@ -54,6 +54,16 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return None if embedding is None else embedding.num_embeddings
 
 
+def hidden_width(model: nn.Module) -> int | None:
+    """Returns the width of the last hidden states that the configuration of `model` says."""
+    config = getattr(model, "config", None)
+    for name in ("word_embed_proj_dim", "hidden_size"):  # OPT projects its last hidden states
+        width = getattr(config, name, None)
+        if isinstance(width, int):
+            return width
+    return None
+
+
 def logits_of(output: Any) -> Tensor:
     """Returns the logits in what a model returned: a tensor, `.logits` or `["logits"]`."""
     if isinstance(output, Tensor):

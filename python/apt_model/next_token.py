@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from apt_kernels import linear_token_logprobs, token_logprobs
 
-from .hidden_states import real_positions, takes_positions
+from .hidden_states import Positions
 from .model_access import (
     FSDPModule,
     as_autocast,
@@ -59,7 +59,7 @@ class NextTokenScorer:
         self.vocabulary_size: int | None = None  # known after the first call
         inner = base_model(model)
         accepted = inspect.signature(inner.forward).parameters
-        self._takes_positions = takes_positions(model)
+        self._positions = Positions(model)
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
         self._head = self._find_head(inner) if use_hidden_states else None
         self._head_is_checked = False
@@ -80,6 +80,11 @@ class NextTokenScorer:
     def of_model(self, model: nn.Module) -> NextTokenScorer:
         """Returns a scorer of `model` with the same options."""
         return NextTokenScorer(model, self._wants_hidden_states, self.backend)
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model is told the positions of its tokens."""
+        return self._positions.are_told
 
     @property
     def uses_hidden_states(self) -> bool:
@@ -137,11 +142,9 @@ class NextTokenScorer:
         return self(input_ids, real, mask, labels)
 
     def _call(self, model: nn.Module, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        options = dict(self._options)
-        if attention_mask is not None and self._takes_positions:
-            options["position_ids"] = real_positions(attention_mask)
-        # Adapters that learn a prompt put virtual tokens in front
-        return logits_of(model(ids, attention_mask=attention_mask, **options))[:, -ids.shape[1] :]
+        ids, positions = self._positions(ids, attention_mask)
+        output = model(ids, attention_mask=attention_mask, **self._options, **positions)
+        return logits_of(output)[:, -ids.shape[1] :]  # a learned prompt stands in front
 
     def _from_logits(
         self,
@@ -223,7 +226,8 @@ class NextTokenScorer:
     def _check_head(self, ids: Tensor) -> None:
         """Finds the scale and cap of the logits; gives up a head that cannot be trusted."""
         self._head_is_checked = True
-        logits = self._same_random_state(ids, lambda: self._call(self.model, ids, None))
+        with self._head.answers() as answers:
+            logits = self._same_random_state(ids, lambda: self._call(self.model, ids, None))
         expected = token_logprobs(logits[:, :-1], ids[:, 1:], backend=self.backend)
         try:
             call = partial(self._call, self.model, ids, None)
@@ -235,12 +239,17 @@ class NextTokenScorer:
         dtype = self._head.layer.weight.dtype
         if torch.is_autocast_enabled(ids.device.type):
             dtype = torch.get_autocast_dtype(ids.device.type)
-        tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE) * logits.abs().max().clamp(min=1)
         if logits.shape[-1] != self.vocabulary_size:
             return self._give_up(
                 f"it makes {logits.shape[-1]} logits from {self.vocabulary_size} embedding rows"
             )
-        if not bool(((logps - expected).abs() <= tolerance).all()) and expected.isfinite().all():
+        own = self._head.finished(answers[-1])[:, -ids.shape[1] :]
+        largest = own.masked_fill(~own.isfinite(), 0).abs().max().clamp(min=1)
+        close = {"rtol": 0, "equal_nan": True}
+        close["atol"] = TOLERANCE.get(dtype, HALF_TOLERANCE) * float(largest)
+        if not torch.allclose(own.to(logits.dtype), logits, **close):
+            self._give_up("it changes some of its logits")
+        elif not torch.allclose(logps, expected, **close):
             self._give_up("the log-probabilities of its hidden states differ from its logits'")
 
     def _same_random_state(self, ids: Tensor, call: Callable[[], Tensor]) -> Tensor:

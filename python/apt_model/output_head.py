@@ -72,6 +72,21 @@ class OutputHead:
         finally:
             embedding.sparse = False
 
+    @contextmanager
+    def answers(self) -> Iterator[list[Tensor]]:
+        """Collects the layer's outputs within this context."""
+        made: list[Tensor] = []
+        hook = self.layer.register_forward_hook(lambda _layer, _given, output: made.append(output))
+        try:
+            yield made
+        finally:
+            hook.remove()
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """Returns the layer's outputs with the scale and the cap."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
     def probe(self, call: Callable[[], Tensor], device: torch.device) -> None:
         """Asks the model, by `call()`, what it does to its logits: sets the scale and the cap.
 

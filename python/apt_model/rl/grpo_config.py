@@ -37,7 +37,8 @@ class GRPOConfig:
         sapo_temperature_neg: as `apt_kernels.policy_loss`.
         kl_estimator: as `apt_kernels.policy_loss`.
         entropy_coef: weight of the entropy bonus.
-        aggregation: as `apt_kernels.policy_loss`; "sequence_mean" is GRPO's.
+        aggregation: as `apt_kernels.policy_loss`; "sequence_mean" is GRPO's. "dr_grpo" divides by
+            the rows times `max_new_tokens`, so that padding does not change it.
         sampling_temperature: of the responses; log-probabilities are of that distribution.
         max_new_tokens: of a response.
         max_length: of prompt and response; None: unlimited.
@@ -129,4 +130,4 @@ class GRPOConfig:
         if self.aggregation == "token_mean":
             return tokens.sum()
         rows = tokens.any(-1).sum()
-        return rows * tokens.shape[1] if self.aggregation == "dr_grpo" else rows
+        return rows * self.max_new_tokens if self.aggregation == "dr_grpo" else rows

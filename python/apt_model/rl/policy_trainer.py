@@ -57,9 +57,9 @@ class PolicyTrainer(TrainingLoop):
         optimizer: Optimizer | None,
         config: Any,
         device: torch.device | str | None,
-        *,
         value_head: bool,
         temperature: float,
+        *,
         rollout: Callable[..., Any] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int = 0,
@@ -106,7 +106,7 @@ class PolicyTrainer(TrainingLoop):
         self._kl = KLCoefficient(config.kl_coef, config.target_kl)
         self.with_state["kl_coefficient"] = self._kl
         self._temperature = temperature
-        self._remembered: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._remembered: tuple[Rollout | None, float] = (None, temperature)
         self._vocabulary_size = vocabulary_size(policy_model)
         self._sampler = Sampler(
             self._policy,
@@ -158,8 +158,9 @@ class PolicyTrainer(TrainingLoop):
         self, responses: Tensor, response_masks: Tensor | None = None, **tokens: Any
     ) -> SequenceBatch:
         if not tokens.keys() & {"response_token_mask", "prompt_lengths"}:
-            of, token_mask = self._remembered
-            tokens = {**tokens, **({"response_token_mask": token_mask} if responses is of else {})}
+            sampled, _ = self._remembered
+            if sampled is not None and responses is sampled.responses:
+                tokens = {**tokens, "response_token_mask": sampled.token_mask}
         return make_sequence_batch(
             responses,
             response_masks,
@@ -168,9 +169,14 @@ class PolicyTrainer(TrainingLoop):
             vocabulary_size=self._vocabulary_size,
         )
 
-    def _remember(self, rollout: Rollout) -> None:
-        """Whose tokens are of the prompt is known where these responses come back."""
-        self._remembered = rollout.responses, rollout.token_mask
+    def _remember(self, rollout: Rollout, temperature: float) -> None:
+        """The tokens of the prompts and the temperature are known where these responses return."""
+        self._remembered = rollout, temperature
+
+    def _temperature_of(self, responses: Tensor) -> float:
+        sampled, temperature = self._remembered
+        known = sampled is not None and responses is sampled.responses
+        return temperature if known else self._temperature
 
     def _sample(
         self, prompts: Tensor, masks: Tensor | None, max_new_tokens: int, copies: int = 1

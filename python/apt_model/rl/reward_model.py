@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..hidden_states import HiddenStates, last_real
+from ..model_access import hidden_width
 from .batch_checks import check_real_rows
 from .pair_batch import make_pair_batch
-from .reward_source import rewards_of
+from .reward_source import rewards_of, wants_token_mask
 from .reward_trainer import RewardModelTrainer
 
 __all__ = ["RewardEnsemble", "RewardModel", "RewardModelTrainer", "create_reward_model"]
@@ -46,8 +47,10 @@ class RewardModel(nn.Module):
         for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-        known = getattr(getattr(base_model, "config", None), "hidden_size", None)
-        if isinstance(known, int) and known != hidden_size:
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], got {dropout!r}")
+        known = hidden_width(base_model)
+        if known not in (None, hidden_size):
             raise ValueError(f"hidden_size is {hidden_size}, that of the base model {known}")
         self.base_model = base_model
         self.hidden_size = hidden_size
@@ -128,7 +131,8 @@ class RewardEnsemble(nn.Module):
     """Several reward models as one: the mean of their rewards, or the smallest (Coste 2023).
 
     Args:
-        models: at least one module or function, called as `model(ids, masks)`.
+        models: at least one module or function, called as `model(ids, masks)`, also with
+            `response_token_mask=` where its signature has that.
         reduce: "mean" or "min".
     """
 
@@ -139,12 +143,24 @@ class RewardEnsemble(nn.Module):
         if reduce not in ("mean", "min"):
             raise ValueError(f"reduce must be mean or min, got {reduce!r}")
         self.models = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
-        self._members = list(models)
+        self._members = [(model, wants_token_mask(model)) for model in models]
         self.reduce = reduce
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Returns `rewards` `(B, 1)`."""
-        members = (rewards_of(member(input_ids, attention_mask)) for member in self._members)
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        response_token_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns `rewards` `(B, 1)` of ids `(B, S)`; masks as `RewardSource` gives them."""
+        members = (
+            rewards_of(
+                member(input_ids, attention_mask, response_token_mask=response_token_mask)
+                if wanted
+                else member(input_ids, attention_mask)
+            )
+            for member, wanted in self._members
+        )
         each = torch.stack([rewards.to(input_ids.device) for rewards in members])
         rewards = each.mean(0) if self.reduce == "mean" else each.amin(0)
         return {"rewards": rewards.unsqueeze(-1)}

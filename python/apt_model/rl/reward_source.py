@@ -33,12 +33,7 @@ class RewardSource:
             raise TypeError(f"reward_model must be callable, got {type(reward_model).__name__}")
         self.model = reward_model
         self._is_module = isinstance(reward_model, nn.Module)
-        called = without_wrapper(reward_model).forward if self._is_module else reward_model
-        try:
-            accepted = inspect.signature(called).parameters
-        except (TypeError, ValueError):  # of some built-in callables
-            accepted = {}
-        self._wants_token_mask = "response_token_mask" in accepted
+        self._wants_token_mask = wants_token_mask(reward_model)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, masks: Tensor, token_mask: Tensor) -> Tensor:
@@ -62,12 +57,19 @@ class RewardSource:
         return checked_rewards("the reward model's rewards", output, len(ids), home)
 
 
+def wants_token_mask(reward_model: Callable[..., Any]) -> bool:
+    """Returns whether the signature of a reward model has `response_token_mask`."""
+    is_module = isinstance(reward_model, nn.Module)
+    called = without_wrapper(reward_model).forward if is_module else reward_model
+    try:
+        return "response_token_mask" in inspect.signature(called).parameters
+    except (TypeError, ValueError):  # of some built-in callables
+        return False
+
+
 def checked_rewards(name: str, rewards: Any, rows: int, device: torch.device) -> Tensor:
     """Returns rewards, in any form a reward model may return, as floats `(rows,)` on `device`."""
-    if isinstance(rewards, Mapping):
-        rewards = rewards["rewards"]
-    if not isinstance(rewards, Tensor):
-        rewards = torch.as_tensor(rewards, dtype=torch.float64).to(torch.float32)
+    rewards = _as_tensor(name, rewards, rows)
     if rewards.shape not in ((rows,), (rows, 1)):
         raise ValueError(f"{name} must be one a row, {rows}, got {tuple(rewards.shape)}")
     rewards = rewards.detach().reshape(rows)
@@ -77,6 +79,22 @@ def checked_rewards(name: str, rewards: Any, rows: int, device: torch.device) ->
         row = int((~rewards.isfinite()).nonzero()[0])
         raise ValueError(f"{name} must be finite, got {float(rewards[row])} in row {row}")
     return rewards.to(device)
+
+
+def _as_tensor(name: str, rewards: Any, rows: int) -> Tensor:
+    found = rewards.get("rewards") if isinstance(rewards, Mapping) else rewards
+    if not isinstance(found, Tensor):
+        try:
+            found = torch.as_tensor(found, dtype=torch.float64).to(torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            found = None
+    if found is None or found.is_complex():
+        came = type(rewards).__name__
+        came += f" with {list(rewards)}" if isinstance(rewards, Mapping) else ""
+        raise ValueError(
+            f"{name} must be a tensor, {rows} numbers or {{'rewards': …}} of them, got {came}"
+        )
+    return found
 
 
 class TextReward:

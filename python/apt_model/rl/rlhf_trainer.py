@@ -91,7 +91,7 @@ class RLHFTrainer(PolicyTrainer):
         """
         with self.autocast():
             rollout = self._sampler(prompts, prompt_masks, max_new_tokens, temperature)
-        self._remember(rollout)
+        self._remember(rollout, temperature)
         batch = self._batch(rollout.responses, rollout.response_masks)
         self._score_in_parts(batch, self.config.batch_size, temperature)
         result = rollout.responses, rollout.response_masks, batch.columns["old_logps"]
@@ -148,21 +148,24 @@ class RLHFTrainer(PolicyTrainer):
             returns: `(B, S-1)`.
             old_values: `(B, S-1)`, at sampling time; None: those of the value head as it is.
             **tokens: `response_token_mask` or `prompt_lengths`, as `make_sequence_batch`; without
-                them those of `generate_responses` where `responses` is what it returned last, else
-                every real token but the first.
+                them those of `generate_responses` where `responses` is what it returned last (then
+                also its temperature counts, not the configuration's), else every real token but
+                the first.
 
         Returns:
             The means over all updates of `ppo_loss, policy_loss, value_loss, entropy,
             clip_fraction, approx_kl`; and `explained_variance` before them.
         """
         batch = self._batch(responses, response_masks, old_log_probs=old_log_probs, **tokens)
+        temperature = self._temperature_of(responses)
         if old_values is None:
-            scored = self._score_in_parts(batch.select(slice(None)), self.config.batch_size)
+            everything = batch.select(slice(None))
+            scored = self._score_in_parts(everything, self.config.batch_size, temperature)
             old_values = scored["old_values"]
         given = {"advantages": advantages, "returns": returns, "old_values": old_values}
         for name, column in given.items():
             batch.columns[name] = checked_logps(name, column, batch)
-        metrics = self._ppo(batch)
+        metrics = self._ppo(batch, temperature)
         self.finish_step(metrics)
         return {name: value for name, value in metrics.items() if name != "loss"}
 
@@ -188,7 +191,10 @@ class RLHFTrainer(PolicyTrainer):
         )
         rewards = self._rewards_of(batch)
         measured = self._compare_with_reference(batch, rewards)
-        metrics = {**read_numbers(measured, self._data_parallel_groups), **self._ppo(batch)}
+        if rollout.logps is not None:
+            batch.columns["old_logps"] = checked_logps("the rollout's logps", rollout.logps, batch)
+        updates = self._ppo(batch, self._temperature)
+        metrics = {**read_numbers(measured, self._data_parallel_groups), **updates}
         metrics["kl_coef"] = self._kl.value
         self._kl.follow(metrics["mean_kl"])
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -215,23 +221,23 @@ class RLHFTrainer(PolicyTrainer):
             "response_length": length / rows,
         }
 
-    def _ppo(self, batch: SequenceBatch) -> dict[str, float]:
+    def _ppo(self, batch: SequenceBatch, temperature: float) -> dict[str, float]:
         self._train_mode()
         columns = batch.columns
         groups = self._data_parallel_groups
         foretold = rows_of_all(columns["old_values"], columns["returns"], batch.tokens, groups)
         _, before = value_loss(*foretold[:3])
         updates = [
-            self._update(batch.select(rows))
+            self._update(batch.select(rows), temperature)
             for _ in range(self.config.ppo_epochs)
             for rows in minibatches(batch, self.config.batch_size, groups)
         ]
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         return {**means, "explained_variance": float(before["explained_variance"])}
 
-    def _update(self, batch: SequenceBatch) -> dict[str, float]:
+    def _update(self, batch: SequenceBatch, temperature: float) -> dict[str, float]:
         tokens = self.count_over_processes(batch.tokens.sum().double())
-        how = Scoring(self._temperature, True, self.value_head)
+        how = Scoring(temperature, True, self.value_head)
 
         def share(part: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
             scores, _ = self._score(part, how, compared=False)

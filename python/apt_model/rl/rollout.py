@@ -90,16 +90,13 @@ class Sampler:
         """
         ids, mask = self._left_padded(prompts, prompt_masks)
         ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
-        room = max_new_tokens
-        if self._max_length is not None:
-            room = min(room, self._max_length - ids.shape[1])
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} leave no "
-                f"room for a response: max_length is {self._max_length}"
-            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        rooms = self._rooms(mask, max_new_tokens)
         if self._rollout is not None:
+            room = int(rooms.min())
             return self._read(self._rollout(ids, mask, room, temperature), len(ids))
+        room = int(rooms.max())
         model = self._policy.model
         generator = _generator(model)
         with evaluating(model):
@@ -107,8 +104,9 @@ class Sampler:
                 new = self._generate(generator, ids, mask, room, temperature)
             else:
                 new = self._without_cache(ids, mask, room, temperature)
-        real = self._until_end(new)
-        new = new.masked_fill(~real, self._pad)
+        real = self._until_end(new) & (torch.arange(new.shape[1], device=new.device) < rooms)
+        columns = int(real.any(0).sum())
+        new, real = new.masked_fill(~real, self._pad)[:, :columns], real[:, :columns]
         return Rollout(
             torch.cat([ids, new], 1),
             torch.cat([mask, real.long()], 1),
@@ -131,6 +129,23 @@ class Sampler:
         ids = ids.gather(1, order).masked_fill(~mask, self._pad)
         check_vocabulary("prompts", ids.masked_fill(~mask, 0), self._vocabulary_size)
         return ids, mask.long()
+
+    def _rooms(self, mask: Tensor, max_new_tokens: int) -> Tensor:
+        """How many tokens each response may have, `(B, 1)`: a long prompt shortens its own alone.
+
+        All rows are sampled as far as the longest goes; those that have ended must not come to
+        positions that the model does not have: where its number of them is not known for sure, all
+        end where the longest must.
+        """
+        lengths = mask.sum(-1, keepdim=True)
+        rooms = torch.full_like(lengths, max_new_tokens)
+        if self._max_length is None:
+            return rooms
+        rooms = rooms.clamp(max=self._max_length - lengths)
+        config = getattr(base_model(self._policy.model), "config", None)
+        known = getattr(config, "max_position_embeddings", None)
+        known = known if self._policy.takes_positions and isinstance(known, int) else 0
+        return rooms.clamp(max=max(known, self._max_length) - int(lengths.max()))
 
     def _generate(
         self, generator: nn.Module, ids: Tensor, mask: Tensor, room: int, temperature: float

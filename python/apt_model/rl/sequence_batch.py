@@ -127,11 +127,21 @@ def make_sequence_batch(
 
 
 def checked_logps(name: str, logps: Tensor, batch: SequenceBatch) -> Tensor:
-    """Returns one number a token but the first, `(N, S-1)`, where the batch is."""
+    """Returns one number a token but the first, `(N, S-1)`, where the batch is.
+
+    Those of tokens that count must be finite, where looking does not wait.
+    """
     if not isinstance(logps, Tensor) or logps.shape != batch.tokens.shape:
         came = tuple(logps.shape) if isinstance(logps, Tensor) else type(logps).__name__
         raise ValueError(f"{name} must be a tensor {tuple(batch.tokens.shape)}, got {came}")
-    return logps.detach().to(batch.input_ids.device)
+    logps = logps.detach().to(batch.input_ids.device)
+    wrong = batch.tokens & ~logps.isfinite() if logps.device.type == "cpu" else None
+    if wrong is not None and wrong.any():
+        row, token = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} must be finite, got {float(logps[row, token])} in row {row}, place {token}"
+        )
+    return logps
 
 
 def complete_rows(rows: int, size: int) -> int:
