@@ -2,17 +2,22 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from apt_model import cli, training_run
 from apt_model.cli import main
 from apt_model.preference_data import (
+    REPORTED_ROWS,
     BadRow,
     PairTokenizer,
     PreferencePair,
@@ -20,6 +25,7 @@ from apt_model.preference_data import (
     collate,
     load_pairs,
 )
+from apt_model.run_files import write_whole
 from tiny_models import VOCABULARY, tiny_llama
 
 GOOD = ["happy", "fine", "great"]
@@ -169,6 +175,8 @@ def test_a_run_with_other_settings_is_not_continued(model_folder, data, tmp_path
 
 def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
     class Trainer:
+        total_steps = 1
+
         def state_dict(self, include_frozen):
             return {"steps": 1}
 
@@ -185,6 +193,82 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
         checkpoint.save(Trainer())
     assert checkpoint.path.read_bytes() == whole
     assert list(checkpoint.path.parent.iterdir()) == [checkpoint.path]
+
+
+@contextmanager
+def full_disk():
+    """A limit on the size of a file stands for it: Python ignores its signal."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_an_error_of_one_line(model_folder, data, tmp_path, capsys):
+    with full_disk():
+        assert main(arguments(model_folder, data, tmp_path / "out")) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and f"{tmp_path}/out/checkpoint.pt cannot be written: " in errors[0]
+    assert "File too large" in errors[0] and list((tmp_path / "out").iterdir()) == []
+
+
+def save_safetensors(path):
+    save_file({"a": torch.zeros(9000)}, path)
+
+
+def mistaken(path):
+    path.write_text("half")
+    raise RuntimeError("a mistake in the program")
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "message"),
+    [
+        (lambda path: path.write_text("a" * 30_000), OSError, "model cannot be written: .*too lar"),
+        (save_safetensors, OSError, "model cannot be written: .*too large"),
+        (mistaken, RuntimeError, "^a mistake in the program"),
+    ],
+)
+def test_what_cannot_be_written_leaves_nothing(tmp_path, write, error, message):
+    path = tmp_path / "model"
+
+    def write_folder(folder):
+        folder.mkdir()
+        write(folder / "file")
+
+    for make in (write, write_folder):
+        with full_disk(), pytest.raises(error, match=message):
+            write_whole(path, make)
+        assert list(tmp_path.iterdir()) == []
+    path.mkdir()
+    (path / "old").write_text("old")
+    with full_disk(), pytest.raises(error, match=message):
+        write_whole(path, write_folder)
+    assert list(tmp_path.rglob("*")) == [path, path / "old"]
+
+
+def test_a_folder_stays_whole_while_it_is_replaced(tmp_path, monkeypatch):
+    path, real = tmp_path / "model", shutil.rmtree
+
+    def write(name):
+        def into(folder):
+            folder.mkdir()
+            (folder / name).write_text(name)
+
+        return into
+
+    write_whole(path, write("old"))
+
+    def interrupted(folder, *args, **options):
+        real(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, write("new"))
+    assert list(tmp_path.rglob("*")) == [path, path / "new"]
 
 
 ONE = rows(1)[0]
@@ -276,6 +360,7 @@ def test_batches():
         ("--warmup-steps=-1", "--warmup-steps must not be negative"),
         ("--train-last-layers=3", "the model has 2 layers"),
         ("--gradient-accumulation-steps=0", "gradient_accumulation_steps"),
+        ("--output=/dev/null/out", "/dev/null/out/checkpoint.pt"),
     ],
 )
 def test_wrong_options_are_errors_of_one_line(
@@ -292,8 +377,9 @@ def test_help_names_the_recommended_ranges(capsys):
         main(["train-dpo", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
-    for recommended in ("0.05-0.5", "0-0.1", "1e-6-1e-5", "(default: 0.1)"):
-        assert recommended in text
+    for words in ("0.05-0.5", "0-0.1", "1e-6-1e-5", "(default: 0.1)", "half of --max-length"):
+        assert words in text
+    assert f"the first {REPORTED_ROWS}" in text
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2

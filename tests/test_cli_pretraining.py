@@ -175,6 +175,7 @@ def test_a_stopped_run_continues_to_the_same_model(model_folder, lines, tmp_path
         ("pretrain-contrastive", "--temperature=0", "temperature"),
         ("pretrain-contrastive", "--cache-chunk=0", "cache_chunk"),
         ("pretrain-contrastive", "--batch-size=1", "two samples or more"),
+        ("pretrain-mlm", "--output=/dev/null/out", "/dev/null/out/checkpoint.pt cannot be written"),
     ],
 )
 def test_wrong_options_are_errors_of_one_line(

@@ -1,10 +1,13 @@
 """The commands that train reward models and policies, on a tiny model; held-out figures."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +22,10 @@ from tiny_models import tiny_llama
 
 model_folder = test_cli.model_folder
 REWARD = '''
+import os
+
+calls = []
+
 def happy(row, response):
     """The share of words that the row wants."""
     words = response.split()
@@ -26,6 +33,12 @@ def happy(row, response):
 
 def failing(row, response):
     raise KeyError(response)
+
+def counted(row, response):
+    calls.append(1)
+    if str(len(calls)) == os.environ.get("FAILS_AT"):
+        raise ConnectionError("the server is gone")
+    return happy(row, response)
 '''
 
 
@@ -156,16 +169,85 @@ def test_grpo_learns_from_a_function_and_continues(model_folder, files, tmp_path
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_best_state_is_kept_and_a_run_that_stagnates_ends(model_folder, files, tmp_path):
+def dpo_that_gets_worse(model_folder, files, output, *more):
     """Held-out pairs that prefer the opposite: the first measurement is the best."""
     swap = {"chosen": "rejected", "rejected": "chosen"}
     held_out = [{swap.get(k, k): v for k, v in row.items()} for row in rows(30)[24:]]
     write(files["held_out"], held_out)
+    return command("train-dpo", model_folder, files["pairs"], output, "--learning-rate=3e-3",
+                   f"--eval={files['held_out']}", *more)  # fmt: skip
 
-    def options(output, *more):
-        return command("train-dpo", model_folder, files["pairs"], output, "--learning-rate=3e-3",
-                       f"--eval={files['held_out']}", *more)  # fmt: skip
 
+COUNTED = "--reward={reward}:counted"
+
+
+@pytest.fixture(scope="module")
+def whole_counted(model_folder, tmp_path_factory):
+    """A run of 16 steps of 16 rewards, with 8 more before them and after every fourth."""
+    folder = tmp_path_factory.mktemp("counted")
+    files = {
+        "prompts": write(folder / "prompts.jsonl", prompts(16)),
+        "held_out_prompts": write(folder / "held.jsonl", prompts(8, 16)),
+        "reward": write(folder / "rewards.py", [REWARD.encode()]),
+    }
+    assert main(grpo(model_folder, files, folder / "out", COUNTED.format(**files))) == 0
+    return files, folder / "out"
+
+
+@pytest.mark.parametrize(("fails_at", "steps"), [(90, 4), (76, 4), (290, 16)])
+def test_what_was_trained_is_kept_where_a_reward_fails(
+    model_folder, whole_counted, tmp_path, monkeypatch, capsys, fails_at, steps
+):
+    """In step 5, and in the held-out measurements after step 4 and after the last one."""
+    files, whole = whole_counted
+    output = tmp_path / "out"
+    run = grpo(model_folder, files, output, COUNTED.format(**files))
+    monkeypatch.setenv("FAILS_AT", str(fails_at))
+    assert main(run) == 1
+    assert "the server is gone" in capsys.readouterr().err
+    state = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert state["trainer"]["total_steps"] == steps and not (output / "model").exists()
+    monkeypatch.delenv("FAILS_AT")
+    assert main(run) == 0
+    assert f"continuing after step {steps}" in capsys.readouterr().err
+    summary, expected = summary_of(output), summary_of(whole)
+    for key in ("held_out", "curves", "before", "after"):
+        assert summary[key] == expected[key], key
+    ours, theirs = parameters(output), parameters(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["reward", "held_out_prompts"])
+def test_a_run_with_other_inputs_is_not_continued(model_folder, files, tmp_path, capsys, name):
+    run = grpo(model_folder, files, tmp_path / "out", "--epochs=1")
+    assert main(run) == 0
+    before = files[name].read_bytes()
+    files[name].write_bytes(before + b"\n\n")
+    assert main(run) == 1
+    setting = {"reward": "reward_sha256", "held_out_prompts": "eval_data_sha256"}[name]
+    assert f"a run with other settings ({setting}: " in capsys.readouterr().err
+    files[name].write_bytes(before)
+    assert main(run) == 0
+
+
+def test_a_reward_model_takes_rows_of_the_same_prompt(model_folder, files, tmp_path, capsys):
+    pairs = [{**row, "prompt": f"a film w{i % 3}"} for i, row in enumerate(rows(8))]
+    write(files["pairs"], pairs)
+    judge = tmp_path / "judge"
+    assert main(command("train-reward-model", model_folder, files["pairs"], judge)) == 0
+    for name in ("train-grpo", "train-rlhf"):
+        arguments = command(name, model_folder, files["pairs"], tmp_path / name,
+                            "--max-new-tokens=2", f"--reward-model={judge / 'model'}")  # fmt: skip
+        assert main(arguments) == 0
+        assert summary_of(tmp_path / name)["total_steps"] == 2
+    head = torch.load(judge / "model" / "value_head.pt")
+    torch.save({name: value + 1 for name, value in head.items()}, judge / "model" / "value_head.pt")
+    assert main(arguments) == 1
+    assert "other settings (reward_model_sha256: " in capsys.readouterr().err
+
+
+def test_the_best_state_is_kept_and_a_run_that_stagnates_ends(model_folder, files, tmp_path):
+    options = partial(dpo_that_gets_worse, model_folder, files)
     output, shorter = tmp_path / "out", tmp_path / "shorter"
     assert main(options(output, "--epochs=20", "--eval-every=6", "--patience=3")) == 0
     summary = summary_of(output)
@@ -179,6 +261,86 @@ def test_the_best_state_is_kept_and_a_run_that_stagnates_ends(model_folder, file
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert main(options(output, "--epochs=20", "--eval-every=6", "--patience=3")) == 0
         assert summary_of(output) == summary
+
+
+def test_the_best_state_outlives_a_model_that_could_not_be_saved(
+    model_folder, files, tmp_path, monkeypatch, capsys
+):
+    from transformers import PreTrainedTokenizerBase
+
+    options = partial(dpo_that_gets_worse, model_folder, files)
+    output, shorter = tmp_path / "out", tmp_path / "shorter"
+    assert main(options(shorter, "--epochs=1")) == 0
+    real = PreTrainedTokenizerBase.save_pretrained
+
+    def refused(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = options(output, "--epochs=3", "--eval-every=6")
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", refused)
+    assert main(run) == 1
+    assert f"{output / 'model'} cannot be written: [Errno 28]" in capsys.readouterr().err
+    left = sorted(path.name for path in output.iterdir())
+    assert left == ["best.pt", "checkpoint.pt", "curves.png"]
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", real)
+    best = (output / "best.pt").read_bytes()
+    (output / "best.pt").unlink()
+    assert main(run) == 1
+    assert f"{output / 'best.pt'} is missing" in capsys.readouterr().err
+    (output / "best.pt").write_bytes(best)
+    assert main(run) == 0
+    summary = summary_of(output)
+    assert summary["after"] == summary["held_out"][0] != summary["held_out"][-1]
+    ours, theirs = parameters(output), parameters(shorter)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not (output / "best.pt").exists()
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_model_of_an_earlier_run_is_not_taken_for_this_one_s(
+    model_folder, files, tmp_path, monkeypatch, same
+):
+    """Not by its settings either: the model folder it starts from has other parameters."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+    start, output = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(model_folder, start)
+    first = command("train-dpo", start, files["pairs"], output, "--learning-rate=1e-4")
+    assert main(first) == 0
+    earlier = parameters(output)
+    again = first if same else [*first, "--learning-rate=1e-2"]
+    model = AutoModelForCausalLM.from_pretrained(start)
+    torch.nn.init.constant_(model.model.norm.weight, 2.0)
+    model.save_pretrained(start)
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main([*again, "--restart"])
+    kept = parameters(output)
+    assert all(torch.equal(kept[name], earlier[name]) for name in earlier)
+    assert main(again) == 0
+    state = torch.load(output / "checkpoint.pt", weights_only=True)["trainer"]
+    trained = state["modules"]["policy"]
+    assert all(torch.equal(value, trained[name]) for name, value in parameters(output).items())
+    assert not all(torch.equal(value, earlier[k]) for k, value in parameters(output).items())
+
+
+def test_a_restart_that_fails_at_once_loses_nothing(model_folder, files, tmp_path, monkeypatch):
+    run = command("train-dpo", model_folder, files["pairs"], tmp_path / "out")
+    assert main(run) == 0
+
+    def contents():
+        return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+
+    before = contents()
+    monkeypatch.setattr("apt_model.preference_data.collate", lambda batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([*run, "--restart"])
+    assert contents() == before
 
 
 def test_measuring_does_not_change_what_training_draws(tmp_path):
@@ -208,6 +370,9 @@ def test_measuring_does_not_change_what_training_draws(tmp_path):
     other = Evaluation(lambda: {}, "loss", False, 1, 2, tmp_path / "best.pt")
     other.load_state_dict(evaluation.state_dict())
     assert other.stagnates and other.best == {"step": 1, "loss": 1.0}
+    other.best = {"step": 0, "loss": 2.0}  # of a checkpoint that is older than the file
+    other.start()
+    assert other.best == {"step": 1, "loss": 1.0}
 
 
 def test_curves_for_tensorboard(model_folder, files, tmp_path, monkeypatch):
@@ -287,12 +452,21 @@ def test_help_names_the_ranges_that_are_checked(name, capsys):
         assert words in text.split(name_of_value)[1].split(" --")[0], option
 
 
+OF_PROMPTS = ["longer prompts cannot be used", "one less than --max-length", "sampling ends there"]
+
+
 @pytest.mark.parametrize(
     ("name", "recommended"),
     [
         ("train-reward-model", ["(default: last)", "1e-6-1e-5", "--center-coef"]),
-        ("train-grpo", ["recommended 4-8", "relative first", "1e-6-1e-5", "(default: 0.2)"]),
-        ("train-rlhf", ["recommended 4-8", "0.1-0.3", "0.01-0.2", "1e-6-1e-5", "(default: 0.95)"]),
+        (
+            "train-grpo",
+            ["recommended 4-8", "relative first", "1e-6-1e-5", "(default: 0.2)", *OF_PROMPTS],
+        ),
+        (
+            "train-rlhf",
+            ["recommended 4-8", "0.1-0.3", "0.01-0.2", "1e-6-1e-5", "(default: 0.95)", *OF_PROMPTS],
+        ),
     ],
 )
 def test_help_names_the_recommended_ranges(name, recommended, capsys):
@@ -300,5 +474,7 @@ def test_help_names_the_recommended_ranges(name, recommended, capsys):
         main([name, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
+    of_prompts = name != "train-reward-model"
+    assert ("half of --max-length" in text) != of_prompts and ("cut beyond" in text) != of_prompts
     for words in [*recommended, "--eval", "--tensorboard", "JSON lines"]:
         assert words in text, words

@@ -9,6 +9,7 @@ from torch import nn
 
 from apt_model.curves import Curves
 from apt_model.training_loop import TrainingLoop
+from apt_model.training_run import Checkpoint, run_steps
 
 ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 
@@ -271,6 +272,63 @@ def test_a_step_of_several_updates_is_counted_once():
     trainer.finish_step({**metrics, "more": 1.0})
     assert trainer.total_steps == 1 and trainer.curves.columns["more"].tolist() == [1.0]
     assert trainer.optimizer.param_groups[0]["lr"] == 0.05
+
+
+class Failing(Regression):
+    """Two updates a step; the third step raises, after as many of them as it is told."""
+
+    def __init__(self, updates, **options):
+        super().__init__(linear(), **options)
+        self.updates = updates
+
+    def train_step(self, rows):
+        noise = torch.rand(rows.shape[0], 1)
+        for update in range(3):
+            if self.total_steps == 2 and update == self.updates:
+                raise ValueError("no reward")
+            if update < 2:
+                metrics = self.update(
+                    [rows + noise], lambda part: (self.model(part).square().mean(), {}), False
+                )
+        self.finish_step(metrics)
+        return metrics
+
+
+def run(trainer, path):
+    checkpoint = Checkpoint(path, {})
+    checkpoint.load(trainer)
+    return run_steps(trainer, [{"rows": ROWS}] * 4, 4, checkpoint, 0, {})
+
+
+@pytest.mark.parametrize("updates", [0, 1, 2, None])
+def test_steps_made_are_kept_where_a_later_one_raises(tmp_path, updates):
+    """Unless that one has changed parameters; the one continued draws the same numbers."""
+    torch.manual_seed(3)
+    whole = Failing(None)
+    assert run(whole, tmp_path / "whole.pt")
+    torch.manual_seed(3)
+    path = tmp_path / "checkpoint.pt"
+    if updates is not None:
+        with pytest.raises(ValueError, match="no reward"):
+            run(Failing(updates), path)
+        assert path.exists() == (updates == 0)
+        if updates:
+            return
+        assert torch.load(path)["trainer"]["total_steps"] == 2
+        torch.manual_seed(7)
+    continued = Failing(None)
+    assert run(continued, path)
+    assert torch.equal(continued.model.weight, whole.model.weight)
+
+
+def test_a_state_that_cannot_be_kept_does_not_hide_the_error(tmp_path):
+    trainer = Failing(0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="no reward"):
+        run_steps(trainer, [{"rows": ROWS}] * 4, 4, Checkpoint(tmp_path / "file/a", {}), 0, {})
+    trainer.is_mid_step = True
+    trainer.load_state_dict(trainer.state_dict())
+    assert not trainer.is_mid_step
 
 
 def test_what_is_measured_now_and_then_is_drawn_as_one_line():

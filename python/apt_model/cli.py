@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         return options.run(options)
-    except (FileNotFoundError, FloatingPointError, ValueError) as error:
+    except (OSError, FloatingPointError, ValueError) as error:
         print(f"apt-model: error: {error}", file=sys.stderr)
         return 1
 

@@ -26,6 +26,13 @@ RECOMMENDED = {  # --help says so too; the commands warn of what lies outside
 }  # fmt: skip
 PAIRS = "JSON lines with the strings prompt, chosen and rejected"
 PROMPTS = "JSON lines with the string prompt; other fields are for the reward function"
+LENGTHS = {  # what --max-length and --max-prompt-length are
+    "pairs": ("tokens of prompt and answer; cut beyond", "without it half of --max-length"),
+    "prompts": (
+        "tokens of prompt and response; sampling ends there",
+        "rows with longer prompts cannot be used; without it one less than --max-length",
+    ),
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -37,14 +44,13 @@ def add_commands(commands: Any) -> None:
     _add_files(command, "dpo", PAIRS)
     command.add_argument("--reference-model", type=Path, metavar="FOLDER",
         help="reference; without it a frozen copy of the model")  # fmt: skip
-    _add_dpo(_add_training(command, 1e-6, "1e-6-1e-5", "pairs a step; recommended 8-64"))
+    _add_dpo(_add_training(command, 1e-6, "1e-6-1e-5", "pairs"))
     command = _command(
         commands, "train-reward-model", "reward_run", "train a reward model on preference pairs",
         "Train a reward model, a base model and a head that scores texts, on preference pairs.",
     )  # fmt: skip
     _add_files(command, "reward_model", PAIRS)
-    _add_reward(_add_training(command, 1e-5, "1e-6-1e-5; a head alone: 1e-4-1e-2",
-                              "pairs a step; recommended 8-64"))  # fmt: skip
+    _add_reward(_add_training(command, 1e-5, "1e-6-1e-5; a head alone: 1e-4-1e-2", "pairs"))
     command = _command(
         commands, "train-grpo", "policy_run", "train a language model on its own responses (GRPO)",
         "Train a causal language model on groups of its own responses by group relative policy "
@@ -52,7 +58,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     _add_files(command, "grpo", PROMPTS)
     _add_rewards(command)
-    _add_grpo(_add_training(command, 1e-5, "1e-6-1e-5", "prompts a step; recommended 8-64"))
+    _add_grpo(_add_training(command, 1e-5, "1e-6-1e-5", "prompts"))
     command = _command(
         commands, "train-rlhf", "policy_run", "train a language model on its own responses (PPO)",
         "Train a causal language model on its own responses by proximal policy optimization "
@@ -60,7 +66,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     _add_files(command, "rlhf", PROMPTS)
     _add_rewards(command)
-    _add_rlhf(_add_training(command, 1e-5, "1e-6-1e-5", "prompts a step; recommended 8-64"))
+    _add_rlhf(_add_training(command, 1e-5, "1e-6-1e-5", "prompts"))
 
 
 def _command(commands: Any, name: str, module: str, help: str, description: str) -> Any:
@@ -103,18 +109,21 @@ def _add_files(command: Any, name: str, rows: str) -> None:
         help="stop after N measurements without a better one; 0: never")  # fmt: skip
     add("--gguf-file", metavar="NAME", help="of the model, inside its folder")
     add("--bad-rows", choices=("skip", "fail"), default="skip",
-        help="what to do with a row that cannot be used; either way its line is named")  # fmt: skip
-    add("--restart", action="store_true", help="ignore an earlier checkpoint in the output folder")
+        help="of rows that cannot be used: skip names the lines of the first 20 and counts the "
+        "others, fail names that of the first and ends")  # fmt: skip
+    add("--restart", action="store_true",
+        help="begin anew: what an earlier run left in the output folder is removed after the first "
+        "step, its model when this one's is saved")  # fmt: skip
 
 
-def _add_training(command: Any, learning_rate: float, recommended: str, batch: str) -> Any:
+def _add_training(command: Any, learning_rate: float, recommended: str, rows: str) -> Any:
     """Adds what every command has; returns the group for what this one has."""
     group = command.add_argument_group("training")
     add = group.add_argument
     add("--learning-rate", type=float, default=learning_rate, help=f"recommended {recommended}")
     add("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm")
     add("--epochs", type=int, default=1, help="passes over the data; recommended 1-3")
-    add("--batch-size", type=int, default=8, help=batch)
+    add("--batch-size", type=int, default=8, help=f"{rows} a step; recommended 8-64")
     add("--gradient-accumulation-steps", type=int, default=1,
         help="parts a step is computed in: less memory, the same update")  # fmt: skip
     add("--warmup-steps", type=int, default=0,
@@ -123,8 +132,8 @@ def _add_training(command: Any, learning_rate: float, recommended: str, batch: s
         help="freeze all but the last N layers; without it everything is trained")  # fmt: skip
     add("--seed", type=int, default=0, help="of the order of the rows and of what is sampled")
     add = command.add_argument_group("text").add_argument
-    add("--max-length", type=int, default=512, help="tokens of prompt and answer; cut beyond")
-    add("--max-prompt-length", type=int, default=None, help="without it half of --max-length")
+    add("--max-length", type=int, default=512, help=LENGTHS[rows][0])
+    add("--max-prompt-length", type=int, default=None, help=LENGTHS[rows][1])
     add("--chat-template", action="store_true", help="put the prompt into the chat template")
     add = command.add_argument_group("machine").add_argument
     add("--device", default=None, help="cpu, cuda, …; without it a GPU if there is one")
@@ -132,7 +141,7 @@ def _add_training(command: Any, learning_rate: float, recommended: str, batch: s
         help="of the parameters")  # fmt: skip
     add("--autocast", choices=("none", "bf16", "fp16"), default="none", help="of the computation")
     add("--checkpoint-every", type=int, default=100, metavar="STEPS",
-        help="0: only at the end or when stopped")  # fmt: skip
+        help="0: only at the end, when stopped or at an error")  # fmt: skip
     add("--tensorboard", type=Path, metavar="FOLDER",
         help="also write the curves there, for TensorBoard")  # fmt: skip
     return group

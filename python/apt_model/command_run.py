@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +16,7 @@ import torch
 
 from .evaluation import Evaluation
 from .preference_data import ShuffledBatches
+from .run_files import naming, settings_of, write_whole
 from .training_loop import TrainingLoop
 from .training_run import Checkpoint, run_steps
 
@@ -41,6 +40,7 @@ class Job:
         save: writes the trained model into a folder.
         counts: more of the summary.
         train_step: instead of the trainer's.
+        inputs: files that the run depends on besides the data and the held-out rows, by name.
     """
 
     trainer: TrainingLoop
@@ -53,36 +53,37 @@ class Job:
     save: Callable[[Path], None]
     counts: Mapping[str, int] = field(default_factory=dict)
     train_step: Callable[..., Mapping[str, float]] | None = None
+    inputs: Mapping[str, Path] = field(default_factory=dict)
 
 
 def run_job(options: Namespace, job: Job) -> dict[str, Any]:
-    """Trains as the options of the command say; returns what is written to `summary.json`."""
+    """Trains as the options of the command say; returns what is written to `summary.json`.
+
+    All files in the output folder are of one run; the model of an earlier one stays until this
+    one's is complete. A summary that says "finished" is of a run whose model was saved.
+    """
     trainer, output = job.trainer, options.output
     batches = ShuffledBatches(job.rows, options.batch_size, options.seed, job.make_batch)
-    checkpoint = Checkpoint(output / "checkpoint.pt", settings_of(options))
-    evaluation = None
-    if job.measure is not None:
-        evaluation = Evaluation(
-            job.measure, job.key, job.higher_is_better, options.eval_every, options.patience,
-            output / "best.pt",
-        )  # fmt: skip
-        trainer.with_state["evaluation"] = evaluation
-    if not options.restart and checkpoint.load(trainer):
+    held_out = {} if options.eval_data is None else {"eval_data": options.eval_data}
+    settings = settings_of(options, NOT_SETTINGS, options.data, **held_out, **job.inputs)
+    checkpoint = Checkpoint(output / "checkpoint.pt", settings)
+    evaluation = _evaluation(options, job)
+    continued = not options.restart and checkpoint.load(trainer)
+    if continued:
         print(f"continuing after step {trainer.total_steps}", file=sys.stderr)
-    if evaluation is not None:
+    saved = continued and _model_was_saved(output)
+    if evaluation is not None and not saved:
         evaluation.start()
     total, started_at = options.epochs * batches.per_epoch, trainer.total_steps
     finished = run_steps(
         trainer, batches, total, checkpoint, options.checkpoint_every, job.shown,
-        evaluation=evaluation, train_step=job.train_step,
+        evaluation=evaluation, train_step=partial(_train_step, job, output),
     )  # fmt: skip
-    held_out = [name for name in trainer.curves.columns if name.startswith("held_out_")]
-    if trainer.curves.length:
-        trainer.plot_curves(output / "curves.png", [*trainer.monitored, *held_out])
-    if finished and (trainer.total_steps > started_at or not (output / "model").exists()):
+    _plot(trainer, output / "curves.png")
+    if finished and (trainer.total_steps > started_at or not saved):
         if evaluation is not None:
             evaluation.load_best(trainer)
-        replace_folder(output / "model", job.save)
+        write_whole(output / "model", job.save)
     summary = {
         "finished": finished,
         **job.counts,
@@ -91,13 +92,47 @@ def run_job(options: Namespace, job: Job) -> dict[str, Any]:
         "held_out": evaluation.records if evaluation else [],
         "total_steps": trainer.total_steps,
         "last_step": trainer.get_statistics(),
-        "settings": checkpoint.settings,
+        "settings": settings,
         "curves": trainer.curves.as_lists(),
     }
-    unfinished = output / f".summary.json.{os.getpid()}"
-    unfinished.write_text(json.dumps(summary, indent=2))
-    os.replace(unfinished, output / "summary.json")
+    text = json.dumps(summary, indent=2)
+    write_whole(output / "summary.json", lambda path: path.write_text(text))
+    if finished and evaluation is not None:
+        evaluation.forget_best()
     return summary
+
+
+def _evaluation(options: Namespace, job: Job) -> Evaluation | None:
+    if job.measure is None:
+        return None
+    evaluation = Evaluation(
+        job.measure, job.key, job.higher_is_better, options.eval_every, options.patience,
+        options.output / "best.pt",
+    )  # fmt: skip
+    job.trainer.with_state["evaluation"] = evaluation
+    return evaluation
+
+
+def _model_was_saved(output: Path) -> bool:
+    summary = output / "summary.json"
+    finished = summary.exists() and json.loads(summary.read_text())["finished"]
+    return finished and (output / "model").is_dir()
+
+
+def _train_step(job: Job, output: Path, **batch: Any) -> Mapping[str, float]:
+    """Makes a step; after the first one removes what an earlier run has left, but for its model."""
+    metrics = (job.train_step or job.trainer.train_step)(**batch)
+    if job.trainer.total_steps == 1:
+        for name in ("checkpoint.pt", "best.pt", "summary.json"):
+            (output / name).unlink(missing_ok=True)
+    return metrics
+
+
+def _plot(trainer: TrainingLoop, path: Path) -> None:
+    if trainer.curves.length:
+        held_out = [name for name in trainer.curves.columns if name.startswith("held_out_")]
+        with naming(path):
+            trainer.plot_curves(path, [*trainer.monitored, *held_out])
 
 
 def check_options(options: Namespace) -> None:
@@ -117,17 +152,6 @@ def check_options(options: Namespace) -> None:
     for file in (options.data, options.eval_data):
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"{file} is not a file")
-
-
-def settings_of(options: Namespace) -> dict[str, Any]:
-    """Returns what the run depends on: a checkpoint of anything else must not be continued."""
-    settings = {
-        name: os.fspath(value.resolve()) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
-        if name not in NOT_SETTINGS
-    }
-    settings["data_sha256"] = hashlib.sha256(options.data.read_bytes()).hexdigest()
-    return settings
 
 
 def trainer_options(options: Namespace) -> dict[str, Any]:
@@ -163,15 +187,6 @@ def pretrained(options: Namespace, kind: str, folder: Path | None = None) -> Any
     dtype = {} if kind == "AutoTokenizer" else {"dtype": getattr(torch, options.dtype)}
     loader = getattr(transformers, kind)
     return loader.from_pretrained(options.model if folder is None else folder, **gguf, **dtype)
-
-
-def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a name beside `path` and renames what it made, so none is half written."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    write(unfinished)
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(unfinished, path)
 
 
 def mean_over_parts(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .run_files import save_tensors
 from .training_loop import TrainingLoop
 
 SEED = 0
@@ -46,22 +46,33 @@ class Evaluation:
         self.best: dict[str, float] = {}
 
     def start(self) -> None:
-        """Measures once before the first step; a continued run has done so."""
+        """Measures once before the first step; a continued run has done so.
+
+        Raises:
+            FileNotFoundError: the best state of the run that is continued is not there any more.
+        """
         if not self.before:
             self.before = self._measured()
+        elif self.best:  # the file may hold that of a later step than the checkpoint
+            self.best = self._read_best()["measured"]
 
     def after_step(self, trainer: TrainingLoop, is_last: bool) -> None:
-        """Measures where it is time, and writes the state where it is the best so far."""
+        """Measures where it is time, and writes the state where it is the best so far.
+
+        Does nothing where this step was measured; where it raises, it can be called again.
+        """
         step = trainer.total_steps
         if not is_last and not (self._every and step % self._every == 0):
             return
+        if self.records and self.records[-1]["step"] == step:
+            return
         measured = {"step": step, **self._measured()}
+        if not self.best or self._sign * (measured[self.key] - self.best[self.key]) > 0:
+            modules = trainer.state_dict(include_frozen=False)["modules"]
+            save_tensors(self.path, {"measured": measured, "modules": modules})
+            self.best = measured
         self.records.append(measured)
         trainer.curves.annotate({f"held_out_{k}": v for k, v in measured.items() if k != "step"})
-        if not self.best or self._sign * (measured[self.key] - self.best[self.key]) > 0:
-            self.best = measured
-            state = trainer.state_dict(include_frozen=False)["modules"]
-            write_whole(self.path, lambda file: torch.save(state, file))
 
     @property
     def stagnates(self) -> bool:
@@ -71,11 +82,20 @@ class Evaluation:
         return sum(r["step"] > self.best["step"] for r in self.records) >= self._patience
 
     def load_best(self, trainer: TrainingLoop) -> None:
-        """Gives the trainer's modules the best state, and removes its file."""
-        if self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            trainer.load_modules(state)
-            self.path.unlink()
+        """Gives the trainer's modules the best state; its file stays until `forget_best`."""
+        trainer.load_modules(self._read_best()["modules"])
+
+    def forget_best(self) -> None:
+        """Removes the file of the best state."""
+        self.path.unlink(missing_ok=True)
+
+    def _read_best(self) -> dict[str, Any]:
+        if not self.path.exists():
+            raise FileNotFoundError(
+                f"{self.path} is missing: until the model is saved it holds the best state, that "
+                f"of step {self.best['step']}; start anew (--restart)"
+            )
+        return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
 
     def _measured(self) -> dict[str, float]:
         with torch.random.fork_rng():
@@ -89,17 +109,3 @@ class Evaluation:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()`."""
         self.before, self.records, self.best = state["before"], state["records"], state["best"]
-
-
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Calls `write` with a file; what is at `path` is either the old or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

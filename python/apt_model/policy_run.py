@@ -17,7 +17,7 @@ from torch import Tensor
 from .command_run import Job, check_options, mean_over_parts, pretrained, run_job, trainer_options
 from .model_access import train_last_layers
 from .preference_data import BadRow, PairTokenizer, load_rows
-from .reward_run import load_text_reward
+from .reward_run import HEAD, load_text_reward
 from .rl import create_grpo_trainer, create_rlhf_trainer
 
 SHOWN = {"reward": "mean_reward", "loss": "policy_loss"}
@@ -61,7 +61,8 @@ def _train(options: Namespace, make: Callable[..., Any], step: str) -> dict[str,
         train_last_layers(model, options.train_last_layers)
     shared = trainer_options(options)
     score = read_score(options, shared["device"])
-    reward = RowReward(score, tokenizer, [*prompts, *held_out])
+    of_rows = options.reward is not None
+    reward = RowReward(score, tokenizer, [*prompts, *held_out], of_rows)
     trainer = make(options, model, reward, shared)
 
     def measure() -> dict[str, float]:
@@ -77,6 +78,7 @@ def _train(options: Namespace, make: Callable[..., Any], step: str) -> dict[str,
     job = Job(
         trainer, prompts, make_batch, SHOWN, measure if held_out else None, "mean_reward", True,
         save, {"prompts": len(prompts), "held_out_prompts": len(held_out)}, getattr(trainer, step),
+        _inputs(options),
     )  # fmt: skip
     return run_job(options, job)
 
@@ -127,6 +129,8 @@ class RowReward:
         score: called with as many rows as responses; returns as many numbers.
         tokenizer: decodes the responses.
         prompts: whose rows the sampled sequences are of.
+        of_rows: whether `score` reads more of a row than its prompt; then rows of the same prompt
+            must not differ.
     """
 
     def __init__(
@@ -134,12 +138,13 @@ class RowReward:
         score: Callable[[list[Mapping[str, Any]], list[str]], Sequence[float]],
         tokenizer: Any,
         prompts: Sequence[Prompt],
+        of_rows: bool = True,
     ) -> None:
         self._score = score
         self._tokenizer = tokenizer
         self._rows: dict[tuple[int, ...], Mapping[str, Any]] = {}
         for prompt in prompts:
-            if self._rows.setdefault(prompt.ids, prompt.row) != prompt.row:
+            if self._rows.setdefault(prompt.ids, prompt.row) != prompt.row and of_rows:
                 raise ValueError(f"two rows have the prompt {prompt.row['prompt']!r} and differ")
 
     def __call__(self, ids: Tensor, masks: Tensor, response_token_mask: Tensor) -> Sequence[float]:
@@ -170,6 +175,15 @@ def read_score(
     return lambda rows, responses: [
         float(function(row, response)) for row, response in zip(rows, responses, strict=True)
     ]
+
+
+def _inputs(options: Namespace) -> dict[str, Path]:
+    """Returns the file that decides the rewards, where there is one."""
+    if options.reward_model is not None:
+        return {"reward_model": options.reward_model / HEAD}
+    where = options.reward.rpartition(":")[0]
+    file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
+    return {"reward": Path(file)} if file is not None and Path(file).is_file() else {}
 
 
 def _import(name: str) -> Callable[[Mapping[str, Any], str], float]:

@@ -88,6 +88,7 @@ class TrainingLoop:
         self._data_parallel_groups = data_parallel_groups(self._modules.values())
         self._processes = math.prod(map(dist.get_world_size, self._data_parallel_groups))
         self.total_steps = 0
+        self.is_mid_step = False  # parameters may have changed, the step is not counted
         self.curves = Curves()
         self.with_state: dict[str, Any] = {"curves": self.curves}  # more that a state holds
         self._statistics = dict.fromkeys(self.statistics, 0.0)
@@ -145,6 +146,7 @@ class TrainingLoop:
                 f"step {self.total_steps + 1} has the gradient norm {norm} and "
                 f"{', '.join(f'{k} {v}' for k, v in metrics.items())}; no parameter was changed"
             )
+        self.is_mid_step = True
         self._scaler.step(self.optimizer)  # not when it overflowed: then the scale becomes smaller
         self._scaler.update()
         self._grad_norm, self._overflowed = norm, overflowed
@@ -162,6 +164,7 @@ class TrainingLoop:
         record.update(grad_norm=self._grad_norm, learning_rate=learning_rate)
         self.curves.append(record)
         self._statistics |= {k: metrics[v] for k, v in self.statistics.items() if v in metrics}
+        self.is_mid_step = False
         self._log(record)
 
     def count_over_processes(self, count: int | Tensor) -> int | Tensor:
@@ -238,7 +241,7 @@ class TrainingLoop:
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
         set_random_state(state["random_state"], self.device)
-        self.total_steps = state["total_steps"]
+        self.total_steps, self.is_mid_step = state["total_steps"], False
         self._statistics = dict(state["statistics"])
 
     def load_modules(self, state: Mapping[str, Any]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from .evaluation import Evaluation, write_whole
+from .evaluation import Evaluation
+from .run_files import save_tensors
 from .training_loop import TrainingLoop
+from .training_state import random_state, set_random_state
 
 
 class Batches(Protocol):
@@ -32,11 +34,13 @@ class Checkpoint:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = dict(settings)
+        self.steps = 0  # of the state that the file holds
 
     def save(self, trainer: TrainingLoop) -> None:
         """Writes all but the frozen parameters; the file is either the old or the new one."""
         state = {"settings": self.settings, "trainer": trainer.state_dict(include_frozen=False)}
-        write_whole(self.path, lambda file: torch.save(state, file))
+        save_tensors(self.path, state)
+        self.steps = trainer.total_steps
 
     def load(self, trainer: TrainingLoop) -> bool:
         """Continues from the file and returns True; returns False where there is none.
@@ -57,6 +61,7 @@ class Checkpoint:
                 + "); start anew or choose another folder"
             )
         trainer.load_state_dict(state["trainer"])
+        self.steps = trainer.total_steps
         return True
 
 
@@ -98,15 +103,16 @@ def run_steps(
 ) -> bool:
     """Trains up to `total_steps` with a progress bar; returns whether it got there or stagnates.
 
-    Writes the checkpoint every `checkpoint_every` steps, at the end, and when asked to stop by
-    SIGINT or SIGTERM, which ends the run after the step under way.
+    Writes the checkpoint every `checkpoint_every` steps, at the end, when asked to stop by SIGINT
+    or SIGTERM, which ends the run after the step under way, and where a step or a measurement
+    raises: then of the state before that step or measurement.
 
     Args:
         trainer: has `train_step(**batch)`; continues at its `total_steps`.
         batches: of the run.
         total_steps: of the run.
         checkpoint: where the run is kept.
-        checkpoint_every: steps; 0: only at the end or when stopped.
+        checkpoint_every: steps; 0: only at the end, when stopped or where something raises.
         shown: the metrics on the bar, by the names they have there.
         description: of the bar.
         evaluation: what is measured as the training goes.
@@ -116,6 +122,10 @@ def run_steps(
 
     step = trainer.train_step if train_step is None else train_step
 
+    def measure() -> None:
+        if evaluation is not None:
+            evaluation.after_step(trainer, trainer.total_steps == total_steps)
+
     def stagnates() -> bool:
         return evaluation is not None and evaluation.stagnates
 
@@ -123,13 +133,30 @@ def run_steps(
         StopRequest().listening() as stop,
         tqdm(total=total_steps, initial=trainer.total_steps, desc=description) as bar,
     ):
+        if trainer.total_steps:
+            measure()  # where that of the last step raised
         while trainer.total_steps < total_steps and not stop.came and not stagnates():
-            metrics = step(**batches[trainer.total_steps])
-            bar.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items()})
-            bar.update()
-            if evaluation is not None:
-                evaluation.after_step(trainer, trainer.total_steps == total_steps)
+            with _kept(trainer, checkpoint):
+                metrics = step(**batches[trainer.total_steps])
+                bar.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items()})
+                bar.update()
+                measure()
             if checkpoint_every and trainer.total_steps % checkpoint_every == 0:
                 checkpoint.save(trainer)
         checkpoint.save(trainer)
     return trainer.total_steps >= total_steps or stagnates()
+
+
+@contextmanager
+def _kept(trainer: TrainingLoop, checkpoint: Checkpoint) -> Iterator[None]:
+    """Saves the whole steps made so far where what is done within this context raises."""
+    steps, random = trainer.total_steps, random_state(trainer.device)
+    try:
+        yield
+    except Exception:
+        if trainer.total_steps > checkpoint.steps and not trainer.is_mid_step:
+            if trainer.total_steps == steps:  # what it drew it draws again
+                set_random_state(random, trainer.device)
+            with suppress(Exception):  # the first error tells more
+                checkpoint.save(trainer)
+        raise
