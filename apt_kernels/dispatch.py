@@ -40,6 +40,10 @@ _triton, _triton_error = _load("triton")
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _BACKENDS: dict[tuple[str, str], tuple[str, ...]] = {}
 _KERNELS_OF: dict[str, tuple[str, ...]] = {}
+# Triton launchers as operators, for torch.compile: it takes them whole. A call without it does not
+# pay for them.
+_TRITON_LIBRARY = torch.library.Library("apt_triton", "FRAGMENT")
+_TRACED: dict[str, Callable] = {}
 
 
 def _has_native(kernel: str, device: str) -> bool:
@@ -64,11 +68,25 @@ def register(operation: str, *kernels: str) -> None:
         _KERNELS.update(
             {(k, "triton"): getattr(_triton, k) for k in kernels if hasattr(_triton, k)}
         )
+        _TRACED.update({k: _operator(k) for k in kernels if _has_operator(k)})
     for device, order in PREFERENCE.items():
         order = PREFERENCE_OF_OPERATION.get((operation, device), order)
         _BACKENDS[operation, device] = tuple(b for b in order if _available(operation, device, b))
     if INTERPRETING_TRITON and all((k, "triton") in _KERNELS for k in kernels):
         _BACKENDS[operation, "cpu"] += ("triton",)
+
+
+def _has_operator(name: str) -> bool:
+    return hasattr(_triton, name) and _extension is not None and hasattr(torch.ops.apt, name)
+
+
+def _operator(name: str) -> Callable:
+    """The Triton launcher as an operator, of the schema that the native kernel has."""
+    if not hasattr(torch.ops.apt_triton, name):
+        schema = getattr(torch.ops.apt, name).default._schema
+        _TRITON_LIBRARY.define(str(schema).removeprefix("apt::"))
+        _TRITON_LIBRARY.impl(name, getattr(_triton, name), "CompositeExplicitAutograd")
+    return getattr(torch.ops.apt_triton, name).default
 
 
 def _available(operation: str, device: str, backend: str) -> bool:
@@ -80,20 +98,31 @@ def _available(operation: str, device: str, backend: str) -> bool:
     return backend != "native" or all(_has_native(k, device) for k in kernels)
 
 
-def choose(operation: str, device: torch.device, requested: str | None) -> str:
-    """The backend of a call: the one that was asked for by name, or the first in preference."""
+def choose(
+    operation: str, device: torch.device, requested: str | None, dtype: torch.dtype | None = None
+) -> str:
+    """The backend of a call: the one that was asked for by name, or the first in preference.
+
+    dtype: of the arithmetic. GPU kernels have no float64, only the reference has.
+    """
     available = _BACKENDS.get((operation, device.type), ("reference",))
+    only_reference = dtype == torch.float64 and device.type != "cpu"
+    if only_reference:
+        available = ("reference",)
     if requested is None:
         return available[0]
     if requested not in available:
+        kind = "float64 " if only_reference else ""
         raise ValueError(
-            f"backend: expected one of {list(available)} for {operation} on {device.type}, "
+            f"backend: expected one of {list(available)} for {kind}{operation} on {device.type}, "
             f"got {requested!r} (apt_kernels.backends() tells what was built)"
         )
     return requested
 
 
 def kernel(name: str, backend: str) -> Callable:
+    if backend == "triton" and name in _TRACED and torch.compiler.is_compiling():
+        return _TRACED[name]
     return _KERNELS[name, backend]
 
 
@@ -111,12 +140,22 @@ def add_backend(backend: str, namespace: Any, device: str = "cpu") -> None:
                 _BACKENDS[operation, device] += (backend,)
 
 
-def fake(name: str) -> Callable[[Callable], Callable]:
-    """Decorates the function that gives shapes and dtypes of a native kernel's results."""
+def fake(name: str, *only: str) -> Callable[[Callable], Callable]:
+    """Decorates the function that gives shapes and dtypes of a kernel's results.
+
+    only: the backends it is for, if the others keep other statistics: "native", "triton".
+    """
 
     def decorate(function: Callable) -> Callable:
-        if _extension is not None and _has_native(name, "cpu"):
+        if (
+            _extension is not None
+            and _has_native(name, "cpu")
+            and "native" in (only or ("native",))
+        ):
             torch.library.register_fake(f"apt::{name}", function)
+        if _has_operator(name) and "triton" in (only or ("triton",)):
+            _operator(name)
+            torch.library.register_fake(f"apt_triton::{name}", function)
         return function
 
     return decorate

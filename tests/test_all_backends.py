@@ -22,6 +22,7 @@ RUNS = {
     "baseline": {"APT_KERNELS_ISA": "baseline", "APT_TEST_BACKEND": "native"},
     "blas": {"APT_TEST_ONEDNN": "0", "APT_TEST_BACKEND": "native"},
     "triton": {"TRITON_INTERPRET": "1", "APT_TEST_BACKEND": "triton"},
+    "triton_compiled": {"TRITON_INTERPRET": "1", "APT_TEST_BACKEND": "triton"},
     "cuda_emulation": {"APT_TEST_CUDA_EMULATION": "1", "APT_TEST_BACKEND": "cuda_emulation"},
 }
 
@@ -36,6 +37,8 @@ def test_registry_samples(name):
         command[-1] += " and (linear or info_nce or nt_xent or siglip or sup_con)"
     if name == "triton":  # the others in tests/gpu/test_triton_interpreter.py, on smaller calls
         command[-1] += " and (bradley_terry_loss or dpo_loss) and not linear"
+    if name == "triton_compiled":  # its launchers as operators of torch.compile
+        command[-1] = "one_graph or no_recompilation or opcheck"
     run = subprocess.run(command, env={**os.environ, **RUNS[name]}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)

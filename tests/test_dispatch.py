@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import apt_kernels
+from apt_kernels import dispatch
+from apt_kernels.registry import OPS
 
 X, IDS = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)
 
@@ -30,6 +32,48 @@ def test_asking_for_a_backend_that_is_not_there_lists_those_that_are():
 def test_a_device_without_kernels_uses_the_reference():
     x = X.to("meta")
     assert apt_kernels.token_logprobs(x, IDS.to("meta")).shape == (2, 3)
+
+
+def test_float64_is_the_reference_s_on_a_gpu():
+    gpu = torch.device("cuda")
+    assert dispatch.choose("gae", gpu, None, torch.float64) == "reference"
+    assert dispatch.choose("gae", gpu, "reference", torch.float64) == "reference"
+    with pytest.raises(
+        ValueError, match=r"expected one of \['reference'\] for float64 gae on cuda"
+    ):
+        dispatch.choose("gae", gpu, "triton", torch.float64)
+    cpu = dispatch.choose("gae", torch.device("cpu"), None)
+    assert dispatch.choose("gae", torch.device("cpu"), None, torch.float64) == cpu
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if torch.float64 in op.dtypes])
+def test_every_operation_tells_its_dtype(name, monkeypatch):
+    told, choose = [], dispatch.choose
+
+    def noted(operation, device, requested, dtype=None):
+        told.append(dtype)
+        return choose(operation, device, requested, dtype)
+
+    monkeypatch.setattr(dispatch, "choose", noted)
+    sample = next(iter(OPS[name].samples(torch.float64)))
+    OPS[name].function(*sample.args, **sample.kwargs)
+    in_place = name in ("ema_update_", "queue_push_")  # whose kernels copy or convert float64 too
+    assert told and set(told) == {None if in_place else torch.float64}
+
+
+def test_how_float32_is_multiplied_follows_pytorch_s_settings():
+    pytest.importorskip("triton")
+    out = _python(
+        "import torch\n"
+        "from apt_kernels.triton import rows\n"
+        "told = [rows.float32_products()]\n"
+        "for precision in ('high', 'highest'):\n"
+        "    torch.set_float32_matmul_precision(precision)\n"
+        "    told.append(rows.float32_products())\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "print(*told, rows.float32_products())\n"
+    )
+    assert out.split() == ["tf32x3", "tf32", "tf32x3", "tf32"]
 
 
 def _python(code: str, **environment: str) -> str:

@@ -136,18 +136,24 @@ class _Calls(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "apt":
+        if function.namespace in ("apt", "apt_triton"):
             self.seen.append((function, args, kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op, sample", list(_each_sample()))
-def test_opcheck(op, sample):
+@pytest.mark.parametrize("op, sample", list(_each_sample(4 if ONLY_BACKEND == "triton" else None)))
+def test_opcheck(op, sample, monkeypatch):
     if not _has_kernels(op):
         assert not op.kernels or dispatch._extension is None
         return
+    backend = ONLY_BACKEND or "native"
+    if _too_slow(backend, sample):
+        return
+    if backend == "triton":  # outside torch.compile its launchers are called as they are
+        for kernel in op.kernels:
+            monkeypatch.setitem(dispatch._KERNELS, (kernel, backend), dispatch._TRACED[kernel])
     with _Calls() as calls:
-        call(op.function, fresh(sample), backend="native")
+        call(op.function, fresh(sample), backend=backend)
     assert calls.seen
     for function, args, kwargs in calls.seen:
         torch.library.opcheck(function, args, kwargs, test_utils=("test_schema", "test_faketensor"))
@@ -157,8 +163,8 @@ def test_opcheck(op, sample):
 def test_one_graph(op, sample):
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
-    outputs, grads = call(compiled, fresh(sample))
-    eager_outputs, eager_grads = call(op.function, fresh(sample))
+    outputs, grads = call(compiled, fresh(sample), backend=ONLY_BACKEND)
+    eager_outputs, eager_grads = call(op.function, fresh(sample), backend=ONLY_BACKEND)
     for got, wanted in zip((*outputs, *grads), (*eager_outputs, *eager_grads), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
@@ -178,7 +184,7 @@ def test_no_recompilation_for_new_lengths(op):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter)
     for length in (5, 6, 9, 14, 23):
-        call(compiled, fresh(op.of_length(length)))
+        call(compiled, fresh(op.of_length(length)), backend=ONLY_BACKEND)
     assert counter.frame_count <= 2, "one static graph, one for all other lengths"
 
 

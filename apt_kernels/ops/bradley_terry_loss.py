@@ -53,7 +53,9 @@ def bradley_terry_loss(
         checks.finite("margin", margin)
     checks.at_least_zero("center_coef", center_coef)
     checks.choice("reduction", reduction, _REDUCTIONS)
-    backend = dispatch.choose("bradley_terry_loss", chosen_rewards.device, backend)
+    backend = dispatch.choose(
+        "bradley_terry_loss", chosen_rewards.device, backend, chosen_rewards.dtype
+    )
     if backend == "reference":
         return reference.bradley_terry_loss(
             chosen_rewards,

@@ -88,7 +88,7 @@ def dpo_loss(
     _check_pairs(loss_type, pc, pr, rc, rr)
     if chosen_lengths is not None or rejected_lengths is not None or loss_type == "sigmoid_norm":
         _check_lengths(loss_type, chosen_lengths, rejected_lengths, pc)
-    backend = dispatch.choose("dpo_loss", pc.device, backend)
+    backend = dispatch.choose("dpo_loss", pc.device, backend, pc.dtype)
     if reference_free:
         rc = rr = None
     one_dimension = pc.dim() == 1

@@ -81,7 +81,7 @@ def gae(
     flags = {"mask": mask, "terminated": terminated, "truncated": truncated}
     check_flags(rewards, **flags)
     check_bootstrap(bootstrap, rewards, time_major, cu_seqlens)
-    backend = dispatch.choose("gae", rewards.device, backend)
+    backend = dispatch.choose("gae", rewards.device, backend, rewards.dtype)
     if backend == "reference":
         return reference.gae(
             rewards, values, gamma=gamma, gae_lambda=gae_lambda, bootstrap=bootstrap,

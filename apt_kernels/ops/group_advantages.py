@@ -52,7 +52,7 @@ def group_advantages(
         )
     checks.choice("kind", kind, _KINDS)
     checks.positive("eps", eps)
-    backend = dispatch.choose("group_advantages", rewards.device, backend)
+    backend = dispatch.choose("group_advantages", rewards.device, backend, rewards.dtype)
     if backend == "reference":
         return reference.group_advantages(rewards, group_size, kind, eps=eps)
     if not rewards.is_floating_point():

@@ -72,7 +72,7 @@ def info_nce(
     checks.flag("normalize", normalize)
     checks.flag("symmetric", symmetric)
     _check_classes(query, key, negatives, symmetric, label_offset, process_group)
-    backend = dispatch.choose("info_nce", query.device, backend)
+    backend = dispatch.choose("info_nce", query.device, backend, query.dtype)
     if backend == "reference":
         return reference.info_nce(
             query,
@@ -187,8 +187,8 @@ class _InfoNCE(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-@dispatch.fake(FORWARD)
-def _(
+@dispatch.fake(FORWARD, "native")
+def _fake_forward(
     query, key, negatives, temperature, number, normalize, symmetric, label_offset, self_offset,
     need_slopes, before=None,
 ):  # fmt: skip
@@ -199,6 +199,14 @@ def _(
     after = stats.new_empty(0 if before is None else before.shape)
     slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     return losses, torch.empty_like(losses), slopes, stats, column_stats, after
+
+
+@dispatch.fake(FORWARD, "triton")
+def _(*arguments):
+    losses, correct, slopes, stats, column_stats, after = _fake_forward(*arguments)
+    slopes = losses.new_empty(slopes.shape)
+    stats, column_stats = (losses.new_empty((s.shape[0], 4)) for s in (stats, column_stats))
+    return losses, correct, slopes, stats, column_stats, after
 
 
 @dispatch.fake(BACKWARD)

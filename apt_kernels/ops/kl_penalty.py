@@ -48,7 +48,7 @@ def kl_penalty(
     checks.choice("estimator", estimator, _ESTIMATORS)
     if mask is not None:
         checks.token_mask("mask", mask, "logps", logps)
-    backend = dispatch.choose("kl_penalty", logps.device, backend)
+    backend = dispatch.choose("kl_penalty", logps.device, backend, logps.dtype)
     if backend == "reference":
         return reference.kl_penalty(logps, ref_logps, estimator, mask=mask)
     logps, ref_logps = alike(logps, ref_logps)

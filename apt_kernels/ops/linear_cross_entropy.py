@@ -78,7 +78,7 @@ def linear_cross_entropy(
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if reduction != "mean":
         checks.unused("normalizer", normalizer, "only the mean is divided")
-    backend = dispatch.choose("linear_cross_entropy", hidden.device, backend)
+    backend = dispatch.choose("linear_cross_entropy", hidden.device, backend, hidden.dtype)
     per_row = reduction == "none"
     if backend == "reference":
         return reference.linear_cross_entropy(

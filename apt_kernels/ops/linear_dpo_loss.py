@@ -89,7 +89,7 @@ def linear_dpo_loss(
     checks.tensor("mask", mask, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
     checks.shape("mask", mask, rows, "one entry a row of hidden")
     pairs = rows[0] // 2
-    backend = dispatch.choose("linear_dpo_loss", hidden.device, backend)
+    backend = dispatch.choose("linear_dpo_loss", hidden.device, backend, hidden.dtype)
     head = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     logps = linear_token_logprobs(
         hidden, weight, token_ids, bias=bias, mask=mask, backend=backend, **head

@@ -142,6 +142,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         else:
             ctx.save_for_backward(*head, *rows, lse, entropy)
         ctx.formed, ctx.options, ctx.backend = form_grad_hidden, options, backend
+        ctx.return_entropy = return_entropy
         ctx.set_materialize_grads(False)
         if not return_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -162,7 +163,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         grads = dispatch.kernel(BACKWARD, ctx.backend)(
             grad_logps.contiguous(),
-            None if grad_entropy is None else grad_entropy.contiguous(),
+            grad_entropy.contiguous() if ctx.return_entropy and grad_entropy is not None else None,
             *inputs,
             lse,
             entropy,
@@ -172,14 +173,20 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 9
 
 
-@dispatch.fake(FORWARD)
-def _(hidden, weight, bias, token_ids, mask, temperatures, *options):
+@dispatch.fake(FORWARD, "native")
+def _fake_forward(hidden, weight, bias, token_ids, mask, temperatures, *options):
     return_entropy, form_grad_hidden = options[-2:]
     rows = hidden.shape[0]
     logps = hidden.new_empty(rows, dtype=accumulate_dtype(hidden))
     entropy = logps.new_empty(rows if return_entropy else 0)
     lse = logps.new_empty(rows, dtype=torch.float64)
     return logps, entropy, lse, hidden.new_empty(hidden.shape if form_grad_hidden else (0,))
+
+
+@dispatch.fake(FORWARD, "triton")
+def _(*arguments):
+    logps, entropy, lse, grad_hidden = _fake_forward(*arguments)
+    return logps, entropy, logps.new_empty((*lse.shape, 2)), grad_hidden
 
 
 def fake_gradients(hidden: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]):

@@ -109,7 +109,7 @@ def linear_policy_loss(
     checks.temperature("temperature", temperature, hidden, rows)
     inputs = (old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer)
     check_tensors("token_ids", token_ids, *inputs)
-    backend = dispatch.choose("linear_policy_loss", hidden.device, backend)
+    backend = dispatch.choose("linear_policy_loss", hidden.device, backend, hidden.dtype)
     if backend == "reference":
         return reference.linear_policy_loss(
             hidden, weight, token_ids, old_logps, advantages, mask, bias=bias,

@@ -63,7 +63,7 @@ def linear_token_logprobs(
     checks.temperature("temperature", temperature, hidden, rows)
     checks.row_mask("mask", mask, hidden, rows)
     checks.flag("return_entropy", return_entropy)
-    backend = dispatch.choose("linear_token_logprobs", hidden.device, backend)
+    backend = dispatch.choose("linear_token_logprobs", hidden.device, backend, hidden.dtype)
     if backend == "reference":
         return reference.linear_token_logprobs(
             hidden,

@@ -63,7 +63,7 @@ def nt_xent(
     checks.shape("z2", z2, z1.shape, "that of z1")
     similarity.check_options(temperature, reduction, process_group, "z1", z1)
     checks.flag("normalize", normalize)
-    backend = dispatch.choose("nt_xent", z1.device, backend)
+    backend = dispatch.choose("nt_xent", z1.device, backend, z1.dtype)
     if backend == "reference":
         return reference.nt_xent(
             z1,
@@ -147,14 +147,21 @@ class _NTXent(torch.autograd.Function):
         )  # fmt: skip
 
 
-@dispatch.fake(FORWARD)
-def _(z1, z2, temperature, number, normalize, need_slopes, before=None):
+@dispatch.fake(FORWARD, "native")
+def _fake_forward(z1, z2, temperature, number, normalize, need_slopes, before=None):
     rows = 2 * z1.shape[0]
     losses = z1.new_empty(rows, dtype=accumulate_dtype(z1))
     slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     stats = losses.new_empty((rows, 2), dtype=torch.float64)
     after = stats.new_empty(0 if before is None else before.shape)
     return losses, torch.empty_like(losses), slopes, stats, after
+
+
+@dispatch.fake(FORWARD, "triton")
+def _(*arguments):
+    losses, correct, slopes, stats, after = _fake_forward(*arguments)
+    slopes, stats = losses.new_empty(slopes.shape), losses.new_empty((stats.shape[0], 4))
+    return losses, correct, slopes, stats, after
 
 
 @dispatch.fake(BACKWARD)

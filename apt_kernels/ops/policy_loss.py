@@ -89,7 +89,7 @@ def policy_loss(
         checks.pair("entropy", entropy, "logps", logps)
     elif entropy_coef:
         raise ValueError("entropy: expected a tensor, as entropy_coef is not 0, got None")
-    backend = dispatch.choose("policy_loss", logps.device, backend)
+    backend = dispatch.choose("policy_loss", logps.device, backend, logps.dtype)
     if backend == "reference":
         return reference.policy_loss(
             logps, old_logps, advantages, mask, ref_logps=ref_logps, entropy=entropy,

@@ -36,7 +36,7 @@ def sequence_logps(
     checks.dims("logps", logps, 2)
     checks.token_mask("mask", mask, "logps", logps)
     checks.flag("average", average)
-    backend = dispatch.choose("sequence_logps", logps.device, backend)
+    backend = dispatch.choose("sequence_logps", logps.device, backend, logps.dtype)
     if backend == "reference":
         return reference.sequence_logps(logps, mask, average=average)
     mask = mask if mask.dtype == torch.bool else mask != 0

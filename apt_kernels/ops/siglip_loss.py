@@ -69,7 +69,7 @@ def siglip_loss(
     else:
         checks.finite("logit_bias", logit_bias)
     similarity.check_label_offset(label_offset, query, key, process_group)
-    backend = dispatch.choose("siglip_loss", query.device, backend)
+    backend = dispatch.choose("siglip_loss", query.device, backend, query.dtype)
     if backend == "reference":
         return reference.siglip_loss(
             query,
@@ -180,8 +180,8 @@ class _SigLIPLoss(torch.autograd.Function):
         )  # fmt: skip
 
 
-@dispatch.fake(FORWARD)
-def _(
+@dispatch.fake(FORWARD, "native")
+def _fake_forward(
     query, key, temperature, number, bias, bias_number, normalize, label_offset, need_slopes,
     before=None,
 ):  # fmt: skip
@@ -190,6 +190,12 @@ def _(
     slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
     after = slopes.new_empty(0 if before is None else before.shape)
     return losses, torch.empty_like(losses), slopes, torch.empty_like(slopes), after
+
+
+@dispatch.fake(FORWARD, "triton")
+def _(*arguments):
+    losses, correct, *slopes, after = _fake_forward(*arguments)
+    return losses, correct, *(losses.new_empty(s.shape) for s in slopes), after
 
 
 @dispatch.fake(BACKWARD)

@@ -64,7 +64,7 @@ def sup_con_loss(
     checks.same_device("labels", labels, "features", features)
     similarity.check_options(temperature, reduction, process_group, "features", features)
     checks.flag("normalize", normalize)
-    backend = dispatch.choose("sup_con_loss", features.device, backend)
+    backend = dispatch.choose("sup_con_loss", features.device, backend, features.dtype)
     if backend == "reference":
         return reference.sup_con_loss(
             features,
@@ -177,8 +177,8 @@ def _itself(step, classes):
     return len(classes) if step else 0
 
 
-@dispatch.fake(FORWARD)
-def _(
+@dispatch.fake(FORWARD, "native")
+def _fake_forward(
     features, labels, classes, class_labels, temperature, number, normalize, self_offset,
     need_slopes, before=None,
 ):  # fmt: skip
@@ -188,6 +188,13 @@ def _(
     stats = losses.new_empty((rows, 2), dtype=torch.float64)
     after = stats.new_empty(0 if before is None else before.shape)
     return losses, torch.empty_like(losses), slopes, stats, after
+
+
+@dispatch.fake(FORWARD, "triton")
+def _(*arguments):
+    losses, correct, slopes, stats, after = _fake_forward(*arguments)
+    slopes, stats = losses.new_empty(slopes.shape), losses.new_empty((stats.shape[0], 3))
+    return losses, correct, slopes, stats, after
 
 
 @dispatch.fake(BACKWARD)

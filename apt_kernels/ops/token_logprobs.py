@@ -72,7 +72,7 @@ def token_logprobs(
     if softcap is not None:
         checks.positive("softcap", softcap)
     checks.flag("return_entropy", return_entropy)
-    backend = dispatch.choose("token_logprobs", logits.device, backend)
+    backend = dispatch.choose("token_logprobs", logits.device, backend, logits.dtype)
     if backend == "reference":
         return reference.token_logprobs(
             logits,
@@ -111,7 +111,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logits, token_ids, mask, temperatures, temperature, softcap, return_entropy
         )
         ctx.save_for_backward(logits, token_ids, mask, temperatures, lse, entropy)
-        ctx.options = (temperature, softcap, backend)
+        ctx.options = (temperature, softcap, return_entropy, backend)
         ctx.set_materialize_grads(False)
         if not return_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -121,12 +121,12 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
         logits, token_ids, mask, temperatures, lse, entropy = ctx.saved_tensors
-        temperature, softcap, backend = ctx.options
+        temperature, softcap, return_entropy, backend = ctx.options
         if grad_logps is None:
             grad_logps = torch.zeros(token_ids.shape, dtype=entropy.dtype, device=lse.device)
         grad_logits = dispatch.kernel("token_logprobs_bwd", backend)(
             grad_logps.contiguous(),
-            None if grad_entropy is None else grad_entropy.contiguous(),
+            grad_entropy.contiguous() if return_entropy and grad_entropy is not None else None,
             logits,
             token_ids,
             mask,
@@ -139,12 +139,18 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_logits, None, None, None, None, None, None, None
 
 
-@dispatch.fake("token_logprobs_fwd")
-def _(logits, token_ids, mask, temperatures, temperature, softcap, return_entropy):
+@dispatch.fake("token_logprobs_fwd", "native")
+def _fake_forward(logits, token_ids, mask, temperatures, temperature, softcap, return_entropy):
     logps = logits.new_empty(token_ids.shape, dtype=accumulate_dtype(logits))
     rows = logits.shape[:-1]
     entropy = logps.new_empty(rows if return_entropy else 0)
     return logps, entropy, logps.new_empty(rows, dtype=torch.float64)
+
+
+@dispatch.fake("token_logprobs_fwd", "triton")
+def _(*arguments):
+    logps, entropy, lse = _fake_forward(*arguments)
+    return logps, entropy, logps.new_empty((*lse.shape, 2))
 
 
 @dispatch.fake("token_logprobs_bwd")

@@ -58,7 +58,7 @@ def value_loss(
     else:
         checks.pair("old_values", old_values, "values", values, constant_=True)
     checks.normalizer(normalizer, "values", values)
-    backend = dispatch.choose("value_loss", values.device, backend)
+    backend = dispatch.choose("value_loss", values.device, backend, values.dtype)
     if backend == "reference":
         return reference.value_loss(
             values, returns, mask, old_values=old_values, clip_range=clip_range,

@@ -99,14 +99,7 @@ class Head:
 
 
 def _precision(tensor: Tensor) -> str:
-    """How float32 is multiplied: as PyTorch is told to, and otherwise to float32's own accuracy.
-
-    Three TF32 products per product keep that accuracy on NVIDIA's tensor cores; AMD's multiply
-    float32 as it is.
-    """
-    if tensor.dtype != torch.float32 or torch.version.hip:
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return rows.float32_products() if tensor.dtype == torch.float32 else "ieee"
 
 
 def live_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -184,7 +177,7 @@ class Gradients:
 
     def results(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
         """(grad_hidden, grad_weight, grad_bias), (0,) for those that were not asked for."""
-        hidden = weight = bias = head.hidden.new_empty(0)
+        hidden, weight, bias = (head.hidden.new_empty(0) for _ in range(3))
         if self.hidden is not None:
             sums = self.hidden[0] if len(self.hidden) == 1 else self.hidden.sum(0)
             hidden = sums.to(head.hidden.dtype)

@@ -177,7 +177,7 @@ def info_nce_fwd(
         running, positive, temperatures, temperature, need_slopes
     )
     after = state_of(before, running, positive, column_running, column_positive)
-    column_stats = stats[:0]
+    column_stats = stats.new_empty((0, stats.shape[1]))
     if symmetric and before is None:
         more, more_right, more_slopes, column_stats = softmax_results(
             column_running, column_positive, temperatures, temperature, need_slopes
@@ -194,7 +194,6 @@ def info_nce_bwd(
 ):  # fmt: skip
     """(grad_query, grad_key, grad_negatives), each (0,) unless needed; `unrounded` in float32."""
     itself = NOWHERE if self_offset is None else self_offset
-    empty = query.new_empty(0)
     if negatives is not None:
         return _with_negatives(
             grad_losses, query, key, negatives, temperatures, temperature, normalize, row_stats,
@@ -203,7 +202,7 @@ def info_nce_bwd(
     a, b = side(query, normalize), side(key, normalize)
     row_side = (grad_losses, row_stats if grad_losses is not None else None)
     column_side = (grad_column_losses, column_stats if grad_column_losses is not None else None)
-    grad_query = grad_key = empty
+    grad_query, grad_key, none = (query.new_empty(0) for _ in range(3))
     if need_query:
         grad_query = gradient(
             a, b, *row_side, *column_side, temperatures, temperature, label_offset=label_offset,
@@ -214,7 +213,7 @@ def info_nce_bwd(
             b, a, *column_side, *row_side, temperatures, temperature, label_offset=-label_offset,
             self_offset=itself if self_offset is None else -itself, unrounded=unrounded,
         )  # fmt: skip
-    return grad_query, grad_key, empty
+    return grad_query, grad_key, none
 
 
 def _with_negatives(
@@ -224,7 +223,7 @@ def _with_negatives(
     q, n = _one_dtype(query, negatives)
     a, b, own = side(q, normalize), side(n, normalize), side(key, normalize)
     nowhere = {"label_offset": NOWHERE, "self_offset": NOWHERE}
-    grad_query = grad_key = grad_negatives = query.new_empty(0)
+    grad_query, grad_key, grad_negatives = (query.new_empty(0) for _ in range(3))
     if need_query:
         grad_query = gradient(
             a, b, grad_losses, stats, None, None, temperatures, temperature, own=own, **nowhere

@@ -34,8 +34,7 @@ def linear_policy_loss_fwd(
         clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef, need_entropy,
     )  # fmt: skip
     if not any(needed):
-        none = hidden.new_empty(0)
-        return loss, metrics, none, none, none
+        return loss, metrics, *(hidden.new_empty(0) for _ in range(3))
     if upstream is not None:
         factors = factors * upstream
     grads = linear_token_logprobs_bwd(

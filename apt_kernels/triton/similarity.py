@@ -73,10 +73,7 @@ def tiles(x: Tensor, gradient: bool = False) -> Tiles:
 
 
 def precision(x: Tensor) -> str:
-    """How float32 is multiplied: as PyTorch is told to, and otherwise to float32's own accuracy."""
-    if x.dtype != torch.float32 or torch.version.hip:
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return rows.float32_products() if x.dtype == torch.float32 else "ieee"
 
 
 def gradient_precision(x: Tensor) -> str:
