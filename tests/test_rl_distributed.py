@@ -111,9 +111,25 @@ def dpo_evaluation(wrap, rank):
     return policy, [DPOTrainer(policy, reference).eval_step(**batch)]
 
 
+def tied_steps(wrap, rank):
+    """The embedding is the output layer: its gradient has two sources."""
+    policy, reference = tiny_llama(tie_word_embeddings=True), tiny_llama(1)
+    policy = wrapped(policy, wrap)
+    if wrap == "fsdp2":
+        reference = wrapped(reference, wrap)
+    trainer = DPOTrainer(
+        policy,
+        reference,
+        config={"learning_rate": 0.01},
+        gradient_accumulation_steps=2 if wrap else 1,
+    )
+    batch = {k: v[rows_of(rank)] for k, v in random_pairs(pairs=5).items()}
+    return policy, [trainer.train_step(**batch) for _ in range(3)]
+
+
 RUNS = {
     "sampled": sampled_steps, "rlhf": rlhf_steps, "reward": reward_steps, "grpo": grpo_steps,
-    "dpo": dpo_evaluation,
+    "dpo": dpo_evaluation, "tied": tied_steps,
 }  # fmt: skip
 
 

@@ -34,8 +34,9 @@ at::Tensor view(const Matrix& m) {
 // A call adds one product after the other. Sums in blocks of k are as exact as the BLAS' or better
 // (at k = 576 their error is 1 / 2.7 of that without) and cost 4 %.
 constexpr int64_t kSumBlock = 64, kPairedSumBlock = 128;
-// Of the right factor, a block of k and this many columns stays in the first cache.
-const int64_t kPairedColumns = getenv("KPC") ? atoi(getenv("KPC")) : 64;
+// A block of the right factor, so many rows and columns, stays in the first cache while the left
+// one passes it: 490 to 510 of 515 GFlop/s a core, without 450 to 490 (float32 gains nothing).
+constexpr int64_t kPairedColumns = 64;
 
 // Asked by a product: oneDNN may have been told to use less of the processor (ONEDNN_MAX_CPU_ISA).
 template <class T>

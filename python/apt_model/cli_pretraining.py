@@ -81,7 +81,8 @@ def _add_files(command: Any, output: str, held_out: str) -> None:
         help="checkpoint.pt, curves.png, summary.json and the trained model go here")  # fmt: skip
     add("--eval-data", type=Path, metavar="PATH", help=held_out)
     add("--bad-rows", choices=("skip", "fail"), default="skip",
-        help="what to do with what cannot be used; either way it is named")  # fmt: skip
+        help="of what cannot be used: skip names the first 20 and counts the others, fail names "
+        "the first and ends")  # fmt: skip
     add("--restart", action="store_true", help="ignore an earlier checkpoint in the output folder")
 
 
@@ -108,7 +109,7 @@ def _add_machine(command: Any) -> None:
         help="of the parameters")  # fmt: skip
     add("--autocast", choices=("none", "bf16", "fp16"), default="none", help="of the computation")
     add("--checkpoint-every", type=int, default=100, metavar="STEPS",
-        help="0: only at the end or when stopped")  # fmt: skip
+        help="0: only at the end, when stopped or at an error")  # fmt: skip
 
 
 def _pretrain_mlm(options: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .run_files import write_whole
+
 
 class Curves:
     """Columns of numbers, one value a step (8 bytes each), of which NaN means: not measured."""
@@ -74,11 +76,7 @@ class Curves:
                 f"no curves of {unknown or 'any step'}; recorded: {list(self.columns)}"
             )
         figure = self._figure(names)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        figure.savefig(unfinished, format="png", dpi=120)
-        os.replace(unfinished, path)
+        write_whole(Path(path), lambda file: figure.savefig(file, format="png", dpi=120))
 
     def _figure(self, names: list[str]) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
