@@ -585,8 +585,11 @@ CONFIG_ERRORS = [
 
 @pytest.mark.parametrize(("options", "message"), CONFIG_ERRORS)
 def test_impossible_options_are_refused_at_construction(options, message):
-    for make in (lambda p: GRPOTrainer(p, config=options), lambda p: create_grpo_trainer(
-        p, **options)):  # fmt: skip
+    for make in (
+        lambda policy: GRPOTrainer(policy, config=options),
+        lambda policy: GRPOTrainer(policy, **options),
+        lambda policy: create_grpo_trainer(policy, **options),
+    ):
         with pytest.raises(ValueError, match=message):
             make(tiny_model())
 

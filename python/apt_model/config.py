@@ -48,7 +48,7 @@ def split_options(
     Args:
         config: as `read_config`.
         config_class: those of `options` that are its fields replace `config`'s.
-        options: keyword arguments of a factory.
+        options: keyword arguments of its constructor.
         trainer_class: all keyword arguments of its constructor and its bases' are valid too.
     """
     fields = field_names(config_class)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from apt_kernels import info_nce, nt_xent
 
-from ..config import read_config, split_options
+from ..config import split_options
 from ..loop_options import evaluating
 from ..model_access import vocabulary_size
 from ..training_loop import read_numbers
@@ -48,9 +48,9 @@ class ContrastivePretrainer(CreatedModulesLoop):
             memory of so many, the whole batch's gradients, for one more forward pass.
         gradient_accumulation_steps: into how many such parts a batch is cut instead.
         encoder_momentum: MoCo's second encoder; None: a copy.
-        max_grad_norm: replaces the configuration's.
         backend: of the kernels.
-        **options: `autocast_dtype`, `scheduler`, `log`, as `TrainingLoop` has them.
+        **options: fields of the configuration, which replace its own; `autocast_dtype`,
+            `scheduler`, `log`, as `TrainingLoop` has them.
     """
 
     monitored = ("loss", "accuracy")
@@ -67,12 +67,13 @@ class ContrastivePretrainer(CreatedModulesLoop):
         cache_chunk: int | None = None,
         gradient_accumulation_steps: int = 1,
         encoder_momentum: nn.Module | None = None,
-        max_grad_norm: float | None = None,
         backend: str | None = None,
         **options: Any,
     ) -> None:
-        given = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
-        self.config = c = read_config(config, ContrastiveConfig, given)
+        self.config, options = split_options(
+            config, ContrastiveConfig, options, ContrastivePretrainer
+        )
+        c = self.config
         if cache_chunk is not None and (type(cache_chunk) is not int or cache_chunk < 1):
             raise ValueError(f"cache_chunk must be an int >= 1 or None, got {cache_chunk!r}")
         if encoder_momentum is not None and not c.use_momentum_encoder:
@@ -246,5 +247,4 @@ def create_contrastive_pretrainer(
     **kwargs: Any,
 ) -> ContrastivePretrainer:
     """Returns a `ContrastivePretrainer`; keywords are of `ContrastiveConfig` or of the trainer."""
-    config, options = split_options(config, ContrastiveConfig, kwargs, ContrastivePretrainer)
-    return ContrastivePretrainer(encoder, hidden_size, config=config, **options)
+    return ContrastivePretrainer(encoder, hidden_size, config=config, **kwargs)

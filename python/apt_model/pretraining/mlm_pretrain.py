@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..config import read_config, split_options
+from ..config import split_options
 from ..loop_options import evaluating
 from ..model_access import vocabulary_size
 from ..training_loop import read_numbers
@@ -44,10 +44,9 @@ class MLMPretrainer(CreatedModulesLoop):
         lm_head: None: an `MLMHead` of its own; an `nn.Linear`, or the model's input embedding (a
             tied decoder), as that head's decoder; any other module as the whole head.
         scheduler: replaces the warm-up.
-        max_grad_norm: replaces the configuration's.
         backend: of the kernels.
-        **options: `gradient_accumulation_steps`, `autocast_dtype`, `log`, as `TrainingLoop` has
-            them.
+        **options: fields of the configuration, which replace its own;
+            `gradient_accumulation_steps`, `autocast_dtype`, `log`, as `TrainingLoop` has them.
     """
 
     monitored = ("loss", "mlm_loss", "mlm_accuracy")
@@ -65,12 +64,10 @@ class MLMPretrainer(CreatedModulesLoop):
         *,
         lm_head: nn.Module | None = None,
         scheduler: Any = None,
-        max_grad_norm: float | None = None,
         backend: str | None = None,
         **options: Any,
     ) -> None:
-        given = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
-        self.config = read_config(config, MLMConfig, given)
+        self.config, options = split_options(config, MLMConfig, options, MLMPretrainer)
         self.config.check_embedding(vocabulary_size(model))
         self.model = model
         self.hidden_size = hidden_size
@@ -245,5 +242,4 @@ def create_mlm_pretrainer(
     **kwargs: Any,
 ) -> MLMPretrainer:
     """Returns an `MLMPretrainer`; keywords are options of `MLMConfig` or of the trainer."""
-    config, options = split_options(config, MLMConfig, kwargs, MLMPretrainer)
-    return MLMPretrainer(model, hidden_size, config=config, **options)
+    return MLMPretrainer(model, hidden_size, config=config, **kwargs)

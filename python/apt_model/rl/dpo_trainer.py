@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from apt_kernels import sequence_logps
 
-from ..config import read_config, split_options
+from ..config import split_options
 from ..loop_options import evaluating
 from ..model_access import vocabulary_size
 from ..next_token import NextTokenScorer
@@ -33,13 +33,13 @@ class DPOTrainer(TrainingLoop):
         optimizer: None: AdamW with the configuration's learning rate.
         config: None, a mapping or a `DPOConfig`.
         device: None: where the policy is.
-        max_grad_norm: replaces the configuration's.
         precomputed_reference: make no reference: every step brings `ref_chosen_logps` and
             `ref_rejected_logps` (see `compute_reference_logps`).
         use_hidden_states: False: always form the logits.
         backend: of the kernels.
-        **options: `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`, as
-            `TrainingLoop` has them.
+        **options: fields of the configuration, which replace its own;
+            `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`, as `TrainingLoop`
+            has them.
     """
 
     monitored = ("loss", "accuracy", "reward_margin")
@@ -57,14 +57,12 @@ class DPOTrainer(TrainingLoop):
         config: DPOConfig | Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         *,
-        max_grad_norm: float | None = None,
         precomputed_reference: bool = False,
         use_hidden_states: bool = True,
         backend: str | None = None,
         **options: Any,
     ) -> None:
-        overrides = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
-        self.config = read_config(config, DPOConfig, overrides)
+        self.config, options = split_options(config, DPOConfig, options, DPOTrainer)
         wants_reference = self.config.has_reference and not precomputed_reference
         if ref_policy_model is not None and not wants_reference:
             raise ValueError("ref_policy_model is given, but these options use no reference model")
@@ -250,5 +248,4 @@ def create_dpo_trainer(
     **kwargs: Any,
 ) -> DPOTrainer:
     """Returns a `DPOTrainer`; keywords are options of `DPOConfig` or of the trainer."""
-    config, options = split_options(config, DPOConfig, kwargs, DPOTrainer)
-    return DPOTrainer(policy_model, ref_policy_model, config=config, **options)
+    return DPOTrainer(policy_model, ref_policy_model, config=config, **kwargs)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from apt_kernels import value_loss
 
-from ..config import read_config, split_options
+from ..config import split_options
 from ..output_head import Scoring
 from .grpo_config import GRPOConfig
 from .policy_trainer import PolicyTrainer
@@ -34,10 +34,10 @@ class GRPOTrainer(PolicyTrainer):
         device: None: where the policy is.
         ref_policy_model: what the KL term compares with: a model, or "copy" for the PEFT adapter
             disabled or a frozen copy of the policy; None: there is no KL term.
-        max_grad_norm: replaces the configuration's.
-        **options: `rollout`, `eos_token_id`, `pad_token_id`, `use_hidden_states`, `backend`, as
-            `PolicyTrainer`; `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`,
-            as `TrainingLoop` has them.
+        **options: fields of the configuration, which replace its own; `rollout`, `eos_token_id`,
+            `pad_token_id`, `use_hidden_states`, `backend`, as `PolicyTrainer`;
+            `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`, as `TrainingLoop`
+            has them.
     """
 
     monitored = ("mean_reward", "group_variance", "policy_loss")
@@ -52,11 +52,9 @@ class GRPOTrainer(PolicyTrainer):
         device: torch.device | str | None = None,
         *,
         ref_policy_model: nn.Module | str | None = None,
-        max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
-        overrides = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
-        config = read_config(config, GRPOConfig, overrides)
+        config, options = split_options(config, GRPOConfig, options, GRPOTrainer)
         super().__init__(
             policy_model,
             reward_model,
@@ -244,5 +242,4 @@ def create_grpo_trainer(
     **kwargs: Any,
 ) -> GRPOTrainer:
     """Returns a `GRPOTrainer`; keywords are options of `GRPOConfig` or of the trainer."""
-    config, options = split_options(config, GRPOConfig, kwargs, GRPOTrainer)
-    return GRPOTrainer(policy_model, reward_model, config=config, **options)
+    return GRPOTrainer(policy_model, reward_model, config=config, **kwargs)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from apt_kernels import gae, kl_penalty, value_loss
 
-from ..config import read_config, split_options
+from ..config import split_options
 from ..curves import read_numbers
 from ..output_head import Scoring
 from .all_processes import rows_of_all
@@ -31,10 +31,10 @@ class RLHFTrainer(PolicyTrainer):
         optimizer: None: AdamW. The value head's parameters are added to one that is given.
         config: None, a mapping or an `RLHFConfig`.
         device: None: where the policy is.
-        max_grad_norm: replaces the configuration's.
-        **options: `rollout`, `eos_token_id`, `pad_token_id`, `use_hidden_states`, `backend`, as
-            `PolicyTrainer`; `gradient_accumulation_steps`, `autocast_dtype`, `scheduler` (one step
-            of it a training step), `log`, as `TrainingLoop` has them.
+        **options: fields of the configuration, which replace its own; `rollout`, `eos_token_id`,
+            `pad_token_id`, `use_hidden_states`, `backend`, as `PolicyTrainer`;
+            `gradient_accumulation_steps`, `autocast_dtype`, `scheduler` (one step of it a training
+            step), `log`, as `TrainingLoop` has them.
     """
 
     monitored = ("mean_reward", "mean_kl", "ppo_loss", "entropy")
@@ -48,12 +48,9 @@ class RLHFTrainer(PolicyTrainer):
         optimizer: Optimizer | None = None,
         config: RLHFConfig | Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
-        *,
-        max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
-        overrides = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
-        config = read_config(config, RLHFConfig, overrides)
+        config, options = split_options(config, RLHFConfig, options, RLHFTrainer)
         super().__init__(
             policy_model,
             reward_model,
@@ -254,5 +251,4 @@ def create_rlhf_trainer(
 ) -> RLHFTrainer:
     """Returns an `RLHFTrainer`; keywords are options of `RLHFConfig` or of the trainer."""
     reference = kwargs.pop("ref_policy_model", None)
-    config, options = split_options(config, RLHFConfig, kwargs, RLHFTrainer)
-    return RLHFTrainer(policy_model, reward_model, reference, config=config, **options)
+    return RLHFTrainer(policy_model, reward_model, reference, config=config, **kwargs)
