@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apt_kernels import dispatch
 from apt_model import next_token
 from apt_model.model_access import vocabulary_size
 from apt_model.next_token import NextTokenScorer
@@ -171,6 +172,23 @@ def test_a_tied_embedding_adds_rows_to_the_gradient_of_the_head(tied, dtype, den
         if dtype != torch.bfloat16:
             tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
             torch.testing.assert_close(grad, grads[1][name], rtol=tolerance, atol=tolerance)
+
+
+def test_the_gradient_of_a_tied_layer_takes_the_rows_in_place(monkeypatch):
+    model = tiny_llama(layers=1, tie_word_embeddings=True)
+    made, name = [], ("linear_token_logprobs_bwd", "native")
+    backward = dispatch._KERNELS.get(name)
+    if backward is None:
+        pytest.skip("without native kernels the gradient is autograd's")
+
+    def noted(*arguments):
+        grads = backward(*arguments)
+        made.append(grads[1].data_ptr())
+        return grads
+
+    monkeypatch.setitem(dispatch._KERNELS, name, noted)
+    NextTokenScorer(model)(torch.randint(0, VOCABULARY, (2, 20))).sum().backward()
+    assert made == [model.lm_head.weight.grad.data_ptr()]
 
 
 class Changed(TinyModelWithHead):

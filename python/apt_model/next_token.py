@@ -191,7 +191,8 @@ class NextTokenScorer:
 
         def score(hidden: Tensor) -> Tensor:
             hidden = hidden[:, -targets.shape[1] :]
-            narrowed, weight, bias = as_autocast(hidden, head.layer.weight, head.layer.bias)
+            weight = head.layer.weight if tied is None else tied
+            narrowed, weight, bias = as_autocast(hidden, weight, head.layer.bias)
             logps = linear_token_logprobs(
                 narrowed,
                 weight,
@@ -209,8 +210,7 @@ class NextTokenScorer:
             found.append(TokenScores(logps, entropy, how.values(hidden)))
             return logps.unsqueeze(-1).clone()  # FSDP2 hooks no views
 
-        embedding = input_embedding(self.model)
-        with head.answering(score), head.adding_rows(embedding):
+        with head.adding_rows(input_embedding(self.model)) as tied, head.answering(score):
             output = self._call(self.model, ids, attention_mask)
         if len(found) != 1:
             raise ValueError(f"its output embedding ran {len(found)} times in one forward pass")

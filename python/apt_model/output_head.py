@@ -44,13 +44,17 @@ class OutputHead:
             del self.layer.forward
 
     @contextmanager
-    def adding_rows(self, embedding: nn.Module | None) -> Iterator[None]:
+    def adding_rows(self, embedding: nn.Module | None) -> Iterator[Tensor | None]:
         """Within this context `embedding`, tied to the layer, adds rows to the layer's gradient.
 
-        Of the embedding's gradient only the rows of the batch's tokens are not 0; autograd would
-        make a second tensor of the weight's size for it, at the end of the backward pass, where
-        memory is at its peak. On CPUs alone: elsewhere rows are added in no fixed order. Of 16-bit
-        weights the sum would be rounded once a token.
+        Gives the weight to be used for the layer, or None: its own. Of the embedding's gradient
+        only the rows of the batch's tokens are not 0; autograd would make a second tensor of the
+        weight's size for it, at the end of the backward pass, where memory is at its peak. It adds
+        what is dense to what is sparse in place, in this order alone: so the layer's gradient takes
+        a node that is older than the embedding's, of which autograd makes the younger ones first.
+
+        On CPUs only: elsewhere rows are added in no fixed order. Of 16-bit weights the sum would be
+        rounded once a token.
         """
         weight = self.layer.weight
         adds = (
@@ -64,11 +68,11 @@ class OutputHead:
             and not (embedding.sparse or embedding.scale_grad_by_freq)
         )
         if not adds:
-            yield
+            yield None
             return
         embedding.sparse = True
         try:
-            yield
+            yield _LateGradient.apply(weight)
         finally:
             embedding.sparse = False
 
@@ -106,6 +110,19 @@ class OutputHead:
         theirs = token_logprobs(theirs.expand(len(every), -1), every)
         if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
             raise ValueError("it changes its logits by more than a scale and a tanh cap")
+
+
+class _LateGradient(torch.autograd.Function):
+    """The weight; its gradient waits until younger nodes have made theirs. (That of a view would
+    not be added in place.)"""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
 
 
 class ValueHead(nn.Module):
