@@ -28,6 +28,11 @@ def described(name: str, value: Any) -> Any:
     return torch.empty(value.shape, dtype=dtype, device="meta")
 
 
+def plain(value: Any) -> Any:
+    """The number of a NumPy scalar."""
+    return value.item() if isinstance(value, numpy.generic) else value
+
+
 def copied(value: Any) -> Any:
     """The tensor of an array, with memory of its own: an array may be read-only."""
     return torch.from_numpy(numpy.array(value, order="C")) if is_array(value) else value

@@ -224,6 +224,25 @@ def test_modules_are_the_functions():
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: apt_kernels.InfoNCELoss(-1.0), "temperature"),
+        (lambda: apt_kernels.InfoNCELoss(symmetric=1), "symmetric"),
+        (lambda: apt_kernels.NTXentLoss(reduction="avg"), "reduction"),
+        (lambda: apt_kernels.NTXentLoss(torch.ones(2)), "temperature"),
+        (lambda: apt_kernels.SigLIPLoss(process_group="all"), "process_group"),
+        (lambda: apt_kernels.SigLIPLoss(logit_bias="small"), "logit_bias"),
+        (lambda: apt_kernels.SupConLoss(normalize=None), "normalize"),
+        (lambda: apt_kernels.LinearCrossEntropy(reduction="avg"), "reduction"),
+        (lambda: apt_kernels.BradleyTerryLoss(reduction="avg"), "reduction"),
+    ],
+)
+def test_modules_check_their_options_when_they_are_made(make, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}: expected"):
+        make()
+
+
 @needs_native
 @each_loss
 @pytest.mark.parametrize("bad", [0.0, -0.1, float("nan"), float("inf")])

@@ -100,6 +100,9 @@ def test_openrlhf_pair_wise_loss():
     assert_equal(criterion(chosen, rejected), wanted, chosen, rejected)
     wanted = -logsigmoid(chosen - rejected - margin).mean()
     assert_equal(criterion(chosen, rejected, margin), wanted, chosen, rejected)
+    whole = torch.tensor([0, 1, 2, 0, 1])
+    wanted = -logsigmoid(chosen - rejected - whole).mean()
+    assert_equal(criterion(chosen, rejected, whole), wanted, chosen, rejected)
 
 
 def test_dpo_losses():
@@ -213,6 +216,8 @@ def test_lightly_bank_takes_the_keys_in_training_alone():
     before = criterion.bank.clone()
     query, key = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
     criterion(query.detach(), key)
+    with torch.no_grad():
+        criterion(query, key)
     assert torch.equal(criterion.bank, before)
     criterion(query, key).backward()  # after the push, with the bank as it was
     torch.testing.assert_close(criterion.bank[:3], normalize(key.detach()))

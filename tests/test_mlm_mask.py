@@ -61,6 +61,21 @@ def test_every_bit_of_the_random_words(backend, key, step, sample, slot):
     assert call(w0 + 1, 0, w1) == (7, 7, 1)
 
 
+def test_special_ids_that_can_be_gone_through_once_and_numbers_of_numpy():
+    ids = torch.randint(0, 50, (4, 64), generator=torch.Generator().manual_seed(0))
+    options = dict(mask_token_id=4, vocab_size=50, mask_prob=0.9, seed=3, step=2)
+    expected = mlm_mask(ids, special_token_ids=[0, 1, 2, 49], **options)
+    numbers = np.array([0, 1, 2, 49])
+    for special in (iter([0, 1, 2, 49]), map(int, numbers), numbers, set(numbers.tolist())):
+        for got, wanted in zip(
+            mlm_mask(ids, special_token_ids=special, **options), expected, strict=True
+        ):
+            assert torch.equal(got, wanted)
+    options = {k: np.int64(v) if isinstance(v, int) else v for k, v in options.items()}
+    got = mlm_mask(ids.numpy(), special_token_ids=numbers, **options)
+    assert all((a == b.numpy()).all() for a, b in zip(got, expected, strict=True))
+
+
 @each_backend
 def test_a_sample_is_masked_alike_in_every_batch(backend):
     """Whatever the batch's size, its order and its padding."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from apt_kernels import reference
+from apt_kernels.integrations import verl
 from peers import SOURCES, assert_same, peer_results
 
 pytestmark = pytest.mark.parametrize("source", SOURCES)
@@ -132,6 +133,43 @@ def test_verl_policy_losses(name, source):
     if name.startswith("vanilla"):
         assert case["metrics"]["clip_fraction"] > case["metrics"]["dual_clip_fraction"] > 0
     assert_same(case, ours, {"logps": inputs["logps"]}, metrics)
+
+
+@pytest.mark.parametrize("name", [name for name in VERL if name.startswith("vanilla")])
+def test_the_adapter_of_verl_s_policy_loss(name, source):
+    results = peer_results("verl", source)
+    inputs, case = results["inputs"], results["cases"][name]
+    mode = {
+        "vanilla sequences": "seq-mean-token-sum", "vanilla norm": "seq-mean-token-sum-norm",
+        "vanilla means": "seq-mean-token-mean", "vanilla sum": "token-sum",
+    }.get(name, "token-mean")  # fmt: skip
+    config = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3, "clip_ratio_c": 1.5}
+    if name == "vanilla global":
+        config["global_batch_info"] = {"dp_size": 2, "batch_num_tokens": 37}
+    weights = inputs["rollout_weights"] if name == "vanilla rollout" else None
+    rows = inputs["advantages"].unsqueeze(-1).expand_as(inputs["logps"])
+
+    def ours(logps):
+        loss, metrics = verl.compute_policy_loss_vanilla(
+            inputs["old_logps"], logps, rows, inputs["mask"].double(), mode, config, weights
+        )
+        return loss, {k: torch.tensor(v) for k, v in metrics.items()}
+
+    metrics = {"actor/pg_clipfrac": "clip_fraction", "actor/ppo_kl": "ppo_kl"}
+    metrics["actor/pg_clipfrac_lower"] = "dual_clip_fraction"
+    assert_same(case, ours, {"logps": inputs["logps"]}, metrics)
+
+
+def test_the_adapter_of_verl_s_advantages(source):
+    results = peer_results("verl", source)
+    inputs, case = results["inputs"], results["cases"]["gae"]
+    mask = torch.tensor(case["mask"], dtype=torch.float64)
+    got = verl.compute_gae_advantage_return(
+        inputs["rewards"], inputs["values"], mask, torch.tensor(0.97), torch.tensor(0.9)
+    )
+    for ours, theirs in zip(got, (case["advantages"], case["returns"]), strict=True):
+        theirs = torch.tensor(theirs, dtype=torch.float64) * mask
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

@@ -47,13 +47,13 @@ class NTXentLoss(nn.Module):
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The loss; the bank takes the keys out1 afterwards if out0 requires grad."""
+        """The loss; the bank takes the keys out1 afterwards if the loss has a graph."""
         if not hasattr(self, "bank"):
             together = self.gather_distributed and dist.is_initialized()
             group = dist.group.WORLD if together else None
             return nt_xent(out0, out1, temperature=self.temperature, process_group=group)[0]
         negatives = self.bank.clone()  # backward reads the keys that the push replaces
         loss, _ = info_nce(out0, out1, negatives=negatives, temperature=self.temperature)
-        if out0.requires_grad:
+        if out0.requires_grad and torch.is_grad_enabled():
             queue_push_(self.bank.T, self.bank_ptr, nn.functional.normalize(out1.detach()))
         return loss

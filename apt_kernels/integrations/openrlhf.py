@@ -117,7 +117,9 @@ class PairWiseLoss(nn.Module):
     def forward(
         self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None
     ) -> Tensor:
-        """The mean over pairs; margin: one a pair."""
+        """The mean over pairs; margin: one a pair, of integers too."""
+        if isinstance(margin, Tensor) and not margin.is_floating_point():
+            margin = margin.to(chosen_reward.dtype)
         return bradley_terry_loss(chosen_reward, reject_reward, margin=margin)
 
 

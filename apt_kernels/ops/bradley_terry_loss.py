@@ -94,6 +94,8 @@ class BradleyTerryLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        checks.at_least_zero("center_coef", center_coef)
+        checks.choice("reduction", reduction, _REDUCTIONS)
         self.margin, self.center_coef = margin, center_coef
         self.reduction, self.backend = reduction, backend
 

@@ -125,6 +125,9 @@ class InfoNCELoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        similarity.check_module(
+            temperature, reduction, process_group, normalize=normalize, symmetric=symmetric
+        )
         self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
         self.reduction, self.process_group, self.backend = reduction, process_group, backend
 

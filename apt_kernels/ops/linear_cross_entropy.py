@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -73,9 +75,7 @@ def linear_cross_entropy(
             is a ValueError on the CPU; on a GPU it makes the loss NaN.
     """
     _check(hidden, weight, labels, bias, softcap, logit_scale, normalizer)
-    checks.integer("ignore_index", ignore_index)
-    checks.between("label_smoothing", label_smoothing, 0.0, 1.0, open_end=True)
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    _check_options(ignore_index, label_smoothing, reduction)
     if reduction != "mean":
         checks.unused("normalizer", normalizer, "only the mean is divided")
     backend = dispatch.choose("linear_cross_entropy", hidden.device, backend, hidden.dtype)
@@ -161,6 +161,12 @@ def _row_losses(
     return torch.where(counts, label_smoothing * excess - logps, torch.zeros_like(logps))
 
 
+def _check_options(ignore_index: Any, label_smoothing: Any, reduction: Any) -> None:
+    checks.integer("ignore_index", ignore_index)
+    checks.between("label_smoothing", label_smoothing, 0.0, 1.0, open_end=True)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+
+
 class LinearCrossEntropy(nn.Module):
     """`linear_cross_entropy` as a module: what stays the same is given once."""
 
@@ -175,6 +181,7 @@ class LinearCrossEntropy(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        _check_options(ignore_index, label_smoothing, reduction)
         self.options = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,

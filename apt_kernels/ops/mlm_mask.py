@@ -14,6 +14,7 @@ from .mlm_mask_arguments import (
     check_numbers,
     check_probabilities,
     check_tensors,
+    listed,
     normalised,
     special_runs,
 )
@@ -85,6 +86,9 @@ def mlm_mask(
     }
     as_arrays = arrays.is_array(input_ids)
     check_tensors(**{k: arrays.described(k, v) for k, v in named.items()} if as_arrays else named)
+    special_token_ids = listed(special_token_ids)
+    given = (mask_token_id, vocab_size, seed, step)
+    mask_token_id, vocab_size, seed, step = map(arrays.plain, given)
     check_numbers(mask_token_id, vocab_size, special_token_ids, seed, step, at_least_one)
     runs, words = special_runs((*special_token_ids, mask_token_id), vocab_size)
     check_probabilities(mask_prob, mask_token_prob, random_token_prob, words)

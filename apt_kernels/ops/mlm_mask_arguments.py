@@ -65,13 +65,18 @@ def check_tensors(input_ids, special_tokens_mask, attention_mask, sample_ids, wo
             checks.same_device(name, ids, "input_ids", input_ids)
 
 
+def listed(special_token_ids):
+    """The ids as a tuple: what can be gone through once is gone through here."""
+    checks.iterable("special_token_ids", special_token_ids, "integers")
+    return tuple(map(arrays.plain, special_token_ids))
+
+
 def check_numbers(mask_token_id, vocab_size, special_token_ids, seed, step, at_least_one):
     checks.flag("at_least_one", at_least_one)
     checks.integer("mask_token_id", mask_token_id, 0, INT32)
     checks.integer("vocab_size", vocab_size, 1, INT32)
     checks.integer("seed", seed)
     checks.integer("step", step, 0, WORD)
-    checks.iterable("special_token_ids", special_token_ids, "integers")
     for i in special_token_ids:
         checks.integer("special_token_ids", i)
 

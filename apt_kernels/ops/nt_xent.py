@@ -97,6 +97,7 @@ class NTXentLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        similarity.check_module(temperature, reduction, process_group, normalize=normalize)
         self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
         self.process_group, self.backend = process_group, backend
 

@@ -108,6 +108,9 @@ class SigLIPLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        similarity.check_module(temperature, reduction, process_group, normalize=normalize)
+        if not isinstance(logit_bias, Tensor):
+            checks.finite("logit_bias", logit_bias)
         self.temperature, self.logit_bias, self.normalize = temperature, logit_bias, normalize
         self.reduction, self.process_group, self.backend = reduction, process_group, backend
 

@@ -47,6 +47,13 @@ def check_options(
         )
 
 
+def check_module(temperature: Any, reduction: Any, process_group: Any, **flags: Any) -> None:
+    """The options of a loss as a module, when it is made."""
+    check_options(temperature, reduction, process_group, "temperature", temperature)
+    for name, value in flags.items():
+        checks.flag(name, value)
+
+
 def check_label_offset(offset: Any, query: Tensor, key: Tensor, process_group: Any) -> None:
     checks.integer("label_offset", offset)
     count, classes = query.shape[0], key.shape[0]
