@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from apt_model.cli import main
-from apt_model.pretraining import pretrain_run
+from apt_model.pretraining import mlm_pretrain, pretrain_run
 from apt_model.pretraining.image_data import ImageViews, load_images
 from apt_model.pretraining.text_data import (
     BadRow,
@@ -135,6 +136,47 @@ def test_contrastive_on_images(tmp_path, kind, capsys):
         assert "broken.png" in capsys.readouterr().err
         assert run("pretrain-contrastive", data, output, *more, "--bad-rows=fail") == 1
         assert "broken.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_contrastive_on_images_in_16_bits(tmp_path, dtype, method):
+    data = write_images(tmp_path / "images")
+    more = [f"--dtype={dtype}", f"--method={method}", "--queue-size=16", "--image-size=8"]
+    output = tmp_path / "out"
+    options = [*more, "--hidden-dim=16", f"--eval-data={data}"]
+    assert run("pretrain-contrastive", data, output, *options) == 0
+    assert json.loads((output / "summary.json").read_text())["after"]["loss"] > 0
+    state = torch.load(output / "model" / "encoder.pt", weights_only=True)
+    assert {tensor.dtype for tensor in state.values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("nsp", [False, True])
+def test_random_words_are_tokens_where_the_embedding_is_padded(
+    model_folder, lines, tmp_path, nsp, monkeypatch
+):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(model_folder)
+    model.resize_token_embeddings(2 * VOCABULARY)
+    folder = shutil.copytree(model_folder, tmp_path / "padded")
+    model.save_pretrained(folder)
+    drawn = []
+    real = mlm_pretrain.make_masked_batch
+
+    def spying(config, input_ids, *batch, **options):
+        made = real(config, input_ids, *batch, **options)
+        changed = made.input_ids != input_ids
+        drawn.extend(made.input_ids[changed & (made.input_ids != config.mask_token_id)].tolist())
+        assert config.vocab_size == 2 * VOCABULARY
+        return made
+
+    monkeypatch.setattr(mlm_pretrain, "make_masked_batch", spying)
+    more = ["--nsp", "--segment-sentences=1"] if nsp else []
+    options = [f"--model={folder}", "--mask-prob=0.9", "--epochs=8", *more]
+    assert run("pretrain-mlm", lines, tmp_path / "out", *options) == 0
+    assert len(drawn) > 50 and len(set(drawn)) > 20
+    assert all(5 <= token < VOCABULARY for token in drawn)
 
 
 def test_a_stopped_run_continues_to_the_same_model(model_folder, lines, tmp_path, monkeypatch):
@@ -285,6 +327,97 @@ def test_views_of_images(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="no image can be used"):
         load_images(tmp_path / "none", 8)
+
+
+MODES = {
+    "png": ("I;16", np.uint16),
+    "tif": ("I;16B", np.dtype(">u2")),
+    "tiff": ("I", np.int32),
+    "pgm": ("I", np.uint16),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", [*MODES, "float"])
+def test_grey_images_of_more_than_8_bits_are_scaled_to_1(tmp_path, suffix, channels):
+    grey = np.random.default_rng(0).integers(0, 2**16, (6, 6), dtype=np.uint16)
+    grey[0, 0], grey[0, 1] = 0, 2**16 - 1
+    file = tmp_path / f"0.{'tif' if suffix == 'float' else suffix}"
+    mode, dtype = MODES.get(suffix, ("F", np.float32))
+    stored = (grey / 65535).astype(dtype) if mode == "F" else grey.astype(dtype)
+    Image.fromarray(stored).save(file)
+    with Image.open(file) as image:
+        assert image.mode == mode
+    pixels = load_images(tmp_path, 6, channels)
+    expected = torch.from_numpy(grey / 65535).float().expand(1, channels, 6, 6)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+    larger = load_images(tmp_path, 12, channels)
+    assert larger.shape == (1, channels, 12, 12) and larger.min() == 0 and larger.max() == 1
+
+
+def test_images_beyond_the_range_of_their_kind_are_named(tmp_path):
+    for name, pixels in (("a.tif", [[0.0, 1.5]]), ("b.tif", [[np.nan, 0]]), ("c.tif", [[-0.5, 1]])):
+        Image.fromarray(np.array(pixels, dtype=np.float32)).save(tmp_path / name)
+    Image.fromarray(np.array([[-1, 70000]], dtype=np.int32)).save(tmp_path / "d.tif")
+    Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(tmp_path / "e.tif")
+    reported = []
+    assert load_images(tmp_path, 4, report=reported.append).shape == (1, 3, 4, 4)
+    assert len(reported) == 4 and all("expected 0 (black) to " in line for line in reported)
+    with pytest.raises(ValueError, match=r"a\.tif: values from 0\.0 to 1\.5, expected .* to 1 "):
+        load_images(tmp_path, 4, fail_on_bad_image=True)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", ">u2", "int16", "uint32", "int64"])
+def test_integer_arrays_are_divided_by_the_largest_of_their_dtype(tmp_path, dtype):
+    file = tmp_path / "array.npy"
+    largest = np.iinfo(dtype).max
+    array = np.array([0, largest, largest // 3, largest // 2], dtype=dtype).reshape(1, 2, 2)
+    np.save(file, array)
+    expected = torch.tensor([0, 1, 1 / 3, 1 / 2]).view(1, 1, 2, 2)
+    torch.testing.assert_close(load_images(file), expected, rtol=0, atol=1 / 128)
+    if array.dtype.itemsize > 1:
+        np.save(file, array // largest * 255)
+        with pytest.raises(ValueError, match=rf"up to 255 would be black: 1 is {largest}"):
+            load_images(file)
+
+
+class Counting:
+    """Data and a trainer that remember the sizes of the batches."""
+
+    def __init__(self, samples):
+        self.samples, self.rows = samples, []
+
+    def __len__(self):
+        return self.samples
+
+    def __call__(self, rows, step):
+        self.rows.append(rows)
+        return {"rows": rows}
+
+    def eval_step(self, rows):
+        return {"loss": 0.0 if len(rows) == 1 else 1.0}
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "sizes"),
+    [(21, 20, [10, 11]), (5, 2, [2, 3]), (3, 2, [3]), (4, 1, [2, 2]), (1, 8, [1]), (8, 8, [8])],
+)
+def test_no_sample_is_evaluated_alone(samples, batch_size, sizes):
+    data = Counting(samples)
+    metrics = pretrain_run.evaluate(data, data, batch_size)
+    assert [len(rows) for rows in data.rows] == sizes
+    assert [row for rows in data.rows for row in rows] == list(range(samples))
+    assert metrics == {"loss": float(samples > 1)}
+    assert pretrain_run.evaluate(data, None, 8) == {}
+
+
+def test_one_held_out_sample_is_refused(tmp_path, capsys):
+    data, held_out = tmp_path / "data.npy", tmp_path / "one.npy"
+    np.save(data, np.random.default_rng(0).random((8, 8, 8)))
+    np.save(held_out, np.zeros((1, 8, 8)))
+    output = tmp_path / "out"
+    assert run("pretrain-contrastive", data, output, f"--eval-data={held_out}") == 1
+    assert "one.npy must hold two samples or more" in capsys.readouterr().err
 
 
 def test_batches_of_epochs():

@@ -18,12 +18,15 @@ from apt_model.pretraining.momentum import MomentumNetworks
 from peers import peer_results
 from tiny_encoders import (
     ANSWERS,
+    READY_SCHEDULERS,
     VOCABULARY,
     WIDTH,
+    WITH_POSITIONS,
     ShowsEmbedding,
     TakesHiddenStates,
     TinyEncoder,
     random_texts,
+    shifted_right,
     tiny_bert,
     tiny_encoder,
 )
@@ -250,6 +253,24 @@ def test_encode():
         trainer.encode(**batch, use_momentum=True)
 
 
+@pytest.mark.parametrize("name", WITH_POSITIONS)
+@pytest.mark.parametrize("use_momentum", [False, True])
+def test_left_padding_changes_nothing_where_positions_are_learned(name, use_momentum):
+    trainer = make(WITH_POSITIONS[name](), **MOCO)
+    trainer.projection.eval()
+    batch = random_texts()
+    alone = torch.cat(
+        [
+            trainer.encode(row[None, real.bool()], use_momentum=use_momentum)
+            for row, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+    )
+    for padded in (batch, shifted_right(batch, 5), shifted_right(batch, 5, padding=1)):
+        torch.testing.assert_close(
+            trainer.encode(**padded, use_momentum=use_momentum), alone, rtol=1e-9, atol=1e-9
+        )
+
+
 class TinyConv(nn.Module):
     """An encoder of images, its argument named as one likes; returns `(B, H)`."""
 
@@ -287,6 +308,16 @@ def test_image_encoders(norm, moco):
         copied = trainer.encoder_momentum.norm
         assert torch.equal(copied.running_mean, encoder.norm.running_mean)
         assert int(copied.num_batches_tracked) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_images_are_cast_to_the_encoder_s_dtype(dtype):
+    views = torch.randn(2, 6, 1, 8, 8)
+    encoder = TinyConv().to(dtype)
+    for more in ({}, MOCO, {"cache_chunk": 4}):
+        given, cast = (make(copy.deepcopy(encoder), **more) for _ in range(2))
+        assert given.train_step(*views) == cast.train_step(*views.to(dtype))
+        assert given.eval_step(*views.double()) == cast.eval_step(*views.double().to(dtype))
 
 
 def test_without_a_projection_and_of_any_size():
@@ -411,6 +442,21 @@ def test_a_resumed_run_is_bit_identical(tmp_path, moco):
             other.load_state_dict(in_memory)
 
 
+def test_a_state_of_the_other_method_is_refused_before_anything_is_loaded():
+    simclr, moco = make(), make(tiny_encoder(1), **MOCO)
+    for trainer, steps in ((simclr, 1), (moco, 2)):
+        for _ in range(steps):
+            trainer.train_step(**two_views())
+    for trainer, other, steps in ((simclr, moco, 1), (moco, simclr, 2)):
+        before = trainer.state_dict()
+        with pytest.raises(ValueError, match=r"another kind of trainer: .*\['momentum'\]"):
+            trainer.load_state_dict(other.state_dict())
+        after = trainer.state_dict()
+        assert after["total_steps"] == len(after["curves"]["loss"]) == steps
+        for name, module in before["modules"].items():
+            assert all(torch.equal(after["modules"][name][k], v) for k, v in module.items())
+
+
 def make_scheduler(optimizer):
     return torch.optim.lr_scheduler.ConstantLR(optimizer)
 
@@ -447,6 +493,7 @@ def run_data_parallel(rank, folder):
             batch = two_views(rows=5)
             rows = slice(0, 2) if rank == 0 else slice(2, 5)  # uneven on purpose
             metrics = [trainer.train_step(**rows_of(batch, rows)) for _ in range(2)]
+            metrics.append(trainer.eval_step(**rows_of(batch, rows)))
             modules = {"encoder": inner, "projection": trainer.projection}
             if name == "moco":
                 modules["encoder_momentum"] = trainer.encoder_momentum
@@ -474,6 +521,7 @@ def test_two_processes_equal_one(tmp_path):
             torch.manual_seed(3)
             one.register_queue()
         expected = [one.train_step(**two_views(rows=5)) for _ in range(2)]
+        expected.append(one.eval_step(**two_views(rows=5)))
         for wrap in ("ddp", "fsdp2"):
             for metrics, parameters, queue in (result[wrap, name] for result in results):
                 for ours, theirs in zip(metrics, expected, strict=True):
@@ -517,6 +565,21 @@ def test_the_projection_joins_a_given_optimizer():
         assert not torch.equal(parameter, start[name]) or name == "net.0.bias", name
 
 
+@pytest.mark.parametrize("kind", READY_SCHEDULERS)
+def test_a_ready_scheduler_also_steers_the_projection(kind):
+    encoder = tiny_encoder()
+    optimizer = torch.optim.SGD([{"params": list(encoder.parameters()), "lr": 0.01}], lr=7.0)
+    scheduler = READY_SCHEDULERS[kind](optimizer)
+    trainer = make(encoder, optimizer=optimizer, scheduler=scheduler, max_grad_norm=None)
+    for step in range(3):
+        start, rate = trainer.projection.net[3].weight.detach().clone(), scheduler.get_last_lr()[0]
+        trainer.train_step(**two_views(seed=step))
+        weight = trainer.projection.net[3].weight
+        torch.testing.assert_close(weight.detach(), start - rate * weight.grad)
+        assert trainer.curves.columns["learning_rate"][-1] == rate < 1
+    assert len(set(trainer.curves.columns["learning_rate"].tolist())) == 3
+
+
 def test_a_frozen_encoder_is_left_alone():
     encoder = tiny_encoder().requires_grad_(False)
     start = parameters_of(encoder)
@@ -543,6 +606,22 @@ def test_eval_step_trains_nothing():
     assert first == second and set(first) == {"loss", "accuracy"}
     assert_same_parameters(trainer.encoder, start)
     assert torch.equal(trainer.queue, queue) and trainer.total_steps == 0
+
+
+@pytest.mark.parametrize("moco", [False, True])
+def test_eval_step_is_nt_xent_of_the_batch_whatever_is_in_the_queue(moco):
+    fixed = {"learning_rate": 0.0, "weight_decay": 0.0}
+    trainer = make(**{**(MOCO if moco else SMALL), **fixed, **BATCHED})
+    held_out = two_views(rows=4, seed=50)
+    with torch.no_grad():
+        views = [(held_out[f"input_ids_{k}"], held_out[f"attention_mask_{k}"]) for k in (1, 2)]
+        z_i, z_j = (plain_embeddings(trainer.encoder, trainer.projection, *view) for view in views)
+    loss, accuracy = simclr_loss(z_i, z_j, trainer.config.temperature)
+    for step in range(3):
+        metrics = trainer.eval_step(**held_out)
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-9)
+        assert metrics["accuracy"] == pytest.approx(accuracy)
+        trainer.train_step(**two_views(seed=step))  # fills the queue, changes no parameter
 
 
 CONFIG_ERRORS = [

@@ -14,11 +14,14 @@ from apt_model.pretraining import MLMConfig, MLMPretrainer, create_mlm_pretraine
 from apt_model.pretraining.mlm_pretrain import MLMHead, NSPDataBuilder, NSPHead
 from tiny_encoders import (
     ANSWERS,
+    READY_SCHEDULERS,
     VOCABULARY,
     WIDTH,
+    WITH_POSITIONS,
     ShowsEmbedding,
     TakesHiddenStates,
     random_texts,
+    shifted_right,
     tiny_bert,
     tiny_encoder,
 )
@@ -300,6 +303,18 @@ def test_ids_of_padding_do_not_matter():
     assert make().train_step(**spoiled) == make().train_step(**batch)
 
 
+@pytest.mark.parametrize("name", WITH_POSITIONS)
+def test_left_padding_changes_nothing_where_positions_are_learned(name):
+    everywhere = {"mask_prob": 1.0, "mask_token_prob": 1.0, "random_token_prob": 0.0}
+    trainer = make(WITH_POSITIONS[name](), **everywhere, keep_token_prob=None)
+    batch = random_texts()
+    expected = trainer.eval_step(**batch)
+    for padding in (0, 1):
+        metrics = trainer.eval_step(**shifted_right(batch, 5, padding))
+        assert metrics["num_masked"] == expected["num_masked"] > 20
+        assert metrics["mlm_loss"] == pytest.approx(expected["mlm_loss"], abs=1e-9)
+
+
 @pytest.mark.parametrize("use_nsp", [False, True])
 def test_no_masked_token(use_nsp):
     trainer = make(use_nsp=use_nsp, weight_decay=0.0)
@@ -472,6 +487,21 @@ def test_heads_join_a_given_optimizer():
             assert not torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.parametrize("kind", READY_SCHEDULERS)
+def test_a_ready_scheduler_also_steers_the_heads(kind):
+    model = tiny_encoder()
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr": 0.01}], lr=7.0)
+    scheduler = READY_SCHEDULERS[kind](optimizer)
+    trainer = make(model, optimizer=optimizer, scheduler=scheduler, max_grad_norm=None)
+    for step in range(3):
+        start, rate = parameters_of(trainer.mlm_head), scheduler.get_last_lr()[0]
+        trainer.train_step(**random_texts(seed=step))
+        for name, p in trainer.mlm_head.named_parameters():
+            torch.testing.assert_close(p.detach(), start[name] - rate * p.grad, msg=name)
+        assert trainer.curves.columns["learning_rate"][-1] == rate < 1
+    assert len(set(trainer.curves.columns["learning_rate"].tolist())) == 3
+
+
 def test_heads_as_modules():
     head = MLMHead(WIDTH, VOCABULARY)
     hidden = torch.randn(2, 3, WIDTH)
@@ -516,6 +546,40 @@ def test_eval_step_trains_nothing():
     assert first == second and set(first) == {*METRICS, "nsp_loss", "nsp_accuracy"}
     assert_same_parameters(trainer.model, start)
     assert trainer.total_steps == 0 and trainer.model.training
+
+
+def test_eval_step_of_a_given_head_with_dropout():
+    layers = torch.nn.Linear(WIDTH, VOCABULARY), torch.nn.Dropout(0.5)
+    trainer = make(lm_head=torch.nn.Sequential(*layers))
+    trainer.train_step(**random_texts())
+    first, second = (trainer.eval_step(**random_texts()) for _ in range(2))
+    assert first == second
+    assert all(part.training for part in (*trainer.model.modules(), *trainer.mlm_head.modules()))
+    trainer.mlm_head.eval()
+    assert trainer.eval_step(**random_texts()) == first and not trainer.mlm_head.training
+
+
+class Scores(torch.nn.Module):
+    """A head that has no parameters of its own."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words = [words]  # not registered
+
+    def forward(self, hidden):
+        return hidden @ self.words[0].T
+
+
+def test_a_given_head_without_parameters():
+    model = tiny_encoder()
+    trainer = make(model, lm_head=Scores(model.embedding.weight))
+    batch = random_texts()
+    masked_ids, labels, chosen = trainer.create_mlm_mask(**batch)
+    logits = model(masked_ids, batch["attention_mask"])[chosen] @ model.embedding.weight.T
+    expected = F.cross_entropy(logits, labels[chosen]).item()
+    assert trainer.train_step(**batch)["mlm_loss"] == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(ValueError, match=r"makes \(16,\) logits, vocab_size is 53"):
+        make(lm_head=torch.nn.Identity())
 
 
 CONFIG_ERRORS = [

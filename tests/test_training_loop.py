@@ -201,8 +201,26 @@ def test_a_snapshot_is_not_changed_by_later_steps():
     for key, moment in moments.items():
         assert torch.equal(state["optimizer"]["state"][key]["exp_avg"], moment)
     assert len(state["curves"]["loss"]) == 1
-    with pytest.raises(ValueError, match="modules"):
-        trainer.load_state_dict({**state, "modules": {"other": {}}})
+
+
+def test_a_state_of_another_kind_is_refused_before_anything_is_loaded():
+    trainer, other = Regression(linear()), Regression(linear(1))
+    other.train_step(ROWS)
+    state = other.state_dict()
+    without_curves = {name: part for name, part in state.items() if name != "curves"}
+    for wrong, message in (
+        ({**state, "queue": ROWS}, r"another kind of trainer: .*\['queue'\]"),
+        (without_curves, r"another kind of trainer: .*\['curves'\]"),
+        ({**state, "modules": {"other": {}}}, r"the modules \['other'\]"),
+        ({**state, "scheduler": {}}, "a scheduler, or neither"),
+    ):
+        before = trainer.model.weight.detach().clone()
+        with pytest.raises(ValueError, match=message):
+            trainer.load_state_dict(wrong)
+        assert torch.equal(trainer.model.weight, before)
+        assert trainer.total_steps == 0 and not trainer.curves.columns
+    trainer.load_state_dict(state)
+    assert trainer.total_steps == 1 and torch.equal(trainer.model.weight, other.model.weight)
 
 
 def test_records_go_to_a_callable_or_a_writer():

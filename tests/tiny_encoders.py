@@ -78,6 +78,62 @@ def tiny_bert(seed=0, heads="base", **options):
     return kinds[heads](config).double()
 
 
+def tiny_roberta(seed=0):
+    """A RoBERTa in float64: it counts the tokens that are not its padding, whose id is 1."""
+    from transformers import RobertaConfig, RobertaModel
+
+    torch.manual_seed(seed)
+    config = RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+        pad_token_id=1,
+    )
+    return RobertaModel(config).double()
+
+
+def tiny_gpt2(seed=0):
+    """A GPT-2 in float64: it counts all tokens unless it is told positions."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.3,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    return GPT2Model(config).double()
+
+
+WITH_POSITIONS = {"BERT": tiny_bert, "RoBERTa": tiny_roberta, "GPT-2": tiny_gpt2}
+READY_SCHEDULERS = {
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(
+        o, 0.1, total_steps=9, cycle_momentum=False
+    ),
+}
+
+
+def shifted_right(batch, columns, padding=0):
+    """The batch of texts with `columns` of padding on their left."""
+    value = {"input_ids": padding}
+    return {k: nn.functional.pad(t, (columns, 0), value=value.get(k, 0)) for k, t in batch.items()}
+
+
 def random_texts(rows=6, width=12, seed=0, first=5):
     """Keyword arguments of an MLM step: [CLS] a [SEP] b [SEP], padded on the right."""
     generator = torch.Generator().manual_seed(seed)

@@ -33,6 +33,8 @@ from .training_state import (
     snapshot,
 )
 
+STATE = ("modules", "optimizer", "scheduler", "scaler", "random_state", "total_steps", "statistics")
+
 
 class TrainingLoop:
     """One optimizer step from one or several micro-batches; the trainers derive from it.
@@ -228,10 +230,17 @@ class TrainingLoop:
         """Continues from `state_dict()`: on the CPU bit for bit as if never interrupted.
 
         Raises:
-            ValueError: the state is of a trainer with other modules or without a scheduler.
+            ValueError: the state is of another kind of trainer, or of one with other modules or
+                without a scheduler: nothing was changed.
         """
+        differing = sorted(set(state) ^ {*STATE, *self.with_state})
+        if differing:
+            raise ValueError(
+                f"the state is of another kind of trainer: only one of the two has {differing}"
+            )
         if (state["scheduler"] is None) != (self.scheduler is None):
             raise ValueError("the state and this trainer must both have a scheduler, or neither")
+        self._check_modules(state["modules"])
         for name, part in self.with_state.items():
             part.load_state_dict(state[name])
         self.load_modules(state["modules"])
@@ -246,8 +255,11 @@ class TrainingLoop:
 
     def load_modules(self, state: Mapping[str, Any]) -> None:
         """Loads the part `modules` of a state; frozen parameters may be missing."""
+        self._check_modules(state)
+        for name, module in self._modules.items():
+            load_module_state(module, state[name])
+
+    def _check_modules(self, state: Mapping[str, Any]) -> None:
         if set(state) != set(self._modules):
             theirs, ours = sorted(state), sorted(self._modules)
             raise ValueError(f"the state holds the modules {theirs}, this trainer has {ours}")
-        for name, module in self._modules.items():
-            load_module_state(module, state[name])

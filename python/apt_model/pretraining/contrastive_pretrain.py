@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from apt_kernels import info_nce, nt_xent
 
 from ..config import split_options
-from ..loop_options import evaluating
 from ..model_access import vocabulary_size
 from ..training_loop import read_numbers
 from .contrastive_config import ContrastiveConfig
@@ -202,10 +201,16 @@ class ContrastivePretrainer(CreatedModulesLoop):
 
     @torch.no_grad()
     def eval_step(self, *views: Tensor, **masks: Tensor) -> dict[str, float]:
-        """Returns what `train_step` does, of all processes' batches, in evaluation mode."""
+        """Returns `loss, accuracy` of all processes' batches, in evaluation mode.
+
+        Always NT-Xent over both views, of the trained networks: MoCo's queue has no part in it, so
+        that the figures do not change as it fills. They depend on the number of samples.
+
+        Args: those of `train_step`.
+        """
         made = make_views(*views, **masks, **self._wanted)
-        with evaluating(self.encoder), evaluating(self.projection), self.autocast():
-            loss, metrics = self._share(made, self.count_over_processes(len(made[0].inputs)), [])
+        with self._evaluating(), self.autocast():
+            loss, metrics = self._nt_xent(made, self.count_over_processes(len(made[0].inputs)))
         return read_numbers({"loss": loss, **metrics}, self._data_parallel_groups)
 
     def _embeddings(self, views: list[View]) -> list[Tensor]:
@@ -221,14 +226,18 @@ class ContrastivePretrainer(CreatedModulesLoop):
             projected = [widened(self.projection_momentum(part)) for part in features]
         return [F.normalize(key, dim=1) for key in projected]
 
+    def _nt_xent(self, views: list[View], count: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, accuracy = self.compute_infonce_loss(*self._embeddings(views))
+        part = len(views[0].inputs) / count
+        return loss / self._processes, {"accuracy": accuracy * part}
+
     def _share(
         self, views: list[View], count: int | Tensor, keys: list[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns this process's share of loss and metrics of `count` samples; adds MoCo's keys."""
-        part = len(views[0].inputs) / count
         if self._momentum is None:
-            loss, accuracy = self.compute_infonce_loss(*self._embeddings(views))
-            return loss / self._processes, {"accuracy": accuracy * part}
+            return self._nt_xent(views, count)
+        part = len(views[0].inputs) / count
         both = int(self.config.symmetric_loss)
         keys += self._keys(views[1 - both :])
         queries = self._embeddings(views[: 1 + both])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..loop_options import data_parallel_groups, device_of, move_modules
+from ..loop_options import data_parallel_groups, device_of, evaluating, move_modules
 from ..model_access import FSDPModule
 from ..training_loop import TrainingLoop
 
@@ -19,9 +20,9 @@ from ..training_loop import TrainingLoop
 class CreatedModulesLoop(TrainingLoop):
     """The loop of one user's model and of modules that the trainer made for it.
 
-    They are brought to the model's device and dtype and join a given optimizer. Of a DDP-wrapped
-    model they start alike in all processes and their gradients are averaged; of an FSDP2-wrapped
-    one they are sharded over the same mesh.
+    They are brought to the model's device and dtype and join the first group of a given optimizer.
+    Of a DDP-wrapped model they start alike in all processes and their gradients are averaged; of an
+    FSDP2-wrapped one they are sharded over the same mesh.
 
     Args:
         name: of the model among the modules.
@@ -61,6 +62,10 @@ class CreatedModulesLoop(TrainingLoop):
             if not module.training:
                 module.train()
 
+    def _evaluating(self) -> AbstractContextManager[None]:
+        """Returns the context in which all modules are in evaluation mode."""
+        return evaluating(nn.ModuleList(self._modules.values()))
+
     def _step(self, totals: dict[str, Tensor]) -> dict[str, float]:
         for parameter in self._averaged if self._data_parallel_groups else ():
             if parameter.grad is None:  # collectives need all processes
@@ -93,11 +98,13 @@ class CreatedModulesLoop(TrainingLoop):
 
 
 def add_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Adds a group of those parameters that the optimizer does not hold yet."""
+    """Adds those parameters that the optimizer does not hold yet to its first group.
+
+    A scheduler may know the groups: one more would have no rate in it.
+    """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     new = [p for p in parameters if id(p) not in held and p.requires_grad]
-    if new:
-        optimizer.add_param_group({"params": new})
+    optimizer.param_groups[0]["params"].extend(new)
 
 
 def warmup(optimizer: Optimizer, steps: int) -> LambdaLR:

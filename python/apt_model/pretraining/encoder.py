@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..hidden_states import found, has_output_embedding, hidden_states_of
+from ..hidden_states import Positions, found, has_output_embedding, hidden_states_of
 from ..model_access import FSDPModule, base_model, has_adapter, without_wrapper
 
 
@@ -33,8 +33,9 @@ class Encoder:
 
     The model is called as `model(input_ids=…, attention_mask=…)` with what its signature takes, and
     with its input as the only argument where it names that otherwise (encoders of images). It is
-    asked for `output_hidden_states` where it takes that. Of a plain Hugging Face model with a head
-    only the base model runs.
+    asked for `output_hidden_states` where it takes that. The positions of masked token ids count
+    real tokens alone, see `Positions`. Of a plain Hugging Face model with a head only the base
+    model runs.
 
     Args:
         model: any module, also DDP- or FSDP2-wrapped or adapted by PEFT.
@@ -61,6 +62,7 @@ class Encoder:
             self._options["output_hidden_states"] = True
         if "use_cache" in accepted:
             self._options["use_cache"] = False
+        self._positions = Positions(self._model)
 
     def __call__(
         self,
@@ -76,6 +78,9 @@ class Encoder:
             token_type_ids: `(B, S)`, 0 in the first segment, 1 in the second.
         """
         options = dict(self._options)
+        if not inputs.is_floating_point():
+            inputs, positions = self._positions(inputs, attention_mask)
+            options.update(positions)
         if self.takes_mask and attention_mask is not None:
             options["attention_mask"] = attention_mask
         if self.takes_token_types and token_type_ids is not None:

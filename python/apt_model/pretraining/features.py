@@ -31,18 +31,28 @@ class PooledFeatures:
         self, encoder: nn.Module, hidden_size: int, pooling: str, loop: CreatedModulesLoop,
         part: int | None,
     ) -> None:  # fmt: skip
-        self._encoder = Encoder(encoder)
+        self._module, self._encoder = encoder, Encoder(encoder)
         self._hidden_size, self._pooling = hidden_size, pooling
         self._loop, self._part = loop, part
         self._views_apart = has_batch_norm(encoder)
         self._sharded = isinstance(encoder, FSDPModule)
 
     def __call__(self, views: list[View]) -> list[Tensor]:
-        """Returns `(B, H)` of every view, with the graph that is wanted now."""
+        """Returns `(B, H)` of every view, with the graph that is wanted now.
+
+        Views of floats are cast to the dtype of the encoder's parameters.
+        """
+        views = [self._cast(view) for view in views]
         whole = None if self._views_apart else joined(views, self._encoder.takes_mask)
         if whole is None:
             return [self._of(view) for view in views]
         return list(self._of(whole).tensor_split(len(views)))
+
+    def _cast(self, view: View) -> View:
+        if not view.inputs.is_floating_point():
+            return view
+        dtypes = (p.dtype for p in self._module.parameters() if p.is_floating_point())
+        return View(view.inputs.to(next(dtypes, view.inputs.dtype)), view.mask)
 
     def _of(self, view: View) -> Tensor:
         def run(rows: slice) -> Tensor:

@@ -29,8 +29,9 @@ def load_images(
 
     Args:
         path: a folder of images (searched to its depths, in the order of the names), scaled to
-            [0, 1]; or a `.npy`/`.npz` array `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)`, of
-            which integers are divided by 255 and floats taken as they are.
+            [0, 1]: of 8 or 16 bits, or grey ones of floats that are in it; or a `.npy`/`.npz`
+            array `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)`, of which integers are divided by
+            the largest of their dtype and floats taken as they are.
         size: pixels of a side, for folders: needed there.
         channels: 1 or 3, for folders.
         fail_on_bad_image: True: a file that cannot be read is an error; False: it is left out, and
@@ -38,7 +39,8 @@ def load_images(
         report: called with one message a file.
 
     Raises:
-        ValueError: no image can be used, or the array is none of images.
+        ValueError: no image can be used, or the array is none of images; also where its integers
+            use less than 1/128 of their dtype's range, which would make them black.
     """
     if path.is_dir():
         if size is None:
@@ -50,9 +52,16 @@ def load_images(
     array = loaded[loaded.files[0]] if hasattr(loaded, "files") else loaded
     if array.ndim not in (3, 4) or array.size == 0 or array.dtype.kind not in "uif":
         raise ValueError(f"{path}: must be an array of images (N, H, W[, C]), got {array.shape}")
-    images = torch.from_numpy(np.ascontiguousarray(array)).float()
+    pixels = array.astype(np.float32)
     if array.dtype.kind != "f":
-        images = images / 255
+        largest = np.iinfo(array.dtype).max
+        if array.dtype.itemsize > 1 and array.max() <= largest // 128:
+            raise ValueError(
+                f"{path}: {array.dtype} up to {array.max()} would be black: 1 is {largest}; save "
+                "uint8, uint16 or floats in [0, 1]"
+            )
+        pixels /= largest
+    images = torch.from_numpy(pixels)
     if images.dim() == 3:
         return images.unsqueeze(1)
     return images.movedim(-1, 1) if images.shape[1] > 4 >= images.shape[-1] else images
@@ -61,24 +70,39 @@ def load_images(
 def _from_folder(
     folder: Path, size: int, channels: int, fail: bool, report: Callable[[str], Any]
 ) -> Tensor:
-    import numpy as np
     from PIL import Image
 
     images = []
     for file in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
         try:
             with Image.open(file) as image:
-                image = image.convert("L" if channels == 1 else "RGB").resize((size, size))
-                pixels = torch.from_numpy(np.asarray(image).copy()).float() / 255
-        except OSError as error:
+                images.append(_pixels(image, size, channels))
+        except (OSError, ValueError) as error:
             if fail:
                 raise ValueError(f"{file}: {error}") from None
             report(f"{file}: {error} (image skipped)")
-            continue
-        images.append(pixels.view(size, size, -1).movedim(-1, 0))
     if not images:
         raise ValueError(f"{folder}: no image can be used")
     return torch.stack(images)
+
+
+def _pixels(image: Any, size: int, channels: int) -> Tensor:
+    """Returns `(channels, size, size)` in [0, 1] of an image of Pillow."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode != "F" and not image.mode.startswith("I"):
+        image = image.convert("L" if channels == 1 else "RGB").resize((size, size))
+        pixels = torch.from_numpy(np.asarray(image).copy()).float() / 255
+        return pixels.view(size, size, channels).movedim(-1, 0)
+    grey = np.asarray(image)  # which `convert` would clip to 8 bits
+    white = 1 if image.mode == "F" else np.iinfo(np.uint16).max  # Pillow's "I" is of 16-bit files
+    if not (grey.min() >= 0 and grey.max() <= white):
+        raise ValueError(
+            f"values from {grey.min()} to {grey.max()}, expected 0 (black) to {white} (white)"
+        )
+    scaled = Image.fromarray(grey.astype(np.float32) / white).resize((size, size))
+    return torch.from_numpy(np.array(scaled)).clamp(0, 1).expand(channels, -1, -1)
 
 
 class ImageViews:

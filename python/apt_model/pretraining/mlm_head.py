@@ -100,15 +100,22 @@ class GivenHead(nn.Module):
         hidden_size: H.
         vocab_size: how many logits it must make.
         backend: of the kernels.
+        model: the encoder, whose dtype and device a head without parameters is tried in.
     """
 
     def __init__(
-        self, head: nn.Module, hidden_size: int, vocab_size: int, backend: str | None = None
+        self,
+        head: nn.Module,
+        hidden_size: int,
+        vocab_size: int,
+        backend: str | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.head = head
         self._backend = backend
-        like = next(head.parameters())
+        known = (p for module in (head, model or head) for p in module.parameters())
+        like = next((p for p in known if p.is_floating_point()), torch.empty(0))
         with evaluating(head), torch.no_grad():
             made = head(torch.zeros(1, hidden_size, dtype=like.dtype, device=like.device)).shape
         if tuple(made) != (1, vocab_size):
@@ -132,11 +139,12 @@ def make_mlm_head(
     vocab_size: int,
     hidden_act: str,
     backend: str | None,
+    model: nn.Module,
 ) -> nn.Module:
-    """Returns a head around what the user gave: nothing, a decoder, or a whole head."""
+    """Returns a head of `model` around what the user gave: nothing, a decoder, or a whole head."""
     if lm_head is None or isinstance(lm_head, (nn.Linear, nn.Embedding)):
         return MLMHead(hidden_size, vocab_size, hidden_act, lm_head, backend)
-    return GivenHead(lm_head, hidden_size, vocab_size, backend)
+    return GivenHead(lm_head, hidden_size, vocab_size, backend, model)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

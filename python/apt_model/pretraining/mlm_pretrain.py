@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import split_options
-from ..loop_options import evaluating
 from ..model_access import vocabulary_size
 from ..training_loop import read_numbers
 from .created_modules import CreatedModulesLoop, warmup
@@ -72,7 +71,7 @@ class MLMPretrainer(CreatedModulesLoop):
         self.model = model
         self.hidden_size = hidden_size
         self.mlm_head = make_mlm_head(
-            lm_head, hidden_size, self.config.vocab_size, self.config.hidden_act, backend
+            lm_head, hidden_size, self.config.vocab_size, self.config.hidden_act, backend, model
         )
         self.nsp_head = NSPHead(hidden_size, backend) if self.config.use_nsp else None
         steps = self.config.warmup_steps
@@ -179,7 +178,7 @@ class MLMPretrainer(CreatedModulesLoop):
         The masks are the same at every call, and none of the training's.
         """
         made = make_masked_batch(self.config, *args, step=EVALUATION_STEP, **batch).to(self.device)
-        with evaluating(self.model), self.autocast():
+        with self._evaluating(), self.autocast():
             loss, metrics = self._share(made, *self._counts_of_all([made]))
         return _result(read_numbers({"loss": loss, **metrics}, self._data_parallel_groups))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -50,16 +52,17 @@ def pretrain_mlm(options: Namespace) -> dict[str, Any]:
     data = load(options.data, options.seed)
     held_out = load(options.eval_data, options.seed - 1) if options.eval_data else None
     model = _text_model(options)
+    rows = model.get_input_embeddings().num_embeddings
     trainer = create_mlm_pretrainer(
         model,
         model.config.hidden_size,
         {name: getattr(options, name) for name in MLM},
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        vocab_size=rows,
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id,
         cls_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id,
-        special_token_ids=list(tokenizer.all_special_ids),
+        special_token_ids=[*tokenizer.all_special_ids, *_without_token(tokenizer, rows)],
         use_nsp=options.nsp,
         lm_head=model.get_input_embeddings(),
         **_shared(options),
@@ -104,6 +107,8 @@ def pretrain_contrastive(options: Namespace) -> dict[str, Any]:
 
     data = load(options.data, options.seed)
     held_out = load(options.eval_data, options.seed - 1) if options.eval_data else None
+    if held_out is not None and len(held_out) < 2:
+        raise ValueError(f"{options.eval_data} must hold two samples or more: one has no negatives")
     if not of_text:
         model = _image_model(options, data)
         width = model.width if isinstance(model, SmallCNN) else model.config.hidden_size
@@ -134,12 +139,18 @@ def pretrain_contrastive(options: Namespace) -> dict[str, Any]:
 def evaluate(trainer: Any, data: Any, batch_size: int) -> dict[str, float]:
     """Returns the losses and accuracies of `eval_step` on all of the data; nothing without data.
 
-    Means over samples; of masked tokens over all of those.
+    Means over samples; of masked tokens over all of those. The batches are of nearly one size, and
+    of two samples or more: a contrastive loss of one alone is 0.
     """
+    if data is None:
+        return {}
     totals: dict[str, float] = {}
     counts: dict[str, float] = {}
-    for start in range(0, len(data) if data is not None else 0, batch_size):
-        rows = list(range(start, min(start + batch_size, len(data))))
+    samples = len(data)
+    parts = min(math.ceil(samples / batch_size), max(samples // 2, 1))
+    bounds = [part * samples // parts for part in range(parts + 1)]
+    for start, stop in itertools.pairwise(bounds):
+        rows = list(range(start, stop))
         metrics = trainer.eval_step(**data(rows, 0))
         for name, value in metrics.items():
             if name.endswith(("loss", "accuracy")):
@@ -218,6 +229,11 @@ def _image_model(options: Namespace, data: ImageViews) -> nn.Module:
         return _text_model(options)
     channels = data([0], 0)["input_ids_1"].shape[1]
     return SmallCNN(channels).to(getattr(torch, options.dtype))
+
+
+def _without_token(tokenizer: Any, rows: int) -> list[int]:
+    """Returns the rows of an embedding that belong to no token, such as those that pad it."""
+    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
 
 
 def _only_special(tokenizer: Any, text: Text) -> str | None:
