@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from apt_kernels.triton import rows
-from apt_kernels.triton.logistic import log1p
+from apt_kernels.triton.logistic import log1p_polynomial
 from apt_kernels.triton.similarity import (
     INFINITY,
     LENGTHS,
@@ -29,7 +29,7 @@ PLANES = 4  # of a row: its loss, its derivatives at scale and bias, the largest
 @triton.jit
 def _softplus(x):
     """log(1 + e^x); a small e^x keeps its digits."""
-    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+    return tl.maximum(x, 0.0) + log1p_polynomial(tl.exp(-tl.abs(x)))
 
 
 # What: the losses of a block of rows over some tiles, their derivatives at scale and bias.

@@ -112,6 +112,12 @@ def test_seeded_bugs_of_cuda_kernels_are_noticed(name, message):
             CHECKS[check](launchers)
 
 
+@pytest.mark.parametrize("loss_type", checks.FINE_SMOOTHING)
+def test_constants_of_the_smoothing_keep_their_digits(loss_type):
+    with ptx_execution.Triton():  # the interpreter computes with scalars in float64
+        checks.fine_smoothing(kernels, loss_type)
+
+
 def _token_logprobs(name):
     def check(bugged):
         cases = checks.token_logprobs_cases(torch.float32)
@@ -200,10 +206,18 @@ def test_traffic_of_sequence_logps(T, dtype):
         counter.start_counting()
         kernels.sequence_logps_bwd(torch.ones(B), mask, False)
         loads, stores = counter.stop_counting()
+        counter.start_counting()
+        kernels.sequence_logps_bwd(torch.ones(B), mask, True)
+        of_mean = counter.stop_counting()
     floor = logps.numel() * (4 + 1)
     # every warp loads the gradient of its row: a sector
     assert floor <= loads.bytes + stores.bytes <= BYTES * floor
     assert (loads.sectors + stores.sectors) * ptx_execution.SECTOR <= SECTORS * floor
+    # a mean reads the mask a second time, to divide by the tokens
+    assert sum(t.bytes for t in of_mean) <= BYTES * floor + mask.numel()
+    assert sum(t.sectors for t in of_mean) * ptx_execution.SECTOR <= SECTORS * (
+        floor + mask.numel()
+    )
 
 
 def _randn(*shape, dtype):

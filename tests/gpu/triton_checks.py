@@ -254,6 +254,18 @@ def dpo_loss(kernels, loss_type, dtype, reduction, B, spread=3.0) -> None:
     _compare(actual, expected(None), expected(torch.float64), names)
 
 
+FINE_SMOOTHING = {"robust": (0.4999, 300), "exo_pair": (0.499, 3)}  # and the spread of the pairs
+
+
+def fine_smoothing(kernels, loss_type) -> None:
+    """Constants of a smoothing near 1/2, such as 1 - 2s, that float32 would take digits from."""
+    smoothing, spread = FINE_SMOOTHING[loss_type]
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(64, generator=generator) * spread).requires_grad_() for _ in range(2)]
+    options = {"loss_type": loss_type, "label_smoothing": smoothing, "reduction": "none"}
+    public_call(kernels, "dpo_loss", Sample(f"{loss_type} {smoothing}", tuple(pairs), options))
+
+
 def bradley_terry_loss(kernels, dtype, reduction, B, margins=False, center_coef=0.0) -> None:
     generator = _generator(f"{reduction}{B}")
     rewards = [(torch.randn(B, generator=generator) * 4).to(dtype) for _ in range(2)]
