@@ -58,8 +58,8 @@ def _loss_of_difference(d, beta, smoothing, extra, extra_2, LOSS: tl.constexpr):
         slope = (log_sigmoid(x) * gate + exponential) * (rest / extra) - exponential
         slope -= wrong * rest
     elif LOSS == ROBUST:
-        loss = (smoothing * log_sigmoid(-x) - (1.0 - smoothing) * log_sigmoid(x)) * extra
-        slope = -((1.0 - smoothing) * wrong + smoothing * right) * extra
+        loss = extra_2 * log_sigmoid(-x) - extra * log_sigmoid(x)
+        slope = -(extra * wrong + extra_2 * right)
     else:
         loss = -(1.0 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)
         slope = smoothing * right - (1.0 - smoothing) * wrong
@@ -185,7 +185,7 @@ def _dpo_loss_fwd_kernel(
 def _constants(loss_type, smoothing, extra):
     """What a type takes beside beta and the smoothing: float32 would lose the digits of 1 - 2s."""
     if loss_type == ROBUST.value:
-        return 1.0 / (1.0 - 2.0 * smoothing), 0.0
+        return (1.0 - smoothing) / (1.0 - 2.0 * smoothing), smoothing / (1.0 - 2.0 * smoothing)
     if loss_type == EXO_PAIR.value:
         return math.log1p(-smoothing), math.log(smoothing)
     return extra, 0.0

@@ -53,17 +53,19 @@ def test_registry_samples(op, dtype):
     rows = [r for r in machine_code.read() if (r["operation"], r["dtype"]) == (op.name, named)]
     wanted = {row["kernel"] for row in rows}
     chosen, rest = _some(op, dtype)
+    # three TF32 products hold 22 bits of a factor: where one product is all of a sum, it shows
+    ulps = 8 if op.name.startswith("linear") and dtype == torch.float32 else checks.ULPS
     with ptx_execution.Triton() as execution:
 
         def missing() -> set[str]:
             return wanted - {n.strip("_").removesuffix("_kernel") for n in execution.launches}
 
         for sample in chosen:
-            checks.registry_sample(kernels, op.name, sample.name, dtype)
+            checks.registry_sample(kernels, op.name, sample.name, dtype, ulps)
         for sample in rest:  # until every kernel has run
             if not missing():
                 break
-            checks.registry_sample(kernels, op.name, sample.name, dtype)
+            checks.registry_sample(kernels, op.name, sample.name, dtype, ulps)
     assert wanted and not missing()
 
 

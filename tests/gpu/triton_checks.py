@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apt_kernels import dispatch, reference
 from apt_kernels.registry import OPS, Sample
-from apt_kernels.testing import assert_as_accurate
+from apt_kernels.testing import ULPS, assert_as_accurate
 from calls import call, fresh, in_float64
 
 DPO_TYPES = {
@@ -41,9 +41,9 @@ def sparse(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def _compare(actual, plain, exact, names):
+def _compare(actual, plain, exact, names, ulps=ULPS):
     for got, reference_, wanted, name in zip(actual, plain, exact, names, strict=True):
-        assert_as_accurate(got, reference_, wanted, name=name)
+        assert_as_accurate(got, reference_, wanted, name=name, ulps=ulps)
 
 
 def _leaf(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
@@ -52,13 +52,13 @@ def _leaf(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return (t.detach().clone() if dtype is None else t.detach().to(dtype)).requires_grad_()
 
 
-def registry_sample(kernels, operation: str, name: str, dtype=torch.float32) -> None:
+def registry_sample(kernels, operation: str, name: str, dtype=torch.float32, ulps=ULPS) -> None:
     """A call of the public function, with these launchers behind it."""
     given = next(sample for sample in OPS[operation].samples(dtype) if sample.name == name)
-    public_call(kernels, operation, given)
+    public_call(kernels, operation, given, ulps)
 
 
-def public_call(kernels, operation: str, given) -> None:
+def public_call(kernels, operation: str, given, ulps=ULPS) -> None:
     """The same of any call."""
     op = OPS[operation]
     launchers = {(kernel, "triton"): getattr(kernels, kernel) for kernel in op.kernels}
@@ -67,7 +67,8 @@ def public_call(kernels, operation: str, given) -> None:
     plain = call(op.reference, fresh(given))
     exact = call(op.reference, in_float64(fresh(given)))
     for kind, of_kind in zip(("output", "gradient"), zip(actual, plain, exact, strict=True)):
-        _compare(*of_kind, [f"{kind} {i} of {given.name}" for i in range(len(of_kind[0]))])
+        names = [f"{kind} {i} of {given.name}" for i in range(len(of_kind[0]))]
+        _compare(*of_kind, names, ulps)
 
 
 def large_groups(kernels, dtype) -> None:
