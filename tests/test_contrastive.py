@@ -169,6 +169,40 @@ def test_one_sample_alone_is_right_and_costs_nothing(name):
         assert grad.abs().max() < 1e-6
 
 
+BACKENDS = apt_kernels.backends()["operations"]["nt_xent"]["cpu"]
+WITH_QUEUE = {
+    **LOSSES,
+    "queue": lambda x, y, **options: info_nce(x, y, negatives=views(9, 16)[1], **options),
+    "one_sample": lambda x, y, **options: info_nce(x[:1], y[:1], **options),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("which", ["first", "second", "both", "all"])
+@pytest.mark.parametrize("name", WITH_QUEUE)
+def test_rows_that_are_not_finite_are_seen(name, which, normalize, bad, backend):
+    """Their loss is no number, so that a GradScaler leaves the step out, and no row is right whose
+    classes hold one; that maxima drop NaN must not hide it."""
+    x, y = (z.detach().half() for z in views(5, 16, noise=0.1))
+    for z, chosen in ((x, ("first", "both")), (y, ("second", "both"))):
+        if which == "all":
+            z[:] = bad
+        elif which in chosen:
+            z[0, 3] = bad
+    x, y = x.requires_grad_(), y.requires_grad_()
+    options = {"normalize": normalize, "temperature": 0.5, "backend": backend}
+    losses, accuracy = WITH_QUEUE[name](x, y, reduction="none", **options)
+    assert name == "siglip_loss" or not losses.sum().isfinite()  # there inf may cost nothing
+    if normalize or bad != torch.inf:  # infinite products: some backends give NaN, others infinity
+        options["backend"] = "reference"
+        exact, right = WITH_QUEUE[name](x.double(), y.double(), reduction="none", **options)
+        assert torch.equal(losses.isnan(), exact.isnan())
+        assert losses.isnan().any() and accuracy == pytest.approx(right.item()) and accuracy < 1
+        assert grads_of(losses.sum(), x)[0].isnan().any()
+
+
 def test_sup_con_of_two_views_is_nt_xent():
     x, y = views(30, 12, noise=2.0, dtype=torch.float64)
     loss, accuracy = nt_xent(x, y, temperature=0.1)

@@ -55,6 +55,33 @@ def test_numpy_arrays_that_tensors_cannot_be():
             gae(rewards, wrong)
 
 
+@pytest.mark.parametrize("backend", apt_kernels.backends()["operations"]["gae"]["cpu"])
+@pytest.mark.parametrize("kind", ["terminated", "truncated", "masked", "packed", "time_major"])
+@pytest.mark.parametrize("steps, end", [(4, 1), (40, 11), (40, 32), (1100, 1030)])
+def test_what_lies_behind_the_end_of_an_episode_may_be_anything(steps, end, kind, backend):
+    rewards, values, _ = map(torch.from_numpy, _arrays(3, steps))
+    rewards[:, end + 1], values[:, -1] = torch.nan, torch.inf
+    flags = torch.zeros(3, steps, dtype=torch.bool)
+    flags[:, end] = True
+    options = {"truncated" if kind == "truncated" else "terminated": flags}
+    if kind == "masked":
+        options["mask"] = torch.ones(3, steps, dtype=torch.bool)
+        options["mask"][:, [0, end - 1]] = False
+    before = {name: flag[:, : end + 1] for name, flag in options.items()}
+    expected = gae(rewards[:, : end + 1], values[:, : end + 1], **before, backend="reference")
+    if kind == "packed":
+        rewards, values, options = rewards[0], values[0], {}
+        options["cu_seqlens"] = torch.tensor([0, end + 1, steps])
+        expected = [t[0] for t in expected]
+    if kind == "time_major":
+        rewards, values, flags = (t.T.contiguous() for t in (rewards, values, flags))
+        options = {"terminated": flags, "time_major": True}
+    for got, wanted in zip(gae(rewards, values, **options, backend=backend), expected, strict=True):
+        got = got.T if kind == "time_major" else got
+        torch.testing.assert_close(got[..., : end + 1], wanted)
+        assert not got[..., end + 1].isfinite().any()
+
+
 @native
 @pytest.mark.parametrize(
     "offsets, message",

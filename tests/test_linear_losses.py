@@ -120,6 +120,39 @@ def test_a_batch_of_upstream_gradients():
         torch.testing.assert_close(at_once, one_by_one)
 
 
+@pytest.mark.parametrize(
+    "backend", apt_kernels.backends()["operations"]["linear_cross_entropy"]["cpu"]
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_scale_saves_the_digits_of_float16(reduction, backend):
+    """The mean of many tokens has gradients of 1e-8: the scaler's factor must come before they are
+    rounded, as in plain PyTorch."""
+    hidden, weight = hidden_and_weight(24, features=16, vocab=50, dtype=torch.float16)
+    labels = torch.arange(24) * 7 % 50
+    labels[3] = -100
+    options = {"reduction": reduction}
+    if reduction == "mean":
+        options["normalizer"] = 2.0**18
+    upstream = torch.tensor(2.0**16 if reduction == "mean" else 2.0**-12)
+
+    def grads(function, *leaves, **named):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        loss = function(*leaves, labels, **options, **named)[0]
+        return torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+
+    got = grads(apt_kernels.linear_cross_entropy, hidden, weight, backend=backend)
+    plain = reference.linear_cross_entropy
+    exact = grads(plain, hidden.double(), weight.double())
+    for one, other in zip(got, exact, strict=True):
+        assert one.dtype == torch.float16
+        assert (one.double() - other).norm() <= 6e-4 * other.norm()
+    for nothing in (0.0, -upstream):
+        upstream = torch.as_tensor(nothing)
+        for one, other in zip(got, grads(apt_kernels.linear_cross_entropy, hidden, weight,
+                                         backend=backend), strict=True):  # fmt: skip
+            assert torch.equal(other, torch.zeros_like(one) if nothing == 0 else -one)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_more_rows_than_a_group_of_the_cpu_kernels(dtype, frozen):

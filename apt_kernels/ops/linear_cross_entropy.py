@@ -22,6 +22,7 @@ from .linear_head import (
 from .tokens import normalizer_tensor
 
 KERNEL = "linear_cross_entropy_fwd"
+MEAN, SUM = 1, 2  # the argument `reduction` of the kernel
 dispatch.register("linear_cross_entropy", KERNEL)
 
 
@@ -43,7 +44,8 @@ def linear_cross_entropy(
 
     p = softmax(softcap * tanh(x / softcap)), x = logit_scale * (hidden @ weight^T + bias). Ignored
     rows are dropped before the product. The gradients are formed in the forward pass and backward
-    only scales them: 6 M D V flops for M rows that count, 8 M D V for 16-bit inputs on the CPU.
+    only scales them: 6 M D V flops for M rows that count, 8 M D V for 16-bit inputs on the CPU. Of
+    float16 inputs backward forms them, of the scaled loss: 2 M D V flops more.
     Workspace there: an eighth of the logits of those rows, within 7 and 64 MiB. Sources:
     Szegedy 2016 (label smoothing); Wijmans 2024, "Cut your losses in large-vocabulary language
     models".
@@ -102,7 +104,7 @@ def linear_cross_entropy(
         float(label_smoothing),
         0.0 if softcap is None else float(softcap),
         float(logit_scale),
-        1 if reduction == "mean" else 2,
+        MEAN if reduction == "mean" else SUM,
         *(needs_gradient(t) and not per_row for t in head),
         backend,
     )
@@ -212,17 +214,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, backend = arguments
-        loss, correct, *grads = dispatch.kernel(KERNEL, backend)(*inputs)
-        ctx.needed = inputs[-3:]
-        ctx.save_for_backward(*grads)
+        needed = tuple(inputs[-3:])
+        wait = inputs[0].dtype == torch.float16 and any(needed)
+        loss, correct, *grads = dispatch.kernel(KERNEL, backend)(
+            *inputs[:-3], *((False,) * 3 if wait else needed)
+        )
+        ctx.needed, ctx.wait, ctx.backend = needed, wait, backend
+        ctx.options = inputs[5:-3]
+        ctx.save_for_backward(*(inputs[:5] if wait else grads))
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        grads = scaled_gradients(ctx.saved_tensors, ctx.needed, grad_loss)
+        if ctx.wait:
+            grads = _gradients_of(
+                grad_loss, ctx.saved_tensors, ctx.options, ctx.needed, ctx.backend
+            )
+        else:
+            grads = scaled_gradients(ctx.saved_tensors, ctx.needed, grad_loss)
         return *grads, *(None,) * 11
+
+
+def _gradients_of(
+    upstream: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    options: list,
+    needed: tuple[bool, ...],
+    backend: str,
+) -> list[Tensor | None]:
+    """Those of upstream * loss, which is the loss of another normalizer."""
+    *head, labels, normalizer = inputs
+    ignore_index, *scales, reduction = options
+    if reduction == SUM:
+        normalizer = torch.ones_like(upstream)
+    elif normalizer is None:
+        normalizer = (labels != ignore_index).sum().clamp(min=1).to(upstream.dtype)
+    _, _, *grads = dispatch.kernel(KERNEL, backend)(
+        *head, labels, normalizer / upstream, ignore_index, *scales, MEAN, *needed
+    )
+    return [g if n else None for g, n in zip(grads, needed, strict=True)]
 
 
 @dispatch.fake(KERNEL)

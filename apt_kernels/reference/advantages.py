@@ -74,9 +74,10 @@ def gae(
     r, v = keep(counts, r), keep(counts, v)
     next_values = torch.where(last | breaks, after, v.gather(-1, following))
     deltas = keep(counts, r + gamma * keep(~ends, next_values) - v)
-    decays = torch.full_like(v, gamma * gae_lambda).masked_fill(ends | breaks | last, 0.0)
-    decays = decays.masked_fill(~counts, 1.0)  # a step that does not count hands the trace on
-    advantages = keep(counts, _backward_recurrence(deltas, decays))
+    # a step that does not count hands the trace on
+    decays = torch.full_like(v, gamma * gae_lambda).masked_fill(~counts, 1.0)
+    cut = counts & (ends | breaks | last)
+    advantages = keep(counts, _backward_recurrence(deltas, decays, cut))
     returns = advantages + v
     if whiten:
         advantages = _whitened(advantages, counts)
@@ -104,12 +105,16 @@ def _next_step_that_counts(counts: Tensor, sequence: Tensor) -> tuple[Tensor, Te
     return following, none | (sequence.gather(-1, following) != sequence)
 
 
-def _backward_recurrence(deltas: Tensor, decays: Tensor) -> Tensor:
-    """Returns a with a_t = deltas_t + decays_t * a_(t+1), along the last dimension."""
+def _backward_recurrence(deltas: Tensor, decays: Tensor, cut: Tensor) -> Tensor:
+    """Returns a with a_t = deltas_t + decays_t * a_(t+1), along the last dimension.
+
+    Where it is cut a_t = deltas_t: behind it lies another episode, which may hold anything.
+    """
     carry = torch.zeros_like(deltas[:, 0]) if deltas.shape[-1] else None
     steps = []
-    for delta, decay in zip(reversed(deltas.unbind(-1)), reversed(decays.unbind(-1)), strict=True):
-        carry = torch.addcmul(delta, decay, carry)
+    columns = (reversed(t.unbind(-1)) for t in (deltas, decays, cut))
+    for delta, decay, ends in zip(*columns, strict=True):
+        carry = torch.where(ends, delta, torch.addcmul(delta, decay, carry))
         steps.append(carry)
     return torch.stack(steps[::-1], dim=-1) if steps else deltas
 

@@ -202,9 +202,10 @@ def _unit_rows(x: Tensor, normalize: bool) -> Tensor:
     if not normalize:
         return x
     squared = x.square().sum(-1, keepdim=True)
-    has_direction = squared > SMALLEST_SQUARED_NORM
+    has_direction = ~(squared <= SMALLEST_SQUARED_NORM)
     inverse = torch.rsqrt(torch.where(has_direction, squared, torch.ones_like(squared)))
-    return keep(has_direction, x * inverse)
+    unit = x * keep(squared.isfinite(), inverse, torch.nan)
+    return keep(has_direction, unit)
 
 
 def _rows(logits: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def token_logprobs(
     logps = logps if several else logps.squeeze(-1)
     if not return_entropy:
         return logps
-    excluded = x == -torch.inf
+    excluded = log_probs == -torch.inf  # beside a larger one a finite logit may be, too
     terms = log_probs.exp() * log_probs.masked_fill(excluded, 0.0)
     return logps, keep(mask, -terms.sum(-1))
 

@@ -46,6 +46,9 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     large, small = large.requires_grad_(), _rewards(8, dtype=dtype, seed=3, scale=0.1)
     for reduction in ("mean", "none"):
         yield Sample(f"large_{reduction}", (large, small), {"reduction": reduction})
+    infinite = torch.tensor([torch.inf, -torch.inf, 1, torch.inf], dtype=dtype).requires_grad_()
+    options = {"reduction": "none"}  # without a centre their sum is not asked for
+    yield Sample("infinite_rewards", (infinite, pairs(4)[1]), options)
     columns = pairs(9, 1)
     yield Sample("column_mean", columns, {"margin": torch.rand(9, 1)})
     yield Sample("column_none", columns, {"reduction": "none"})

@@ -63,6 +63,16 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
         (excluded, torch.tensor([0, 25, 32, 3])),
         {"return_entropy": True, "softcap": 4.0},
     )
+    least = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min
+    masked = logits(4, 300)
+    masked[:3] = least  # the mask of a model: all columns, all but some, all but one
+    masked[1, :8] = -least
+    masked[2, 7] = 5
+    options = {"return_entropy": True}
+    columns = (masked.requires_grad_(), torch.tensor([7, 7, 7, 8]))
+    yield Sample("columns_of_the_least_number", columns, options)
+    narrow = torch.full((2, 4), torch.finfo(dtype).min, dtype=dtype).requires_grad_()
+    yield Sample("rows_of_the_least_number", (narrow, torch.tensor([0, 3])), options)
     nothing = logits(3, 20)
     nothing[1] = -torch.inf
     yield Sample("row_of_minus_infinity", (nothing.requires_grad_(), _ids(3, vocab=20)))

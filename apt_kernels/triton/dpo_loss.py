@@ -1,5 +1,7 @@
 """dpo_loss in Triton: loss, rewards and gradients of all pairs in one launch."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +32,7 @@ def pair_block(B):
 
 
 @triton.jit
-def _loss_of_difference(d, beta, smoothing, extra, LOSS: tl.constexpr):
+def _loss_of_difference(d, beta, smoothing, extra, extra_2, LOSS: tl.constexpr):
     """The loss of types that see only d = c - r, and its derivative at d."""
     x = beta * d
     if LOSS == SIMPO:
@@ -44,8 +46,8 @@ def _loss_of_difference(d, beta, smoothing, extra, LOSS: tl.constexpr):
         loss = distance * distance
         slope = 2.0 * distance / beta
     elif LOSS == EXO_PAIR:
-        log_right = log_sigmoid(x) - tl.log(1.0 - smoothing)
-        log_wrong = log_sigmoid(-x) - tl.log(smoothing)
+        log_right = log_sigmoid(x) - extra
+        log_wrong = log_sigmoid(-x) - extra_2
         loss = right * log_right + wrong * log_wrong
         slope = right * wrong * (log_right - log_wrong)
     elif LOSS == DISCOPOP:
@@ -56,9 +58,8 @@ def _loss_of_difference(d, beta, smoothing, extra, LOSS: tl.constexpr):
         slope = (log_sigmoid(x) * gate + exponential) * (rest / extra) - exponential
         slope -= wrong * rest
     elif LOSS == ROBUST:
-        denominator = 1.0 - 2.0 * smoothing
-        loss = (smoothing * log_sigmoid(-x) - (1.0 - smoothing) * log_sigmoid(x)) / denominator
-        slope = -((1.0 - smoothing) * wrong + smoothing * right) / denominator
+        loss = extra_2 * log_sigmoid(-x) - extra * log_sigmoid(x)
+        slope = -(extra * wrong + extra_2 * right)
     else:
         loss = -(1.0 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)
         slope = smoothing * right - (1.0 - smoothing) * wrong
@@ -103,7 +104,7 @@ def _pair_losses(inputs, i, live, numbers, LOSS: tl.constexpr):
 
     Those that are not live cost 0; all are where live is None.
     """
-    beta, smoothing, extra = numbers
+    beta, smoothing, extra, extra_2 = numbers
     pc = tl.load(inputs[0] + i, mask=live).to(tl.float32)
     pr = tl.load(inputs[1] + i, mask=live).to(tl.float32)
     c = pc
@@ -123,7 +124,7 @@ def _pair_losses(inputs, i, live, numbers, LOSS: tl.constexpr):
     elif (LOSS >= NCA_PAIR) & (LOSS <= APO_DOWN):
         loss, slope_c, slope_r = _loss_of_each(c, r, beta, LOSS)
     else:
-        loss, slope_c = _loss_of_difference(c - r, beta, smoothing, extra, LOSS)
+        loss, slope_c = _loss_of_difference(c - r, beta, smoothing, extra, extra_2, LOSS)
         slope_r = -slope_c
     if live is not None:
         loss = tl.where(live, loss, 0.0)
@@ -151,13 +152,14 @@ def _pairs(inputs, outputs, loss_ptr, i, live, numbers, scale, LOSS: tl.constexp
 @triton.jit(do_not_specialize=["B"])
 def _dpo_loss_fwd_kernel(
     pc_ptr, pr_ptr, rc_ptr, rr_ptr, loss_ptr, chosen_rewards_ptr, rejected_rewards_ptr, grads_ptr,
-    B: tl.int64, beta: tl.float32, smoothing: tl.float32, extra: tl.float32, scale: tl.float32,
+    B: tl.int64, beta: tl.float32, smoothing: tl.float32, extra: tl.float32, extra_2: tl.float32,
+    scale: tl.float32,
     LOSS: tl.constexpr, REDUCED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     pointers = (pc_ptr, pr_ptr, rc_ptr, rr_ptr)
-    numbers = (beta, smoothing, extra)
+    numbers = (beta, smoothing, extra, extra_2)
     inputs = rows.moved(pointers, first)
     grads_ptr += first
     outputs = (chosen_rewards_ptr + first, rejected_rewards_ptr + first, grads_ptr, grads_ptr + B)
@@ -180,6 +182,15 @@ def _dpo_loss_fwd_kernel(
             tl.store(loss_ptr, tl.sum(loss, 0) * scale)
 
 
+def _constants(loss_type, smoothing, extra):
+    """What a type takes beside beta and the smoothing: float32 would lose the digits of 1 - 2s."""
+    if loss_type == ROBUST.value:
+        return (1.0 - smoothing) / (1.0 - 2.0 * smoothing), smoothing / (1.0 - 2.0 * smoothing)
+    if loss_type == EXO_PAIR.value:
+        return math.log1p(-smoothing), math.log(smoothing)
+    return extra, 0.0
+
+
 def dpo_loss_fwd(pc, pr, rc, rr, loss_type, reduction, beta, label_smoothing, extra):
     """(loss, chosen_rewards (B,), rejected_rewards (B,), grads (2,B)), all float32."""
     B = pc.shape[0]
@@ -194,7 +205,8 @@ def dpo_loss_fwd(pc, pr, rc, rr, loss_type, reduction, beta, label_smoothing, ex
     with rows.device_of(pc):
         _dpo_loss_fwd_kernel[(triton.cdiv(B, block),)](
             pc, pr, rc, rr, loss, chosen_rewards, rejected_rewards, grads, B, beta,
-            label_smoothing, extra, 1.0 / B if reduction == MEAN else 1.0,
+            label_smoothing, *_constants(loss_type, label_smoothing, extra),
+            1.0 / B if reduction == MEAN else 1.0,
             LOSS=loss_type, REDUCED=reduction != NONE, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return loss, chosen_rewards, rejected_rewards, grads

@@ -13,9 +13,15 @@ WHITEN_PROGRAMS = 1024  # partial sums that every program of the next step adds,
 
 
 @triton.jit
+def _advantage(delta, decay, later):
+    """delta + decay later. A decay of 0 cuts: what lies behind may be anything."""
+    return tl.where(decay == 0, delta, delta + decay * later)
+
+
+@triton.jit
 def _then(delta_later, decay_later, delta, decay):
     """The map x -> delta + decay x after that of the later steps."""
-    return delta + decay * delta_later, decay * decay_later
+    return _advantage(delta, decay, delta_later), decay * decay_later
 
 
 @triton.jit
@@ -152,7 +158,7 @@ def _gae_fwd_kernel(
         delta = tl.where(counts, reward + gamma * following - value, 0.0)
         kept = tl.where(counts, tl.where(ends | breaks | last, 0.0, decay), 1.0)
         delta, kept = tl.associative_scan((delta, kept), 1, _then, reverse=True)
-        advantage = delta + kept * trace
+        advantage = _advantage(delta, kept, trace)
         out = _offset(row, t, flat, out_b, out_t, WINDOWS)
         kept_advantage = tl.where(counts, advantage, 0.0)
         _store(advantages_ptr, out, kept_advantage, live, inner, edge, WINDOWS)

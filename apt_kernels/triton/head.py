@@ -5,6 +5,8 @@ gradients (TILE_ELEMENTS, but never fewer than one block of columns a row), as m
 where they are kept; and float32 sums of grad_hidden where several tiles or parts add to it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 
 import torch
@@ -207,19 +209,50 @@ def padded_columns(head: Head) -> int:
     return triton.cdiv(head.weight.shape[0], head.tiles.columns) * head.tiles.columns
 
 
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What upstream gradients were divided by, powers of two of float32 that come back after the
+    products: so that float16 holds the gradients of the logits.
+
+    Every row has its own; in the sums over rows it counts as `relative` to one that all share.
+    """
+
+    of_rows: Tensor | None  # (N,), or expanded: of grad_hidden
+    relative: Tensor | None  # (N,), at most 1
+    common: Tensor | None  # (): of grad_weight and grad_bias
+
+    @classmethod
+    def one(cls, factor: Tensor, N: int) -> Factors:
+        """The same for all rows."""
+        return cls(factor.expand(N), None, factor)
+
+    @classmethod
+    def of(cls, size: Tensor) -> Factors:
+        """Of rows whose largest upstream gradient is `size`. One that is not finite counts as 1."""
+        power = (size.view(torch.int32) & 0x7F800000).view(torch.float32)
+        usable = (power > 0) & (power < torch.inf)
+        common = torch.where(usable, power, 0.0).amax()
+        common = torch.where(common > 0, common, 1.0)
+        of_rows = torch.where(usable, power, 1.0)
+        return cls(of_rows, torch.where(usable, power / common, 1.0), common)
+
+
 def head_gradients(
     head: Head, begin: int, end: int, width: int, logits: Tensor | None, lse: Tensor,
     entropy: Tensor | None, grad: Tensor, grad_entropy: Tensor | None, smoothing: float,
-    factor: Tensor | None, gradients: Gradients,
+    factors: Factors | None, gradients: Gradients,
 ) -> None:  # fmt: skip
-    """Adds the gradients of the rows at places [begin, end) for the upstream factor * grad.
+    """Adds the gradients of the rows at places [begin, end) for the upstream factors * grad.
 
     grad is one number a row or, expanded, one for all. The weight's gradient must come from one
     call over all rows; `logits`, where kept, span all columns, and so must `width` then.
     """
+    factors = factors or Factors(None, None, None)
+    of_rows, relative, common = factors.of_rows, factors.relative, factors.common
     V, D = head.weight.shape
     tiles, count = head.tiles, end - begin
-    logit_tiles = head.logit_tiles(grad_entropy is None)
+    relative_sums = relative if gradients.bias is not None else None
+    logit_tiles = head.logit_tiles(grad_entropy is None and relative_sums is None)
     row_tiles, column_tiles = triton.cdiv(count, tiles.rows), width // tiles.columns
     depth_tiles = triton.cdiv(D, tiles.columns)
     tile = head.hidden.new_empty((count, width))
@@ -230,12 +263,15 @@ def head_gradients(
         "BLOCK_D": tiles.columns, "BLOCK_K": tiles.depth, "GROUP": ROW_GROUP,
         "PRECISION": _precision(head.hidden), **tiles.launch(),
     }  # fmt: skip
+    weight_products = products
+    if relative is not None and torch.version.hip:  # its stages would be beyond the 64 KiB there
+        weight_products = {**products, "num_stages": 2}
     with rows.device_of(head.hidden):
         for column in range(0, V, width):
             grad_logits_tile_kernel[(row_tiles * (width // logit_tiles.columns),)](
                 head.hidden, head.weight, head.bias, head.token_ids, head.temperatures,
-                head.live, head.count, logits, lse, entropy, grad, grad_entropy, tile, sums,
-                V, D, begin, end, column, width, grad.stride(0), head.temperature,
+                head.live, head.count, logits, lse, entropy, grad, grad_entropy, relative_sums,
+                tile, sums, V, D, begin, end, column, width, grad.stride(0), head.temperature,
                 head.softcap, head.logit_scale, smoothing, **logit_tiles.blocks(), **head.options(),
                 **logit_tiles.launch(),
             )  # fmt: skip
@@ -243,17 +279,18 @@ def head_gradients(
                 parts, N, _ = gradients.hidden.shape
                 split_blocks = triton.cdiv(width // tiles.depth, parts)
                 grad_hidden_kernel[(row_tiles * depth_tiles, parts)](
-                    tile, head.weight, head.live, head.count, factor, gradients.hidden,
+                    tile, head.weight, head.live, head.count, of_rows, gradients.hidden,
                     N, V, D, begin, end, column, width, split_blocks,
+                    0 if of_rows is None else of_rows.stride(0),
                     BLOCK_M=tiles.rows, ADD=column > 0, **products,
                 )  # fmt: skip
             if gradients.weight is not None:
                 grad_weight_kernel[(column_tiles * depth_tiles,)](
-                    tile, head.hidden, head.live, head.count, factor, gradients.weight,
-                    count, V, D, column, width, BLOCK_V=tiles.columns, **products,
+                    tile, head.hidden, head.live, head.count, relative, common, gradients.weight,
+                    count, V, D, column, width, BLOCK_V=tiles.columns, **weight_products,
                 )  # fmt: skip
             if gradients.bias is not None:
                 grad_bias_kernel[(triton.cdiv(width, 128),)](
-                    sums, head.count, factor, gradients.bias, V, begin, end, column, width,
+                    sums, head.count, common, gradients.bias, V, begin, end, column, width,
                     BLOCK_M=tiles.rows, BLOCK=128, ADD=begin > 0, num_warps=4,
                 )  # fmt: skip

@@ -172,7 +172,7 @@ def merged_statistics(partials_ptr, at, live, rows, splits, EXTRA: tl.constexpr)
 @triton.jit(do_not_specialize=LENGTHS)
 def grad_logits_tile_kernel(
     hidden_ptr, weight_ptr, bias_ptr, ids_ptr, temperatures_ptr, rows_ptr, count_ptr, logits_ptr,
-    lse_ptr, entropy_ptr, grad_ptr, grad_entropy_ptr, tile_ptr, column_sums_ptr,
+    lse_ptr, entropy_ptr, grad_ptr, grad_entropy_ptr, relative_ptr, tile_ptr, column_sums_ptr,
     V: tl.int32, D, row_begin: tl.int32, row_end: tl.int32, column_begin: tl.int32,
     tile_stride, grad_stride, temperature: tl.float32, softcap: tl.float32,
     logit_scale: tl.float32, smoothing: tl.float32,
@@ -203,16 +203,19 @@ def grad_logits_tile_kernel(
     logp = z - m - log_s
     p = tl.exp(logp)
     g = tl.load(grad_ptr + row * grad_stride, mask=live, other=0.0)[:, None]
+    token = tl.load(ids_ptr + row, mask=live, other=-1)[:, None]
+    g = tl.where((token >= 0) & (token < V), g, 0.0)
     weight = g
     if grad_entropy_ptr is not None:
         entropy = tl.load(entropy_ptr + row, mask=live, other=0.0)[:, None]
         weight += tl.load(grad_entropy_ptr + row, mask=live, other=0.0)[:, None] * (logp + entropy)
-    token = tl.load(ids_ptr + row, mask=live, other=-1)[:, None]
     chosen = tl.where(column[None, :] == token, 1.0 - smoothing, 0.0)
     grad = tl.where(p == 0, 0.0, -p * weight) + g * (chosen + smoothing / V)
     grad = tl.where((column < V)[None, :], grad * slope * logit_scale, 0.0)
     tile_ptrs = tile_ptr + at * tile_stride + in_tile[None, :]
     tl.store(tile_ptrs, grad.to(tile_ptr.dtype.element_ty), mask=live[:, None])
     if column_sums_ptr is not None:
+        if relative_ptr is not None:
+            grad *= tl.load(relative_ptr + row, mask=live, other=0.0)[:, None]
         sums = tl.sum(tl.where(live[:, None], grad, 0.0), 0)
         tl.store(column_sums_ptr + row_tile.to(tl.int64) * tile_stride + in_tile, sums)

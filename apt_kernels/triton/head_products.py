@@ -33,9 +33,9 @@ def live_rows_kernel(mask_ptr, rows_ptr, count_ptr, N: tl.int32, BLOCK: tl.const
 # Accuracy: float32.
 @triton.jit(do_not_specialize=LENGTHS)
 def grad_hidden_kernel(
-    tile_ptr, weight_ptr, rows_ptr, count_ptr, factor_ptr, out_ptr,
+    tile_ptr, weight_ptr, rows_ptr, count_ptr, factors_ptr, out_ptr,
     N: tl.int64, V: tl.int32, D, row_begin: tl.int32, row_end: tl.int32, column_begin: tl.int32,
-    tile_stride, split_blocks: tl.int32,
+    tile_stride, split_blocks: tl.int32, factors_stride,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     ADD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +58,8 @@ def grad_hidden_kernel(
         grad = tl.load(tile_ptrs + start, mask=live[:, None], other=0.0)
         w = tl.load(weight_ptrs, mask=(column < V)[:, None] & (d < D)[None, :], other=0.0)
         total = tl.dot(grad, w, total, input_precision=PRECISION)
-    if factor_ptr is not None:
-        total *= tl.load(factor_ptr)
+    if factors_ptr is not None:
+        total *= tl.load(factors_ptr + row * factors_stride, mask=live, other=1.0)[:, None]
     out_ptrs = out_ptr + (tl.program_id(1) * N + row)[:, None] * D + d[None, :]
     written = live[:, None] & (d < D)[None, :]
     if ADD:
@@ -72,7 +72,7 @@ def grad_hidden_kernel(
 # Parallelism: (column tile, depth tile). Accuracy: float32, rounded once.
 @triton.jit(do_not_specialize=LENGTHS)
 def grad_weight_kernel(
-    tile_ptr, hidden_ptr, rows_ptr, count_ptr, factor_ptr, out_ptr,
+    tile_ptr, hidden_ptr, rows_ptr, count_ptr, relative_ptr, factor_ptr, out_ptr,
     N: tl.int32, V: tl.int32, D, column_begin: tl.int32, tile_stride,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -92,6 +92,9 @@ def grad_weight_kernel(
         grad = tl.load(tile_ptrs, mask=live[:, None], other=0.0)
         hidden_ptrs = hidden_ptr + row[:, None] * D + d[None, :]
         h = tl.load(hidden_ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0)
+        if relative_ptr is not None:  # the hidden states have more digits to lose than the grad
+            relative = tl.load(relative_ptr + row, mask=live, other=0.0)[:, None]
+            h = (h * relative).to(hidden_ptr.dtype.element_ty)
         total = tl.dot(tl.trans(grad), h, total, input_precision=PRECISION)
     if factor_ptr is not None:
         total *= tl.load(factor_ptr)

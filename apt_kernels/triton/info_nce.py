@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from apt_kernels.triton import rows
+from apt_kernels.triton.logistic import log1p
 from apt_kernels.triton.similarity import (
     INFINITY,
     NOWHERE,
@@ -38,19 +39,18 @@ def _softmax_results_kernel(
     total = tl.load(running_ptr + plane + row, mask=live, other=1.0)
     weighted = tl.load(running_ptr + 2 * plane + row, mask=live, other=0.0)
     positive = tl.load(positive_ptr + row, mask=live, other=0.0)
-    alone = m == -INFINITY  # no other class
+    alone = total == 0  # no other class; of NaN the sum is NaN, the maximum is not
     m = tl.where(alone, positive, m)
-    gap = tl.where(alone, -INFINITY, (m - positive) * scale + tl.log(total))
-    gap = gap + 0.0 * scale  # a wrong temperature is seen also by a row that is alone
+    # a wrong temperature and a positive that is no number are seen also by a row that is alone
+    gap = (m - positive) * scale + tl.log(total)
+    gap = tl.where(positive < INFINITY, gap, float("nan"))
     e = tl.exp(-tl.abs(gap))
-    # log(1 + e) by its series where 1 + e loses digits of e
-    series = e * (1.0 - e * (0.5 - e * (0.33333334 - e * 0.25)))
-    loss = tl.maximum(gap, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
-    loss = tl.where(gap == gap, loss, gap)
+    loss = tl.where(gap == gap, tl.maximum(gap, 0.0) + log1p(e), gap)
     share = tl.where(gap >= 0, 1.0, e) / (1.0 + e)
     share = tl.where(gap == gap, share, gap)
     tl.store(losses_ptr + row, loss, mask=live)
-    tl.store(right_ptr + row, tl.where(alone | (positive > m), 1.0, 0.0), mask=live)
+    right = (alone | (positive > m)) & (gap == gap)
+    tl.store(right_ptr + row, tl.where(right, 1.0, 0.0), mask=live)
     if slopes_ptr is not None:
         mean = tl.where(alone, 0.0, m - positive + weighted / total)
         tl.store(slopes_ptr + row, share * mean, mask=live)

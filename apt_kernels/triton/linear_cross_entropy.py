@@ -88,7 +88,7 @@ def linear_cross_entropy_fwd(
     device = hidden.device
     if N == 0:
         return (
-            torch.zeros((), device=device),
+            torch.zeros((), dtype=torch.float32, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
             torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0),
             torch.zeros_like(weight) if need_weight else hidden.new_empty(0),
@@ -98,7 +98,7 @@ def linear_cross_entropy_fwd(
         hidden, weight, bias, labels, None, 1.0, softcap, logit_scale,
         *head.live_rows(labels != ignore_index),
     )  # fmt: skip
-    factor = torch.ones((), device=device)
+    factor = torch.ones((), dtype=torch.float32, device=device)
     if reduction == MEAN:
         counted = problem.count.clamp(min=1) if normalizer is None else normalizer
         factor = factor / counted
@@ -114,7 +114,7 @@ def linear_cross_entropy_fwd(
     if width:
         tiles_added = triton.cdiv(V, width)
         gradients = head.Gradients.of(problem, need_hidden, need_weight, need_bias, tiles_added)
-    downhill = torch.full((), -1.0, device=device).expand(N)
+    downhill = torch.full((), -1.0, dtype=torch.float32, device=device).expand(N)
     extra = head.SUM if label_smoothing else head.NO_EXTRA
     for begin in range(0, N, step):
         end = min(begin + step, N)
@@ -128,7 +128,7 @@ def linear_cross_entropy_fwd(
         if gradients is not None:
             head.head_gradients(
                 problem, begin, end, width, logits, lse, None, downhill, None, label_smoothing,
-                factor, gradients,
+                head.Factors.one(factor, N), gradients,
             )  # fmt: skip
     loss, correct = hidden.new_empty((), dtype=torch.float32), problem.count.long()
     with rows.device_of(hidden):

@@ -104,21 +104,18 @@ def linear_token_logprobs_bwd(
             torch.zeros_like(weight) if need_weight else weight.new_empty(0),
             torch.zeros_like(bias) if need_bias else weight.new_empty(0),
         )
-    # Divided by their largest, the upstream gradients keep their digits when the gradients of the
-    # logits are rounded to float16; the factor comes back in float32 after the products.
-    factor = _largest(grad_logps, mask)
-    if grad_entropy is not None:
-        factor = torch.maximum(factor, _largest(grad_entropy, mask))
-    factor = factor.clamp_min(torch.finfo(torch.float32).tiny)
+    factors = None
+    if hidden.dtype == torch.float16:
+        size = grad_logps.abs()
+        if grad_entropy is not None:
+            size = torch.maximum(size, grad_entropy.abs())
+        factors = head.Factors.of(size if mask is None else size.masked_fill(~mask, 0.0))
+        grad_logps = grad_logps / factors.of_rows
+        grad_entropy = None if grad_entropy is None else grad_entropy / factors.of_rows
     width = head.tile_columns(problem)
     tiles_added = triton.cdiv(weight.shape[0], width)
     gradients = head.Gradients.of(problem, need_hidden, need_weight, need_bias, tiles_added)
     head.head_gradients(
-        problem, 0, N, width, None, lse, entropy, grad_logps / factor,
-        None if grad_entropy is None else grad_entropy / factor, 0.0, factor, gradients,
+        problem, 0, N, width, None, lse, entropy, grad_logps, grad_entropy, 0.0, factors, gradients,
     )  # fmt: skip
     return gradients.results(problem)
-
-
-def _largest(grad, mask):
-    return (grad if mask is None else grad.masked_fill(~mask, 0.0)).abs().amax()

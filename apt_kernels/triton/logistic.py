@@ -23,6 +23,22 @@ def log1p(e):
 
 
 @triton.jit
+def log1p_polynomial(e):
+    """log(1 + e) for e in [0, 1], to about 1 ulp; fewer registers than `log1p` (no division)."""
+    p = -0.003176057009
+    p = p * e + 0.01954252721
+    p = p * e - 0.05637361274
+    p = p * e + 0.1054362379
+    p = p * e - 0.1526966707
+    p = p * e + 0.1966327425
+    p = p * e - 0.2495161626
+    p = p * e + 0.333297105
+    p = p * e - 0.4999989265
+    p = p * e + 1.0
+    return p * e
+
+
+@triton.jit
 def sigmoids(x):
     """sigmoid(x) and sigmoid(-x), neither by a subtraction from 1."""
     e = tl.exp(-tl.abs(x))

@@ -69,7 +69,7 @@ def _sequence_logps_fwd_kernel(
 
 
 # What: the row's gradient where the mask is true, 0 elsewhere; divided by the count for means.
-# Passes: one, two over the mask for means. Bytes: T mask bytes a row read, 4 T written.
+# Passes: one, two over the mask for means. Bytes: T mask bytes a row read (2 T), 4 T written.
 # Parallelism: one program a row. Accuracy: exact but for the division.
 @triton.jit(do_not_specialize=["T"])
 def _sequence_logps_bwd_kernel(
@@ -81,13 +81,6 @@ def _sequence_logps_bwd_kernel(
     mask_ptr += row * T
     out_ptr = grad_logps_ptr + row * T
     grad = tl.load(grad_ptr + row)
-    if AVERAGE:
-        tokens = 0
-        for first in range(0, T, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            seen = tl.load(mask_ptr + place, mask=place < T, other=0) != 0
-            tokens += tl.sum(seen.to(tl.int32), 0)
-        grad = grad / tl.maximum(tokens, 1).to(tl.float32)
     if UNIT > 1:
         head, body = T * 0, T
         body_ptr = out_ptr
@@ -96,6 +89,13 @@ def _sequence_logps_bwd_kernel(
         body_ptr = tl.multiple_of(out_ptr + head, 16)
     column, live = row_edge(head, body, T, ALIGN)
     counts = tl.load(mask_ptr + column, mask=live, other=0) != 0
+    if AVERAGE:
+        tokens = tl.sum(counts.to(tl.int32), 0)
+        for start in range(0, body, BLOCK):
+            offset = start + tl.arange(0, BLOCK)
+            seen = _counts(mask_ptr, head, offset, offset < body, ALIGN)
+            tokens += tl.sum(seen.to(tl.int32), 0)
+        grad = grad / tl.maximum(tokens, 1).to(tl.float32)
     tl.store(out_ptr + column, tl.where(counts, grad, 0.0), mask=live)
     for start in range(0, body, BLOCK):
         offset = start + tl.arange(0, BLOCK)

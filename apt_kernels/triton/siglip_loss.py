@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from apt_kernels.triton import rows
+from apt_kernels.triton.logistic import log1p_polynomial
 from apt_kernels.triton.similarity import (
     INFINITY,
     LENGTHS,
@@ -28,9 +29,7 @@ PLANES = 4  # of a row: its loss, its derivatives at scale and bias, the largest
 @triton.jit
 def _softplus(x):
     """log(1 + e^x); a small e^x keeps its digits."""
-    e = tl.exp(-tl.abs(x))
-    series = e * (1.0 - e * (0.5 - e * (0.33333334 - e * 0.25)))
-    return tl.maximum(x, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
+    return tl.maximum(x, 0.0) + log1p_polynomial(tl.exp(-tl.abs(x)))
 
 
 # What: the losses of a block of rows over some tiles, their derivatives at scale and bias.
@@ -106,7 +105,8 @@ def _sigmoid_results_kernel(
         best = tl.maximum(best, tl.load(at + 3 * plane, mask=live, other=0.0))
     positive = tl.load(positive_ptr + row, mask=live, other=0.0)
     tl.store(losses_ptr + row, loss, mask=live)
-    tl.store(right_ptr + row, tl.where(positive > best, 1.0, 0.0), mask=live)
+    right = (positive > best) & (loss == loss)  # the maximum does not see NaN
+    tl.store(right_ptr + row, tl.where(right, 1.0, 0.0), mask=live)
     if slopes_ptr is not None:
         tl.store(slopes_ptr + row, slope, mask=live)
         tl.store(bias_slopes_ptr + row, bias_slope, mask=live)

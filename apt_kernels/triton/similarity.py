@@ -102,7 +102,8 @@ def width_block(x: Tensor) -> int:
     return min(128, max(16, triton.next_power_of_2(x.shape[1])))
 
 
-# What: 1/|x| of rows as the sum of two floats, 0 for |x|^2 <= 1e-24. Passes: one.
+# What: 1/|x| of rows as the sum of two floats, 0 for |x|^2 <= 1e-24, NaN where |x|^2 is not finite.
+# Passes: one.
 # Bytes: D elements a row read, 8 written. Parallelism: blocks of rows. Accuracy: float64, as an
 # error would shift a whole row of scores.
 @triton.jit(do_not_specialize=["N"])
@@ -120,7 +121,8 @@ def _inverse_norms_kernel(
         squares += x * x
     squared = tl.sum(squares, 1)
     inverse = 1.0 / tl.sqrt(tl.maximum(squared, SMALLEST_SQUARED_NORM))
-    inverse = tl.where(squared > SMALLEST_SQUARED_NORM, inverse, 0.0)
+    inverse = tl.where(squared <= SMALLEST_SQUARED_NORM, 0.0, inverse)
+    inverse = tl.where(squared < INFINITY, inverse, float("nan"))
     high = inverse.to(tl.float32)
     tl.store(inverse_ptr + row, high, mask=live)
     rest = (inverse - high.to(tl.float64)).to(tl.float32)

@@ -60,7 +60,7 @@ def _combine(m, total, weighted, other_m, other_total, other_weighted, scale):
 @triton.jit
 def _label_statistics(d, same, AXIS: tl.constexpr):
     """(best positive, best negative, sum, number of positives) along an axis."""
-    positive = same & (d > -INFINITY)  # not itself, nor beyond the end
+    positive = same & (d != -INFINITY)  # not itself, nor beyond the end
     best = tl.max(tl.where(positive, d, -INFINITY), AXIS)
     best_negative = tl.max(tl.where(same, -INFINITY, d), AXIS)
     total = tl.sum(tl.where(positive, d, 0.0), AXIS)

@@ -34,8 +34,10 @@ def _sup_con_results_kernel(
     share = tl.where(anchor, 1.0 / tl.where(anchor, number, 1.0), 0.0)
     gap = m - positives / tl.where(anchor, number, 1.0)
     log_sum = tl.log(total)
-    tl.store(losses_ptr + row, tl.where(anchor, gap * scale + log_sum, 0.0), mask=live)
-    tl.store(right_ptr + row, tl.where(anchor & (best > best_negative), 1.0, 0.0), mask=live)
+    loss = tl.where(anchor, gap * scale + log_sum, 0.0)
+    tl.store(losses_ptr + row, loss, mask=live)
+    right = anchor & (best > best_negative) & (loss == loss)  # maxima do not see NaN
+    tl.store(right_ptr + row, tl.where(right, 1.0, 0.0), mask=live)
     if slopes_ptr is not None:
         tl.store(slopes_ptr + row, tl.where(anchor, gap + weighted / total, 0.0), mask=live)
     at = stats_ptr + row.to(tl.int64) * WIDTH

@@ -167,10 +167,12 @@ def _token_logprobs_bwd_kernel(
     log_s = tl.load(lse_ptr + row * 2 + 1)
     token = tl.load(ids_ptr, mask=K > 0, other=-1)
     token_grad = tl.load(grad_logps_ptr, mask=K > 0, other=0.0)
-    total = token_grad
-    for k in range(1, K, LANES):
+    total = 0.0
+    for k in range(0, K, LANES):
         lane = k + tl.arange(0, LANES)
-        total += tl.sum(tl.load(grad_logps_ptr + lane, mask=lane < K, other=0.0), 0)
+        other = tl.load(ids_ptr + lane, mask=lane < K, other=-1)
+        inside = (other >= 0) & (other < V)
+        total += tl.sum(tl.load(grad_logps_ptr + lane, mask=inside, other=0.0), 0)
     entropy_grad = 0.0
     entropy = 0.0
     if WITH_ENTROPY:

@@ -80,6 +80,9 @@ inline BlockResult scan_plain(VecF rewards, VecF values, float gamma, const Powe
   return {a, a + values};
 }
 
+// a + p x. A factor of 0 cuts: what lies behind may be anything.
+inline VecF after(VecF p, VecF a, VecF x) { return select(p == 0.f, a, a + p * x); }
+
 // Any block. The trace is a scan of maps x -> a + p x, the next value one of "first that counts".
 inline BlockResult scan_flagged(VecF rewards, VecF values, const BlockFlags& flags, float gamma,
                                 float decay, BlockCarry& carry) {
@@ -99,10 +102,10 @@ inline BlockResult scan_flagged(VecF rewards, VecF values, const BlockFlags& fla
   VecF a = select(counts, delta, zero);
   VecF p = select(counts, select(cut, zero, splat(decay)), one);
   for_powers_of_two([&](auto k) {
-    a = a + p * shift<k>(a, zero);
+    a = after(p, a, shift<k>(a, zero));
     p = p * shift<k>(p, one);
   });
-  a = a + p * splat(carry.advantage);
+  a = after(p, a, splat(carry.advantage));
   carry.advantage = a[0];
   carry.value = counts[0] ? v[0] : next[0];
   carry.any = counts[0] || any[0];

@@ -37,12 +37,16 @@ struct Side {
   };
   Result result(int64_t i, double scale) const {
     const double positive_d = positive[i];
-    if (others.max[i] == -kInf) return {0, 1, 0, positive_d, 0};  // no other class
-    const double gap = scale * (others.shift(i) - positive_d) + std::log(others.sum[i]);
+    const bool alone = others.sum[i] == 0;  // no other class; maxima do not see NaN, sums do
+    if (alone && std::abs(positive_d) < kInf) return {0, 1, 0, positive_d, 0};
+    const double gap = alone || !(positive_d < kInf)
+                           ? std::numeric_limits<double>::quiet_NaN()
+                           : scale * (others.shift(i) - positive_d) + std::log(others.sum[i]);
     const double loss = (gap > 0 ? gap : 0) + std::log1p(std::exp(-std::abs(gap)));
     const double rest = gap != gap ? gap : 1 / (1 + std::exp(-gap));
     const double slope = rest * (others.mean(i) - positive_d);
-    return {loss, double(positive[i] > others.max[i]), slope, positive_d + loss / scale, rest};
+    const bool right = positive[i] > others.max[i] && gap == gap;
+    return {loss, double(right), slope, positive_d + loss / scale, rest};
   }
 };
 

@@ -97,8 +97,10 @@ void forward(const SigLIP& a) {
   for (int64_t i = 0; i < s.rows.count; ++i) {
     const double d = rows.positive[i];
     const Logistic<double> own = logistic(d * s.scale + a.logit_bias);
-    static_cast<A*>(a.losses)[i] = A(rows.loss[i] - own.log_right);
-    static_cast<A*>(a.right)[i] = rows.positive[i] > rows.best[i];
+    const A loss = A(rows.loss[i] - own.log_right);
+    static_cast<A*>(a.losses)[i] = loss;
+    // a maximum does not see NaN
+    static_cast<A*>(a.right)[i] = rows.positive[i] > rows.best[i] && loss == loss;
     if (a.need_slopes) {
       a.slopes[i] = rows.slope[i] - own.wrong * d;
       a.bias_slopes[i] = rows.bias_slope[i] - own.wrong;

@@ -23,7 +23,7 @@ struct Similarity {
   Rows rows, columns;
   bool wide;       // compute in double
   bool triangle;   // columns are the rows: only one of (i, j) and (j, i) is computed
-  bool normalize;  // u = x / |x|, and 0 for |x|^2 <= 1e-24
+  bool normalize;  // u = x / |x|, 0 for |x|^2 <= 1e-24, NaN where |x|^2 is not finite
   double scale;    // 1 / temperature
   bool unrounded;  // gradients have the type of their sums and not that of the rows
   // The column that is excluded from row i is i + self_offset; the one that is its positive

@@ -102,7 +102,8 @@ double dot(const A* a, const A* b, int64_t width) {
 constexpr int64_t kRowGrain = 64;  // rows that are worth a thread
 constexpr double kSmallestSquaredNorm = 1e-24;
 
-// 1/|x| of every row, 0 for a row without a direction; all 1 if not normalised.
+// 1/|x| of every row, 0 for a row without a direction, NaN for one that is not finite; all 1 if not
+// normalised.
 template <class A>
 void inverse_norms(const Rows& rows, bool normalize, A* out) {
   if (!normalize) {
@@ -117,7 +118,8 @@ void inverse_norms(const Rows& rows, bool normalize, A* out) {
       for (int64_t r = 0; r < count; ++r) {
         const A* p = x.data() + r * rows.width;
         const double squared = dot(p, p, rows.width);
-        out[row + r] = squared > kSmallestSquaredNorm ? A(1 / std::sqrt(squared)) : A(0);
+        const double inverse = squared <= kSmallestSquaredNorm ? 0 : 1 / std::sqrt(squared);
+        out[row + r] = squared < kInf ? A(inverse) : std::numeric_limits<A>::quiet_NaN();
       }
     }
   });

@@ -113,8 +113,11 @@ void write_results(const SupCon& a, const Running<A>& all, const Positives<A>& p
     const double mean = positives.sum[i] / count, log_sum = std::log(all.sum[i]);
     a.stats[2 * i] = count ? all.shift(i) + log_sum / s.scale : 0;
     a.stats[2 * i + 1] = count ? 1. / count : 0;
-    static_cast<A*>(a.losses)[i] = count ? A(s.scale * (all.shift(i) - mean) + log_sum) : A(0);
-    static_cast<A*>(a.right)[i] = count && positives.best[i] > positives.best_negative[i];
+    const A loss = count ? A(s.scale * (all.shift(i) - mean) + log_sum) : A(0);
+    static_cast<A*>(a.losses)[i] = loss;
+    // maxima do not see NaN
+    static_cast<A*>(a.right)[i] =
+        count && positives.best[i] > positives.best_negative[i] && loss == loss;
     if (a.need_slopes) a.slopes[i] = count ? all.mean(i) - mean : 0;
   }
 }

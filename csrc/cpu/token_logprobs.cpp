@@ -5,6 +5,7 @@
 #include "token_logprobs.h"
 
 #include <atomic>
+#include <cstring>
 
 #include "parallel.h"
 #include "softmax_row.h"
@@ -32,18 +33,41 @@ int64_t out_of_range(const TokenLogprobs& a, int64_t row) {
 
 bool masked(const TokenLogprobs& a, int64_t row) { return a.mask && !a.mask[row]; }
 
+// A log-sum-exp as two floats in the 8 bytes of a saved one: log p = (z - high) - low. Rounded to
+// double, an lse beyond 1e15 would lose the logarithm of the sum.
+struct SavedLse {
+  float high, low;
+  static constexpr double kLargestSummed = 1 << 20;  // the sum's low part has an error of 4e-9
+  static void write(const RowStats& stats, double log_sum, double* to) {
+    SavedLse saved{float(stats.shift), float(log_sum)};  // the shift is a float
+    if (std::abs(stats.shift) <= kLargestSummed) {
+      const double lse = stats.shift + log_sum;
+      saved.high = float(lse);
+      saved.low = float(lse - saved.high);
+    }
+    std::memcpy(to, &saved, sizeof saved);
+  }
+  static SavedLse read(const double* from) {
+    SavedLse saved;
+    std::memcpy(&saved, from, sizeof saved);
+    return saved;
+  }
+};
+static_assert(sizeof(SavedLse) == sizeof(double));
+
 template <bool kEntropy, bool kTransform, class T>
 void forward_row(const TokenLogprobs& a, int64_t row) {
   const T* x = row_logits<T>(a, row);
   const Logit<kTransform> logit{row_temperature<float>(a, row), float(a.softcap)};
   RowStats stats = empty_row();
   add_columns<kEntropy>(stats, x, a.vocab, logit);
-  const double lse = stats.lse();
-  a.lse[row] = lse;
+  const double log_sum = std::log(stats.sum_exp);
+  SavedLse::write(stats, log_sum, a.lse + row);
   if constexpr (kEntropy) static_cast<float*>(a.entropy)[row] = float(stats.entropy());
   const int64_t first = row * a.ids_per_row;
   for (int64_t k = first; k < first + a.ids_per_row; ++k)
-    static_cast<float*>(a.logps)[k] = float(logit(to_float(x[a.token_ids[k]])) - lse);
+    static_cast<float*>(a.logps)[k] =
+        float((logit(to_float(x[a.token_ids[k]])) - stats.shift) - log_sum);
 }
 
 // Sum of the upstream gradients of one id: a row may gather the same column twice.
@@ -68,11 +92,11 @@ void backward_row(const TokenLogprobs& a, int64_t row) {
   T* out = static_cast<T*>(a.grad_logits) + row * a.vocab;
   const float* grad = static_cast<const float*>(a.grad_logps);
   const int64_t first = row * a.ids_per_row;
-  const float lse_high = float(a.lse[row]);
+  const SavedLse lse = SavedLse::read(a.lse + row);
   RowGradient<kEntropy, kTransform> gradient{
       {row_temperature<float>(a, row), float(a.softcap)},
-      lse_high,
-      float(a.lse[row] - lse_high),
+      lse.high,
+      lse.low,
       gradient_sum(a, grad, first),
       kEntropy ? static_cast<const float*>(a.grad_entropy)[row] : 0.f,
       kEntropy ? static_cast<const float*>(a.entropy)[row] : 0.f};
@@ -83,7 +107,8 @@ void backward_row(const TokenLogprobs& a, int64_t row) {
   }
 }
 
-// float64: plain loops, for checking rather than for speed.
+// float64: plain loops, for checking rather than for speed; the statistics are computed again for
+// the gradient, as they are two doubles.
 struct DoubleLogit {
   double temperature, softcap;
   double operator()(double x) const {
@@ -96,9 +121,7 @@ struct DoubleLogit {
   }
 };
 
-void forward_row_double(const TokenLogprobs& a, int64_t row) {
-  const double* x = row_logits<double>(a, row);
-  const DoubleLogit logit{row_temperature<double>(a, row), a.softcap};
+RowStats double_stats(const TokenLogprobs& a, const double* x, DoubleLogit logit) {
   RowStats stats = empty_row();
   for (int64_t i = 0; i < a.vocab; ++i) {
     const double z = logit(x[i]);
@@ -109,11 +132,18 @@ void forward_row_double(const TokenLogprobs& a, int64_t row) {
     stats.sum_exp += e;
     stats.sum_zexp += e == 0 ? 0 : d * e;
   }
+  return stats;
+}
+
+void forward_row_double(const TokenLogprobs& a, int64_t row) {
+  const double* x = row_logits<double>(a, row);
+  const DoubleLogit logit{row_temperature<double>(a, row), a.softcap};
+  const RowStats stats = double_stats(a, x, logit);
   a.lse[row] = stats.lse();
   if (a.return_entropy) static_cast<double*>(a.entropy)[row] = stats.entropy();
   const int64_t first = row * a.ids_per_row;
   for (int64_t k = first; k < first + a.ids_per_row; ++k)
-    static_cast<double*>(a.logps)[k] = logit(x[a.token_ids[k]]) - stats.lse();
+    static_cast<double*>(a.logps)[k] = stats.log_probability(logit(x[a.token_ids[k]]));
 }
 
 void backward_row_double(const TokenLogprobs& a, int64_t row) {
@@ -122,11 +152,12 @@ void backward_row_double(const TokenLogprobs& a, int64_t row) {
   const double* grad = static_cast<const double*>(a.grad_logps);
   const int64_t first = row * a.ids_per_row;
   const DoubleLogit logit{row_temperature<double>(a, row), a.softcap};
-  const double lse = a.lse[row], g = gradient_sum(a, grad, first);
+  const RowStats stats = double_stats(a, x, logit);
+  const double g = gradient_sum(a, grad, first);
   const double e = a.grad_entropy ? static_cast<const double*>(a.grad_entropy)[row] : 0;
   const double entropy = a.grad_entropy ? static_cast<const double*>(a.entropy)[row] : 0;
   for (int64_t i = 0; i < a.vocab; ++i) {
-    const double log_p = logit(x[i]) - lse, p = std::exp(log_p);
+    const double log_p = stats.log_probability(logit(x[i])), p = std::exp(log_p);
     out[i] = -p * (g + e * (p == 0 ? 0 : log_p + entropy)) * logit.slope(x[i]);
   }
   for (int64_t k = first; k < first + a.ids_per_row; ++k)

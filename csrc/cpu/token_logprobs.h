@@ -19,7 +19,7 @@ struct TokenLogprobs {
   double temperature, softcap;  // softcap 0: none
   bool return_entropy;
   void *logps, *entropy;  // written by fwd; entropy is read by bwd
-  double* lse;            // written by fwd, read by bwd
+  double* lse;            // written by fwd, read by bwd: of floats a pair of them, not a number
   const void *grad_logps, *grad_entropy;
   void* grad_logits;  // [outer, inner, vocab] contiguous
 };

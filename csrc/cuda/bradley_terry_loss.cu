@@ -17,7 +17,8 @@ struct BradleyTerryLoss {
   __device__ PairResult operator()(int64_t i) const {
     const float c = to_float(chosen[i]), r = to_float(rejected[i]);
     const float x = (c - r) - (margins ? margins[i] : margin);
-    const float total = c + r, center = center_coef * total;
+    const float total = center_coef == 0.0f ? 0.0f : c + r;  // 0 * inf would be NaN
+    const float center = center_coef * total;
     const float pull = sigmoid(-x), push = 2.0f * center;
     return {center * total - log_sigmoid(x), push - pull, push + pull};
   }

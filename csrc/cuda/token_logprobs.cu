@@ -39,22 +39,22 @@ __device__ inline float cap(float x, float softcap) {
   return softcap * tanhf(x / softcap);
 }
 
-// logps[k] = z[id_k] - lse, lse and (if asked) the entropy of one row, online softmax.
+// logps[k] = z[id_k] - lse, lse in two parts and (if asked) the entropy of one row, online softmax.
 // Passes: the row is read once, then one element an id.
 // Bytes: V * sizeof(T) + 12 K + 12 a row, in 16-byte loads whatever V and the alignment are.
 // Parallelism: one block a row, 32 to 512 threads by V.
-// Accuracy: float sums, exponents relative to the maximum; lse in double: large logits lose none.
+// Accuracy: float sums, exponents relative to the maximum; large logits lose no digits of lse.
 template <typename T, bool kSoftcap, bool kEntropy>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     token_logprobs_fwd_kernel(LogitsRows logits, const int64_t* __restrict__ token_ids, int K,
                               float* __restrict__ logps, float* __restrict__ entropy,
-                              double* __restrict__ lse) {
+                              float2* __restrict__ lse) {
   const int64_t row = blockIdx.x;
   token_ids += row * K;
   logps += row * K;
   if (is_masked(logits)) {
     for (int k = threadIdx.x; k < K; k += blockDim.x) logps[k] = 0.0f;
-    if (threadIdx.x == 0) lse[row] = 0.0;
+    if (threadIdx.x == 0) lse[row] = make_float2(0.0f, 0.0f);
     if (kEntropy && threadIdx.x == 0) entropy[row] = 0.0f;
     return;
   }
@@ -92,17 +92,17 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     logps[k] = logp;
   }
   if (threadIdx.x != 0) return;
-  lse[row] = static_cast<double>(softmax.max) * inverse + log_sum;
+  lse[row] = make_float2(softmax.max, log_sum);
   if (kEntropy) entropy[row] = log_sum - softmax.weighted * inverse / softmax.sum;
 }
 
 // What the gradient of a row needs besides its columns.
 struct RowGradient {
   float softcap;
-  float inverse;   // 1 / temperature
-  float lse;       // rounded to float, and what that left: at |lse| = 1e4 the rounding alone is
-  float lse_rest;  // a relative error of 5e-4 in p
-  float pull;      // sum of the ids' gradients + grad_entropy * entropy
+  float inverse;  // 1 / temperature
+  float max;      // of the capped logits
+  float log_sum;  // of e^(z - max z): in one float with the maximum it would lose digits of p
+  float pull;     // sum of the ids' gradients + grad_entropy * entropy
   float grad_entropy;
 
   // d loss / d x of a column whose own log-probabilities have the gradient `gathered`.
@@ -114,7 +114,7 @@ struct RowGradient {
       y = softcap * t;
       slope *= 1.0f - t * t;
     }
-    const float logp = fmaf(y, inverse, -lse) - lse_rest;  // fma: the product is not rounded
+    const float logp = fmaf(y - max, inverse, -log_sum);
     const float p = expf(logp);
     // p = 0 adds exactly 0: grad_entropy * 0 * (-inf) would be NaN
     const float back = p == 0.0f ? 0.0f : p * fmaf(grad_entropy, logp, pull);
@@ -178,13 +178,13 @@ __device__ inline void grad_columns(const RowGradient& gradient, const T* x, T* 
 // Passes: the row is read once and written once, then the K gathered columns again.
 // Bytes: 2 V * sizeof(T) + 12 K + 12 a row; 16-byte stores, loads shifted where alignments differ.
 // Parallelism: one block a row, 32 to 512 threads by V; each element has one writer at a time.
-// Accuracy: float; p from the lse in two floats; one rounding to T.
+// Accuracy: float; p from the two parts of the lse; one rounding to T.
 template <typename T, bool kSoftcap>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     token_logprobs_bwd_kernel(const float* __restrict__ grad_logps,
                               const float* __restrict__ grad_entropy, LogitsRows logits,
                               const int64_t* __restrict__ token_ids, int K,
-                              const double* __restrict__ lse, const float* __restrict__ entropy,
+                              const float2* __restrict__ lse, const float* __restrict__ entropy,
                               T* __restrict__ grad_logits) {
   const int64_t row = blockIdx.x;
   const int V = static_cast<int>(logits.V);
@@ -195,11 +195,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   const T* x = row_begin<T>(logits);
   const float sum = sum_grad_logps(grad_logps, token_ids, K, V);
   const float grad_of_entropy = grad_entropy ? grad_entropy[row] : 0.0f;
-  const float rounded_lse = static_cast<float>(lse[row]);
   const RowGradient gradient = {logits.softcap,
                                 inverse_temperature(logits),
-                                rounded_lse,
-                                static_cast<float>(lse[row] - rounded_lse),
+                                lse[row].x,
+                                lse[row].y,
                                 fmaf(grad_of_entropy, grad_entropy ? entropy[row] : 0.0f, sum),
                                 grad_of_entropy};
   grad_columns<T, kSoftcap>(gradient, x, grad_logits, V);
@@ -241,7 +240,8 @@ cudaError_t token_logprobs_fwd(const LogitsRows& logits, const int64_t* token_id
                                        : token_logprobs_fwd_kernel<T, true, false>)
                             : (entropy ? token_logprobs_fwd_kernel<T, false, true>
                                        : token_logprobs_fwd_kernel<T, false, false>);
-    kernel<<<rows, threads, 0, stream>>>(logits, token_ids, k, logps, entropy, lse);
+    kernel<<<rows, threads, 0, stream>>>(logits, token_ids, k, logps, entropy,
+                                         reinterpret_cast<float2*>(lse));
     return cudaGetLastError();
   });
 }
@@ -259,8 +259,9 @@ cudaError_t token_logprobs_bwd(const float* grad_logps, const float* grad_entrop
     const int threads = row_threads<T, kUnroll>(logits.V, kMaxThreads);
     const auto kernel = logits.softcap != 0.0f ? token_logprobs_bwd_kernel<T, true>
                                                : token_logprobs_bwd_kernel<T, false>;
-    kernel<<<rows, threads, 0, stream>>>(grad_logps, grad_entropy, logits, token_ids, k, lse,
-                                         entropy, static_cast<T*>(grad_logits));
+    kernel<<<rows, threads, 0, stream>>>(grad_logps, grad_entropy, logits, token_ids, k,
+                                         reinterpret_cast<const float2*>(lse), entropy,
+                                         static_cast<T*>(grad_logits));
     return cudaGetLastError();
   });
 }

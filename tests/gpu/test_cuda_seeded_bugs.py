@@ -180,7 +180,13 @@ BUGS = (
         "p * ",
         ("excluded_columns",),
     ),
-    Bug("lse_rounded_to_float", ROW, " - lse_rest;", ";", ("large_logits",)),
+    Bug(
+        "lse_rounded_to_float",
+        ROW,
+        "make_float2(softmax.max, log_sum)",
+        "make_float2(softmax.max + log_sum / inverse, 0.0f)",
+        ("large_logits",),
+    ),
     Bug(
         "id_of_the_size_allowed",
         ROW,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apt_kernels import dispatch, reference
 from apt_kernels.registry import OPS, Sample
-from apt_kernels.testing import assert_as_accurate
+from apt_kernels.testing import ULPS, assert_as_accurate
 from calls import call, fresh, in_float64
 
 DPO_TYPES = {
@@ -41,9 +41,9 @@ def sparse(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def _compare(actual, plain, exact, names):
+def _compare(actual, plain, exact, names, ulps=ULPS):
     for got, reference_, wanted, name in zip(actual, plain, exact, names, strict=True):
-        assert_as_accurate(got, reference_, wanted, name=name)
+        assert_as_accurate(got, reference_, wanted, name=name, ulps=ulps)
 
 
 def _leaf(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
@@ -52,13 +52,13 @@ def _leaf(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return (t.detach().clone() if dtype is None else t.detach().to(dtype)).requires_grad_()
 
 
-def registry_sample(kernels, operation: str, name: str, dtype=torch.float32) -> None:
+def registry_sample(kernels, operation: str, name: str, dtype=torch.float32, ulps=ULPS) -> None:
     """A call of the public function, with these launchers behind it."""
     given = next(sample for sample in OPS[operation].samples(dtype) if sample.name == name)
-    public_call(kernels, operation, given)
+    public_call(kernels, operation, given, ulps)
 
 
-def public_call(kernels, operation: str, given) -> None:
+def public_call(kernels, operation: str, given, ulps=ULPS) -> None:
     """The same of any call."""
     op = OPS[operation]
     launchers = {(kernel, "triton"): getattr(kernels, kernel) for kernel in op.kernels}
@@ -67,7 +67,8 @@ def public_call(kernels, operation: str, given) -> None:
     plain = call(op.reference, fresh(given))
     exact = call(op.reference, in_float64(fresh(given)))
     for kind, of_kind in zip(("output", "gradient"), zip(actual, plain, exact, strict=True)):
-        _compare(*of_kind, [f"{kind} {i} of {given.name}" for i in range(len(of_kind[0]))])
+        names = [f"{kind} {i} of {given.name}" for i in range(len(of_kind[0]))]
+        _compare(*of_kind, names, ulps)
 
 
 def large_groups(kernels, dtype) -> None:
@@ -252,6 +253,18 @@ def dpo_loss(kernels, loss_type, dtype, reduction, B, spread=3.0) -> None:
 
     names = ["loss", "chosen_rewards", "rejected_rewards", "grads"]
     _compare(actual, expected(None), expected(torch.float64), names)
+
+
+FINE_SMOOTHING = {"robust": (0.4999, 300), "exo_pair": (0.499, 3)}  # and the spread of the pairs
+
+
+def fine_smoothing(kernels, loss_type) -> None:
+    """Constants of a smoothing near 1/2, such as 1 - 2s, that float32 would take digits from."""
+    smoothing, spread = FINE_SMOOTHING[loss_type]
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(64, generator=generator) * spread).requires_grad_() for _ in range(2)]
+    options = {"loss_type": loss_type, "label_smoothing": smoothing, "reduction": "none"}
+    public_call(kernels, "dpo_loss", Sample(f"{loss_type} {smoothing}", tuple(pairs), options))
 
 
 def bradley_terry_loss(kernels, dtype, reduction, B, margins=False, center_coef=0.0) -> None:

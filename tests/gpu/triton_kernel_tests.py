@@ -24,6 +24,8 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 import apt_kernels.triton as kernels
 from apt_kernels.triton import head, logistic
 from calls import tensors
+from test_gae import test_what_lies_behind_the_end_of_an_episode_may_be_anything  # noqa: F401
+from test_linear_losses import test_a_loss_scale_saves_the_digits_of_float16  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -199,8 +201,16 @@ def test_ids_out_of_range():
     grad_logits = kernels.token_logprobs_bwd(
         grad, None, logits, ids.view(1, 5, 1), None, None, lse, entropy, 1.0, 0.0
     )
-    expected = -logits.softmax(-1)
+    expected = torch.zeros(1, 5, V)
+    expected[0, 4] = -logits[0, 4].softmax(-1)
     expected[0, 4, 7] += 1
+    torch.testing.assert_close(grad_logits, expected)
+    several = ids.expand(5, 5)[None]  # with one that is in range
+    grad = torch.ones(1, 5, 5)
+    saved = (logits, several.contiguous(), None, None, lse, entropy, 1.0, 0.0)
+    grad_logits = kernels.token_logprobs_bwd(grad, None, *saved)
+    expected = -logits.softmax(-1)
+    expected[..., 7] += 1
     torch.testing.assert_close(grad_logits, expected)
 
     hidden, weight = torch.randn(5, 16), torch.randn(V, 16)
@@ -208,16 +218,96 @@ def test_ids_out_of_range():
     logps, _, lse, _ = kernels.linear_token_logprobs_fwd(*inputs, 1.0, 0.0, 1.0, False, False)
     assert logps[:4].isnan().all() and logps[4].isfinite()
     grad_hidden, _, _ = kernels.linear_token_logprobs_bwd(
-        grad.view(5), None, *inputs, lse, entropy, 1.0, 0.0, 1.0, True, False, False
+        torch.ones(5), None, *inputs, lse, entropy, 1.0, 0.0, 1.0, True, False, False
     )
-    onehot = torch.zeros(5, V)
-    onehot[4, 7] = 1
-    expected = (onehot - (hidden @ weight.T).softmax(-1)) @ weight
+    grad_logits = torch.zeros(5, V)
+    grad_logits[4] = -(hidden[4] @ weight.T).softmax(-1)
+    grad_logits[4, 7] += 1
+    expected = grad_logits @ weight
     torch.testing.assert_close(grad_hidden, expected, rtol=1e-4, atol=1e-5)
     loss, correct, *_ = kernels.linear_cross_entropy_fwd(
         *inputs[:4], None, -100, 0.0, 0.0, 1.0, 1, False, False, False
     )
     assert loss.isnan() and 0 <= correct <= 1
+
+
+@pytest.mark.parametrize("loss_type", checks.FINE_SMOOTHING)
+def test_constants_of_the_smoothing_keep_their_digits(loss_type):
+    checks.fine_smoothing(kernels, loss_type)
+
+
+def _head_gradients(function, sample, upstream):
+    hidden, weight, *_ = sample.args
+    logps = function(*sample.args, **sample.kwargs)
+    leaves = [t for t in (hidden, weight, sample.kwargs.get("bias")) if t is not None]
+    return torch.autograd.grad(logps, leaves, upstream.to(logps.dtype))
+
+
+@pytest.mark.parametrize("least", (1e-1, 1e-4))
+@pytest.mark.parametrize("frozen", (False, True), ids=("all", "hidden_alone"))
+def test_rows_of_small_upstream_gradients_keep_their_digits_in_float16(least, frozen):
+    N, D, V = 40, 32, 90
+    hidden, weight, bias, ids, mask = checks._head_inputs("x", N, D, V, torch.float16, True, 0.8)
+    inputs = (hidden, weight, bias, ids, mask, None)
+    upstream = torch.full((N,), least)
+    upstream[mask.nonzero()[0]] = 1024.0
+    upstream[mask.nonzero()[1]] = 0.0
+    upstream[~mask] = torch.nan
+    scales = (1.0, 0.0, 1.0)
+    _, entropy, lse, _ = kernels.linear_token_logprobs_fwd(*inputs, *scales, False, False)
+    need = (True, not frozen, not frozen)
+    got = kernels.linear_token_logprobs_bwd(upstream, None, *inputs, lse, entropy, *scales, *need)
+    sample = checks.Sample("", (hidden, weight, ids), {"mask": mask, "bias": bias})
+    sample = checks.in_float64(checks.fresh(sample))
+    for t in (*sample.args[:2], sample.kwargs["bias"]):
+        t.requires_grad_()
+    exact = _head_gradients(
+        checks.reference.linear_token_logprobs, sample, upstream.where(mask, 0.0)
+    )
+    for row in mask.nonzero()[2:]:
+        error = (got[0][row].double() - exact[0][row]).norm()
+        assert error <= (1e-3 if least > 1e-3 else 5e-2) * exact[0][row].norm()  # subnormals
+    for one, other in list(zip(got, exact, strict=True))[1 : 1 if frozen else 3]:
+        assert (one.double() - other).norm() <= 1e-3 * other.norm()
+
+
+@each_dtype
+def test_an_infinite_upstream_gradient_stays_in_its_row(dtype):
+    hidden, weight, _, ids, _ = checks._head_inputs("y", 6, 32, 50, dtype, False, None)
+    inputs = (hidden, weight, None, ids, None, None, 1.0, 0.0, 1.0)
+    _, entropy, lse, _ = kernels.linear_token_logprobs_fwd(*inputs, False, False)
+
+    def grad_hidden(first, others):
+        upstream = torch.full((6,), others)
+        upstream[0] = first
+        backward = (*inputs[:6], lse, entropy, *inputs[6:], True, False, False)
+        return kernels.linear_token_logprobs_bwd(upstream, None, *backward)[0]
+
+    wanted = grad_hidden(1.0, 1.0)
+    assert wanted.isfinite().all() and wanted.any(-1).all()
+    for bad in (torch.inf, torch.nan, 1e30):
+        got = grad_hidden(bad, 1.0)
+        assert torch.equal(got[1:], wanted[1:])
+        assert not got[0].isfinite().all() or dtype != torch.float16
+    if dtype != torch.float16:
+        small = grad_hidden(1e30, 2.0**-40).float() * 2.0**40
+        torch.testing.assert_close(small[1:], wanted[1:].float())
+
+
+def test_the_default_dtype_does_not_matter():
+    hidden, weight, bias, ids, _ = checks._head_inputs("z", 8, 16, 50, torch.float32, True, None)
+    options = (None, -100, 0.1, 0.0, 1.0, 1, True, True, True)
+    wanted = kernels.linear_cross_entropy_fwd(hidden, weight, bias, ids, *options)
+    none = (hidden[:0], weight, bias, ids[:0])
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = kernels.linear_cross_entropy_fwd(hidden, weight, bias, ids, *options)
+        loss = kernels.linear_cross_entropy_fwd(*none, *options)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.dtype == torch.float32
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype
 
 
 def test_zero_rows_launch_nothing(monkeypatch):
@@ -464,7 +554,8 @@ SEEDED = [
      _of("group_advantages", "rank_equal")),
     ("scans forward", "gae", "(delta, kept), 1, _then, reverse=True", "(delta, kept), 1, _then",
      _of("gae", "plain")),
-    ("forgets the tile before", "gae", "advantage = delta + kept * trace", "advantage = delta",
+    ("forgets the tile before", "gae", "advantage = _advantage(delta, kept, trace)",
+     "advantage = delta",
      _of("gae", "long")),
     ("takes the masked value", "gae", "counts.to(tl.int32)), 1, _first_two",
      "live.to(tl.int32)), 1, _first_two", _of("gae", "dirty_random_False")),

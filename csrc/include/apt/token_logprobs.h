@@ -23,8 +23,9 @@ struct LogitsRows {
   float softcap;  // 0: none
 };
 
-// logps (A, B, K) = z[id] - lse, entropy (A, B) or null, lse (A, B). 0 in masked rows; NaN at an
-// unmasked id outside [0, V).
+// logps (A, B, K) = z[id] - lse, entropy (A, B) or null, lse (A, B): in its 8 bytes the floats
+// max cap(x) and log of the sum of e^(z - max z), as one number would lose that beside large
+// logits. 0 in masked rows; NaN at an unmasked id outside [0, V).
 cudaError_t token_logprobs_fwd(const LogitsRows& logits, const int64_t* token_ids, int64_t K,
                                float* logps, float* entropy, double* lse, cudaStream_t stream);
 

@@ -38,7 +38,9 @@ def check_token_logprobs(
     _assert_gradient(of_logps, "grad of logps", plain, wanted)
 
     exact = wanted["lse"] if mask is None else wanted["lse"].where(mask, 0)
-    wrong = (lse - exact).abs() > 1e-6 * (1 + exact.abs())
+    top, log_sum = lse.view(torch.float32).unflatten(-1, (-1, 2)).double().unbind(-1)
+    by = temperature if temperatures is None else temperatures.double()
+    wrong = (top / by + log_sum - exact).abs() > 1e-6 * (1 + exact.abs())
     assert not wrong[exact.isfinite()].any(), "lse"
     if mask is not None:
         for result in (logps, entropy, lse, both, of_logps):
