@@ -46,27 +46,27 @@ def sequence_logps(
 class _SequenceLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logps, mask, average, backend):
-        ctx.save_for_backward(mask)
+        sums, tokens = dispatch.kernel("sequence_logps_fwd", backend)(logps, mask, average)
+        ctx.save_for_backward(mask, tokens)
         ctx.options = (average, backend, logps.dtype)
-        return dispatch.kernel("sequence_logps_fwd", backend)(logps, mask, average)
+        return sums
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
-        (mask,) = ctx.saved_tensors
+        mask, tokens = ctx.saved_tensors
         average, backend, dtype = ctx.options
-        grad_logps = dispatch.kernel("sequence_logps_bwd", backend)(
-            grad.contiguous(), mask, average
-        )
+        grad = grad / tokens if average else grad.contiguous()
+        grad_logps = dispatch.kernel("sequence_logps_bwd", backend)(grad, mask)
         return grad_logps.to(dtype), None, None, None
 
 
 @dispatch.fake("sequence_logps_fwd")
 def _(logps, mask, average):
-    dtype = accumulate_dtype(logps)
-    return logps.new_empty(logps.shape[0], dtype=dtype)
+    sums = logps.new_empty(logps.shape[0], dtype=accumulate_dtype(logps))
+    return sums, sums.new_empty(logps.shape[0] if average else 0)
 
 
 @dispatch.fake("sequence_logps_bwd")
-def _(grad, mask, average):
+def _(grad, mask):
     return grad.new_empty(mask.shape)

@@ -28,9 +28,8 @@ def _counts(mask_ptr, head, offset, inside, ALIGN: tl.constexpr):
 # Parallelism: one program a row. Accuracy: float32, a fixed order of sums.
 @triton.jit(do_not_specialize=LENGTHS)
 def _sequence_logps_fwd_kernel(
-    logps_ptr, mask_ptr, out_ptr, stride_b: tl.int64, stride_t: tl.int64, T: tl.int32,
-    UNIT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr,
-    ADJACENT: tl.constexpr,
+    logps_ptr, mask_ptr, out_ptr, tokens_ptr, stride_b: tl.int64, stride_t: tl.int64, T: tl.int32,
+    UNIT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     T *= UNIT
@@ -63,18 +62,20 @@ def _sequence_logps_fwd_kernel(
             value = tl.load(body_ptr + offset * stride_t, mask=inside, other=0.0)
         total += tl.sum(tl.where(kept, value.to(tl.float32), 0.0), 0)
         tokens += tl.sum(kept.to(tl.int32), 0)
-    if AVERAGE:
-        total = total / tl.maximum(tokens, 1).to(tl.float32)
+    if tokens_ptr is not None:
+        number = tl.maximum(tokens, 1).to(tl.float32)
+        total = total / number
+        tl.store(tokens_ptr + row, number)
     tl.store(out_ptr + row, total)
 
 
-# What: the row's gradient where the mask is true, 0 elsewhere; divided by the count for means.
-# Passes: one, two over the mask for means. Bytes: T mask bytes a row read (2 T), 4 T written.
-# Parallelism: one program a row. Accuracy: exact but for the division.
+# What: the row's gradient where the mask is true, 0 elsewhere.
+# Passes: one. Bytes: T mask bytes a row read, 4 T written.
+# Parallelism: one program a row. Accuracy: exact.
 @triton.jit(do_not_specialize=["T"])
 def _sequence_logps_bwd_kernel(
     grad_ptr, mask_ptr, grad_logps_ptr, T: tl.int32,
-    UNIT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr,
+    UNIT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     T *= UNIT
@@ -89,13 +90,6 @@ def _sequence_logps_bwd_kernel(
         body_ptr = tl.multiple_of(out_ptr + head, 16)
     column, live = row_edge(head, body, T, ALIGN)
     counts = tl.load(mask_ptr + column, mask=live, other=0) != 0
-    if AVERAGE:
-        tokens = tl.sum(counts.to(tl.int32), 0)
-        for start in range(0, body, BLOCK):
-            offset = start + tl.arange(0, BLOCK)
-            seen = _counts(mask_ptr, head, offset, offset < body, ALIGN)
-            tokens += tl.sum(seen.to(tl.int32), 0)
-        grad = grad / tl.maximum(tokens, 1).to(tl.float32)
     tl.store(out_ptr + column, tl.where(counts, grad, 0.0), mask=live)
     for start in range(0, body, BLOCK):
         offset = start + tl.arange(0, BLOCK)
@@ -104,24 +98,25 @@ def _sequence_logps_bwd_kernel(
 
 
 def sequence_logps_fwd(logps, mask, average):
-    """Out (B,), float32; 0 for a row of no tokens."""
+    """(sums or means (B,), of how many tokens, at least 1, they are means, or (0,)), float32."""
     B, T = logps.shape
     out = logps.new_empty((B,), dtype=torch.float32)
+    tokens = out.new_empty(B if average else 0)
     if B == 0:
-        return out
+        return out, tokens
     align = rows.VECTOR_BYTES // logps.element_size()
     adjacent = logps.stride(1) == 1
     unit, (stride_b,) = row_strides(T, logps) if adjacent else (1, (logps.stride(0),))
     with rows.device_of(logps):
         _sequence_logps_fwd_kernel[(B,)](
-            logps, mask, out, stride_b, logps.stride(1), T // unit,
-            UNIT=unit, ALIGN=align, BLOCK=BLOCK, AVERAGE=average, ADJACENT=adjacent,
+            logps, mask, out, tokens if average else None, stride_b, logps.stride(1), T // unit,
+            UNIT=unit, ALIGN=align, BLOCK=BLOCK, ADJACENT=adjacent,
             num_warps=BLOCK // align // rows.WARP_SIZE,
         )  # fmt: skip
-    return out
+    return out, tokens
 
 
-def sequence_logps_bwd(grad, mask, average):
+def sequence_logps_bwd(grad, mask):
     """grad_logps (B,T), float32 and contiguous."""
     B, T = mask.shape
     grad_logps = grad.new_empty((B, T), dtype=torch.float32)
@@ -132,7 +127,7 @@ def sequence_logps_bwd(grad, mask, average):
     with rows.device_of(grad):
         _sequence_logps_bwd_kernel[(B,)](
             grad, mask, grad_logps, T // unit,
-            UNIT=unit, ALIGN=align, BLOCK=BLOCK, AVERAGE=average,
+            UNIT=unit, ALIGN=align, BLOCK=BLOCK,
             num_warps=BLOCK // align // rows.WARP_SIZE,
         )  # fmt: skip
     return grad_logps

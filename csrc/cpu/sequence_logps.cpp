@@ -1,6 +1,6 @@
 // Sums (or means) of the log-probabilities of a sequence where the mask counts.
-// Passes: one; two over the mask for the gradient of a mean. Bytes: the log-probabilities and the
-// mask read, or the mask read and the gradient written. Parallel over rows.
+// Passes: one. Bytes: the log-probabilities and the mask read, or the mask read and the gradient
+// written. Parallel over rows.
 // Accuracy: 8 floats a lane, then double.
 #include "sequence_logps.h"
 
@@ -29,7 +29,6 @@ VecI load_mask(const bool* p) {
 struct MaskedSum {
   double sum = 0;
   int64_t tokens = 0;
-  double mean() const { return sum / double(std::max<int64_t>(tokens, 1)); }
 };
 
 // Floats are summed in vectors over a block, and go on in double.
@@ -81,12 +80,6 @@ void spread(double grad, const bool* mask, int64_t length, double* out) {
   for (int64_t i = 0; i < length; ++i) out[i] = mask[i] ? grad : 0;
 }
 
-int64_t tokens(const bool* mask, int64_t length) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < length; ++i) count += mask[i];
-  return std::max<int64_t>(count, 1);
-}
-
 template <class T, class S>
 void forward(const SequenceLogps& a) {
   parallel_for(a.rows, rows_of_grain(a), [&](int64_t begin, int64_t end) {
@@ -94,7 +87,9 @@ void forward(const SequenceLogps& a) {
       const bool* mask = a.mask + row * a.length;
       const MaskedSum sum = masked_sum(static_cast<const T*>(a.logps) + row * a.row_stride,
                                        a.column_stride, mask, a.length);
-      static_cast<S*>(a.sums)[row] = S(a.average ? sum.mean() : sum.sum);
+      const double tokens = a.tokens ? double(std::max<int64_t>(sum.tokens, 1)) : 1;
+      static_cast<S*>(a.sums)[row] = S(sum.sum / tokens);
+      if (a.tokens) static_cast<S*>(a.tokens)[row] = S(tokens);
     }
   });
 }
@@ -105,9 +100,7 @@ void backward(const SequenceLogps& a) {
     for (int64_t row = begin; row < end; ++row) {
       const bool* mask = a.mask + row * a.length;
       S* out = static_cast<S*>(a.grad_logps) + row * a.length;
-      S grad = static_cast<const S*>(a.grad)[row];
-      if (a.average) grad /= tokens(mask, a.length);
-      spread(grad, mask, a.length, out);
+      spread(static_cast<const S*>(a.grad)[row], mask, a.length, out);
     }
   });
 }

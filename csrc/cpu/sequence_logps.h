@@ -12,8 +12,8 @@ struct SequenceLogps {
   int64_t rows, length, row_stride, column_stride;
   const void* logps;
   const bool* mask;  // [rows, length] contiguous: true counts
-  bool average;
   void* sums;        // [rows] float, or double for float64
+  void* tokens;      // [rows], as sums: of how many, at least 1, they are means; or null: sums
   const void* grad;  // [rows], as sums
   void* grad_logps;  // [rows, length] contiguous, as sums
 };

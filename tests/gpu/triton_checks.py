@@ -209,10 +209,8 @@ def sequence_logps(kernels, case: Case) -> None:
     logps, mask = case.inputs["logps"], case.inputs["mask"]
     for average in (False, True):
         grad = torch.randn(len(logps), generator=_generator(case.name))
-        actual = [
-            kernels.sequence_logps_fwd(logps, mask, average),
-            kernels.sequence_logps_bwd(grad, mask, average),
-        ]
+        sums, tokens = kernels.sequence_logps_fwd(logps, mask, average)
+        actual = [sums, kernels.sequence_logps_bwd(grad / tokens if average else grad, mask)]
 
         def expected(dtype, average=average, grad=grad):
             x = _leaf(logps, dtype or torch.float32)  # the kernel's gradient is float32

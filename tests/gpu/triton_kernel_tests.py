@@ -159,7 +159,7 @@ def test_rows_of_a_multiple_of_16(dtype):
             logps, old, advantages, counts, weights, ref, entropy, *options
         )
         values = kernels.value_loss_fwd(logps, old, counts, ref, None, 0, 0.2)
-        logps = kernels.sequence_logps_fwd(logps, mask, True)
+        logps = kernels.sequence_logps_fwd(logps, mask, True)[0]
         for grad in (*losses[2:4], values[2]):
             assert (grad[~mask] == 0).all() and grad[mask].isfinite().all()
         outputs.append((*losses, *values, logps))
@@ -325,7 +325,7 @@ def test_zero_rows_launch_nothing(monkeypatch):
         assert grad.shape == (A, B, 5)
     none, ids = torch.empty(0), torch.empty(0, dtype=torch.long)
     nothing = torch.empty(0, 4)
-    assert kernels.sequence_logps_fwd(nothing, nothing.bool(), True).shape == (0,)
+    assert kernels.sequence_logps_fwd(nothing, nothing.bool(), True)[0].shape == (0,)
     for reduction, shape in ((0, (0,)), (1, ()), (2, ())):
         loss, *_ = kernels.dpo_loss_fwd(none, none, none, none, 0, reduction, 0.1, 0.0, 0.0)
         assert loss.shape == shape and not loss.any()
@@ -360,7 +360,7 @@ def test_launches(monkeypatch):
     grad = torch.ones(2, 3, 1)
     kernels.token_logprobs_bwd(grad, entropy, logits, ids, None, None, lse, entropy, 1.0, 0.0)
     kernels.sequence_logps_fwd(torch.randn(4, 9), torch.ones(4, 9).bool(), True)
-    kernels.sequence_logps_bwd(torch.ones(4), torch.ones(4, 9).bool(), True)
+    kernels.sequence_logps_bwd(torch.ones(4), torch.ones(4, 9).bool())
     many = torch.randn(5000)
     kernels.dpo_loss_fwd(many, many, many, many, 0, 1, 0.1, 0.0, 0.0)
     kernels.bradley_terry_loss_fwd(many, many, None, 0.0, 0.0, 1)
