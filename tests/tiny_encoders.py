@@ -57,24 +57,26 @@ def tiny_encoder(seed=0, kind=TinyEncoder, **options):
     return kind(**options).double()
 
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.3,
+}
+
+
 def tiny_bert(seed=0, heads="base", **options):
     """A randomly initialised BERT in float64: its base model, or with its masked-LM head."""
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
 
     torch.manual_seed(seed)
     kinds = {"base": BertModel, "mlm": BertForMaskedLM, "pretraining": BertForPreTraining}
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-        **options,
-    )
+    config = BertConfig(**SIZES, **options)
     return kinds[heads](config).double()
 
 
@@ -83,19 +85,7 @@ def tiny_roberta(seed=0):
     from transformers import RobertaConfig, RobertaModel
 
     torch.manual_seed(seed)
-    config = RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-        pad_token_id=1,
-    )
-    return RobertaModel(config).double()
+    return RobertaModel(RobertaConfig(**SIZES, pad_token_id=1)).double()
 
 
 def tiny_gpt2(seed=0):
