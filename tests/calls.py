@@ -36,10 +36,11 @@ def fresh(sample: Sample, device: str = "cpu") -> Sample:
     """The same call with leaves and memory of its own; strides stay as they are."""
 
     def change(t: Tensor) -> Tensor:
-        storage = t.detach().untyped_storage().clone()
-        copy = torch.empty(0, dtype=t.dtype, device=t.device)
-        copy.set_(storage, t.storage_offset(), t.shape, t.stride())
-        return copy.to(device).requires_grad_(t.requires_grad)
+        content = torch.empty(0, dtype=torch.uint8, device=t.device)
+        content = content.set_(t.detach().untyped_storage()).to(device, copy=True)
+        moved = torch.empty(0, dtype=t.dtype, device=device)
+        moved.set_(content.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+        return moved.requires_grad_(t.requires_grad)
 
     return map_sample(sample, change)
 
