@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..ops.bradley_terry_loss import bradley_terry_loss
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 
 def _rewards(*shape: int, dtype: torch.dtype, seed: int, scale: float = 2.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (torch.randn(shape, generator=generator) * scale).to(dtype).requires_grad_()
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..ops.dpo_loss import dpo_loss
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 # Every loss type, with the options it is sampled with.
 TYPES = {
@@ -36,7 +36,7 @@ NORMALISED = ("sigmoid_norm",)
 
 
 def _lengths(*shape: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     chosen, rejected = torch.randint(0, 60, (2, *shape), generator=generator)
     return {"chosen_lengths": chosen, "rejected_lengths": rejected}
 
@@ -45,7 +45,7 @@ def _logps(
     *shape: int, dtype: torch.dtype, loss_type: str = "sigmoid", seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
     """Policy's and reference's, chosen and rejected; per token for the types that want it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     if loss_type in WITHOUT_REFERENCE:
         logps = -3 * torch.rand((2, *shape), generator=generator).clamp(min=1e-4)
     else:
@@ -118,7 +118,7 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("column_ipo", column, {"loss_type": "ipo", "reduction": "none", **_lengths(9, 1)})
     yield Sample("column_kto", column, {"loss_type": "kto_pair", "reduction": "none"})
     yield Sample("zero_dimensions", _logps(dtype=dtype), {"reduction": "none"})
-    wide = -40 + 8 * torch.randn(6, 8, generator=torch.Generator().manual_seed(6))
+    wide = -40 + 8 * torch.randn(6, 8, generator=seeded(6))
     wide = wide.to(dtype).requires_grad_()
     ref = wide.detach()
     sliced = (wide[:, 1], wide[:, 2], ref[:, 3], ref[:, 0])
@@ -232,7 +232,7 @@ def eager(
     return loss, (beta * chosen).detach(), (beta * rejected).detach()
 
 
-def _benchmark(pairs: int) -> Benchmark:
+def _benchmark(pairs: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Benchmark:
     return Benchmark(
         name=f"{pairs} pairs",
         make=lambda dtype: Sample("", _logps(pairs, dtype=dtype)),
@@ -241,6 +241,7 @@ def _benchmark(pairs: int) -> Benchmark:
         # reads and scales
         bytes_moved=lambda s: s.args[0].numel() * (4 * s.args[0].element_size() + 16),
         backward_bytes_moved=lambda s: s.args[0].numel() * 16,
+        devices=devices,
     )
 
 
@@ -254,5 +255,5 @@ OP = Op(
     rejected=rejected,
     source="Rafailov 2023",
     summary="losses of preference pairs, their rewards and gradients",
-    benchmarks=(_benchmark(8), _benchmark(65536)),
+    benchmarks=(_benchmark(8), _benchmark(65536), _benchmark(2**20, devices=("cuda",))),
 )

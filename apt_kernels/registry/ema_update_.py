@@ -8,11 +8,11 @@ import torch
 
 from .. import reference
 from ..ops.ema_update_ import ema_update_
-from .entry import FLOAT_DTYPES, Benchmark, Op, Rejected, Sample
+from .entry import FLOAT_DTYPES, Benchmark, Op, Rejected, Sample, seeded
 
 
 def _randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=seeded(seed)).to(dtype)
 
 
 def _pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,11 @@ import torch
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the default device: `with torch.device("cuda")` moves it and the tensors."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One call. Floating tensors that require grad are differentiated in the tests."""
@@ -35,10 +40,10 @@ class Rejected:
 class Benchmark:
     """One row of `benchmarks/run.py`.
 
-    make(dtype) gives the arguments, on the CPU; eager is the plain PyTorch a user would write, of
-    the same arguments. Both must return the differentiable result first. bytes_moved and
-    backward_bytes_moved are the floor: what the memory must carry, forward and backward; flops and
-    backward_flops what the products need, where there are any.
+    make(dtype) gives the arguments, on the default device; eager is the plain PyTorch that a user
+    would write, of the same arguments. Both must return the differentiable result first.
+    bytes_moved and backward_bytes_moved are the floor: what the memory must carry, forward and
+    backward; flops and backward_flops what the products need, where there are any.
     """
 
     name: str

@@ -9,11 +9,11 @@ import torch
 
 from .. import reference
 from ..ops.gae import gae
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 
 def _randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=seeded(seed)).to(dtype)
 
 
 def _inputs(*shape: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def _inputs(*shape: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _flags(*shape: int, share: float, seed: int) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+    return torch.rand(shape, generator=seeded(seed)) < share
 
 
 def _all_flags(*shape: int) -> dict[str, torch.Tensor]:

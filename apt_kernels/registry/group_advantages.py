@@ -8,13 +8,13 @@ import torch
 
 from .. import reference
 from ..ops.group_advantages import group_advantages
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 KINDS = ("relative", "normalized", "rank", "leave_one_out")
 
 
 def _rewards(count: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(count, generator=seeded(0)).to(dtype)
 
 
 def samples(dtype: torch.dtype) -> Iterator[Sample]:

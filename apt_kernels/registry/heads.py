@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .entry import seeded
+
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
 
 def ids(*shape: int, vocab: int, seed: int = 1) -> Tensor:
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, vocab, shape, generator=seeded(seed))
 
 
 def hidden_and_weight(

@@ -134,6 +134,7 @@ OP = Op(
         _benchmark(64, 128),
         _benchmark(4096, 128),
         _benchmark(4096, 768),
+        _benchmark(32768, 512, devices=("cuda",)),
         _benchmark(65536, 512, devices=("cuda",)),
     ),
 )

@@ -8,20 +8,20 @@ import torch
 
 from .. import reference
 from ..ops.kl_penalty import kl_penalty
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 ESTIMATORS = ("k1", "k2", "k3")
 
 
 def _logps(*shape: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     logps = -4 * torch.rand(shape, generator=generator)
     ref = logps + 0.5 * torch.randn(shape, generator=generator)
     return logps.to(dtype).requires_grad_(), ref.to(dtype)
 
 
 def _mask(*shape: int) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    return torch.rand(shape, generator=seeded(1)) < 0.6
 
 
 def samples(dtype: torch.dtype) -> Iterator[Sample]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from .. import reference
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 from .heads import hidden_and_weight, ids, normal
 
 
@@ -135,31 +135,41 @@ def rejected() -> Iterator[Rejected]:
 
 
 def eager(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, bias: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return F.cross_entropy(F.linear(hidden, weight, bias), labels)
 
 
 def eager_of_selected(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, bias: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     counts = labels != -100
     return eager(hidden[counts], weight, labels[counts], bias=bias)
 
 
-def _benchmark(name: str, plain) -> Benchmark:
-    rows, features, vocab, labelled = 2048, 768, 30522, 0.15
+def _benchmark(name: str, plain, sizes=(2048, 768, 30522), labelled=0.15, **options) -> Benchmark:
+    """labelled: the share of rows that count. The head has a bias where that is not all."""
+    rows, features, vocab = sizes
 
     def make(dtype: torch.dtype) -> Sample:
         hidden, weight = hidden_and_weight(rows, features=features, vocab=vocab, dtype=dtype)
+        labels = ids(rows, vocab=vocab)
+        if labelled == 1:
+            return Sample("", (hidden, weight, labels))
         bias = normal(vocab, dtype=dtype, seed=2).requires_grad_()
-        generator = torch.Generator().manual_seed(3)
-        counts = torch.rand(rows, generator=generator) < labelled
-        labels = ids(rows, vocab=vocab).masked_fill(~counts, -100)
-        return Sample("", (hidden, weight, labels), {"bias": bias})
+        counts = torch.rand(rows, generator=seeded(3)) < labelled
+        return Sample("", (hidden, weight, labels.masked_fill(~counts, -100)), {"bias": bias})
 
     return Benchmark(
-        name=f"{rows} x {features} x {vocab}, 15 % labelled, {name}",
+        name=f"{rows} x {features} x {vocab}{name}",
         make=make,
         eager=plain,
         dtypes=(torch.float32, torch.bfloat16),
@@ -168,7 +178,12 @@ def _benchmark(name: str, plain) -> Benchmark:
         backward_bytes_moved=lambda s: 0,
         flops=lambda s: 2 * int(labelled * rows) * features * vocab,
         backward_flops=lambda s: 4 * int(labelled * rows) * features * vocab,
+        **options,
     )
+
+
+def _selected_first() -> dict[str, Callable]:
+    return {"eager on those": eager_of_selected}
 
 
 OP = Op(
@@ -182,7 +197,15 @@ OP = Op(
     source="Szegedy 2016; Wijmans 2024",
     summary="cross-entropy of an output head; ignored rows cost nothing",
     benchmarks=(
-        _benchmark("eager on all rows", eager),
-        _benchmark("eager on those", eager_of_selected),
+        _benchmark(", 15 % labelled, eager on all rows", eager),
+        _benchmark(", 15 % labelled, eager on those", eager_of_selected),
+        _benchmark("", eager, (8192, 4096, 128256), labelled=1, devices=("cuda",)),
+        _benchmark(
+            ", 15 % labelled",
+            eager,
+            (65536, 1024, 30522),
+            devices=("cuda",),
+            peers=(_selected_first,),
+        ),
     ),
 )

@@ -198,5 +198,8 @@ OP = Op(
         _benchmark(1024, 576, 49152, masked=True),
         _benchmark(1024, 576, 49152, frozen_head=True),
         _benchmark(8192, 4096, 131072, devices=("cuda",)),
+        _benchmark(8192, 4096, 151936, devices=("cuda",)),
+        _benchmark(8192, 4096, 151936, frozen_head=True, devices=("cuda",)),
+        _benchmark(8192, 4096, 151936, masked=True, devices=("cuda",)),
     ),
 )

@@ -8,19 +8,19 @@ import torch
 
 from .. import reference
 from ..ops.mlm_mask import mlm_mask
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 BERT = {"mask_token_id": 103, "vocab_size": 30522, "special_token_ids": (0, 100, 101, 102)}
 TINY = {"mask_token_id": 4, "vocab_size": 50, "special_token_ids": (0, 1, 2, 3), "seed": 11}
 
 
 def _ids(*shape: int, vocab: int = 50, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, vocab, shape, generator=seeded(seed))
 
 
 def _words(rows: int, length: int, seed: int = 1) -> torch.Tensor:
     """Words of many lengths, some of them below 0; one number may come back later."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     begins = torch.rand(rows, length, generator=generator) < 0.3
     begins[:, length // 3 : 2 * length // 3] = False  # a long one
     return begins.cumsum(-1) % 7 - 1
@@ -137,12 +137,17 @@ def rejected() -> Iterator[Rejected]:
 
 def eager(input_ids: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """What Hugging Face's collator does, without its change of the input."""
-    special = torch.tensor([*options["special_token_ids"], options["mask_token_id"]])
-    chosen = torch.bernoulli(torch.full(input_ids.shape, 0.15)).bool()
+    special = input_ids.new_tensor([*options["special_token_ids"], options["mask_token_id"]])
+
+    def drawn(probability: float) -> torch.Tensor:
+        chances = torch.full(input_ids.shape, probability, device=input_ids.device)
+        return torch.bernoulli(chances).bool()
+
+    chosen = drawn(0.15)
     chosen &= ~torch.isin(input_ids, special)
     labels = input_ids.masked_fill(~chosen, -100)
-    masked = chosen & torch.bernoulli(torch.full(input_ids.shape, 0.8)).bool()
-    random = chosen & torch.bernoulli(torch.full(input_ids.shape, 0.5)).bool() & ~masked
+    masked = chosen & drawn(0.8)
+    random = chosen & drawn(0.5) & ~masked
     words = torch.randint_like(input_ids, options["vocab_size"])
     masked_ids = input_ids.masked_fill(masked, options["mask_token_id"])
     return torch.where(random, words, masked_ids), labels
@@ -176,7 +181,7 @@ def _collators() -> dict[str, Callable]:
     return {"Hugging Face, mask given": given, "Hugging Face": found}
 
 
-def _benchmark(rows: int, length: int) -> Benchmark:
+def _benchmark(rows: int, length: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Benchmark:
     return Benchmark(
         name=f"{rows} x {length}",
         make=lambda dtype: Sample(
@@ -189,6 +194,7 @@ def _benchmark(rows: int, length: int) -> Benchmark:
         bytes_moved=lambda s: s.args[0].numel() * (3 * s.args[0].element_size() + 1),
         peers=(_collators,),
         comparable=False,  # other random numbers
+        devices=devices,
     )
 
 
@@ -202,6 +208,10 @@ OP = Op(
     rejected=rejected,
     source="Devlin 2018, Salmon 2011",
     summary="80/10/10 masking that depends on seed, step, sample and position alone",
-    benchmarks=(_benchmark(256, 512), _benchmark(32, 128)),
+    benchmarks=(
+        _benchmark(256, 512),
+        _benchmark(32, 128),
+        _benchmark(8192, 512, devices=("cuda",)),
+    ),
     dtypes=(torch.int64, torch.int32),
 )

@@ -57,8 +57,8 @@ def _products(backward: bool):
     """
 
     def run(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-        u, grad = torch.cat([z1, z2]), torch.empty(2 * len(z1), z1.shape[1], dtype=z1.dtype)
-        tiles = torch.empty(ROW_BLOCK * len(u), dtype=u.dtype)
+        u = torch.cat([z1, z2])
+        grad, tiles = torch.empty_like(u), u.new_empty(ROW_BLOCK * len(u))
         for _ in range(1 + backward):
             for row in range(0, len(u), ROW_BLOCK):
                 block, above = u[row : row + ROW_BLOCK], u[row:]
@@ -88,7 +88,7 @@ def _lightly() -> dict:
     return {"lightly": loss}
 
 
-def _benchmark(count: int, width: int) -> Benchmark:
+def _benchmark(count: int, width: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Benchmark:
     def make(dtype: torch.dtype) -> Sample:
         x = rows(count, width, dtype)
         return Sample("", (x, near(x)), {"temperature": 0.07})
@@ -107,6 +107,7 @@ def _benchmark(count: int, width: int) -> Benchmark:
         peers=(_lightly,),
         floor={"its products": _products(backward=False)},
         backward_floor={"its products": _products(backward=True)},
+        devices=devices,
     )
 
 
@@ -120,5 +121,11 @@ OP = Op(
     rejected=rejected,
     source="Chen 2020",
     summary="SimCLR's loss by half of the similarities of both views",
-    benchmarks=(_benchmark(64, 128), _benchmark(4096, 128)),
+    benchmarks=(
+        _benchmark(64, 128),
+        _benchmark(4096, 128),
+        _benchmark(32768, 256, devices=("cuda",)),
+        _benchmark(32768, 512, devices=("cuda",)),
+        _benchmark(32768, 768, devices=("cuda",)),
+    ),
 )

@@ -8,7 +8,7 @@ import torch
 
 from .. import reference
 from ..ops.policy_loss import policy_loss
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 LOSSES = {
     "clip": {},
@@ -28,19 +28,19 @@ AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "dr_
 
 
 def _randn(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (scale * torch.randn(shape, generator=generator)).to(dtype)
 
 
 def tokens(rows: int, length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor argument; ratios spread over the clip range and beyond."""
     shape = (rows, length)
-    logps = -3 * torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    logps = -3 * torch.rand(shape, generator=seeded(0))
     old = logps + _randn(*shape, dtype=torch.float32, seed=1, scale=0.3)
     ref = logps + _randn(*shape, dtype=torch.float32, seed=2, scale=0.5)
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.7
-    entropy = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(4))
-    weights = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(5))
+    mask = torch.rand(shape, generator=seeded(3)) < 0.7
+    entropy = 2 * torch.rand(shape, generator=seeded(4))
+    weights = 2 * torch.rand(shape, generator=seeded(5))
     return {
         "logps": logps.to(dtype).requires_grad_(),
         "old_logps": old.to(dtype),
@@ -290,7 +290,7 @@ def eager(
     return loss, metrics
 
 
-def _benchmark(rows: int, length: int) -> Benchmark:
+def _benchmark(rows: int, length: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> Benchmark:
     def make(dtype: torch.dtype) -> Sample:
         x = tokens(rows, length, dtype)
         return _call("", {**x, "advantages": x["advantages"][:, 0].contiguous()})
@@ -303,6 +303,7 @@ def _benchmark(rows: int, length: int) -> Benchmark:
         # reads and scales
         bytes_moved=lambda s: s.args[0].numel() * (2 * s.args[0].element_size() + 5),
         backward_bytes_moved=lambda s: s.args[0].numel() * 8,
+        devices=devices,
     )
 
 
@@ -316,5 +317,5 @@ OP = Op(
     rejected=rejected,
     source="Schulman 2017, Shao 2024",
     summary="losses of PPO, GRPO and their family, with their metrics",
-    benchmarks=(_benchmark(8, 256), _benchmark(64, 2048)),
+    benchmarks=(_benchmark(8, 256), _benchmark(64, 2048), _benchmark(256, 8192, devices=("cuda",))),
 )

@@ -8,11 +8,11 @@ import torch
 
 from .. import reference
 from ..ops.queue_push_ import queue_push_
-from .entry import FLOAT_DTYPES, Benchmark, Op, Rejected, Sample
+from .entry import FLOAT_DTYPES, Benchmark, Op, Rejected, Sample, seeded
 
 
 def _randn(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=seeded(seed))
 
 
 def samples(dtype: torch.dtype) -> Iterator[Sample]:

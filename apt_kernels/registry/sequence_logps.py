@@ -8,16 +8,16 @@ import torch
 
 from .. import reference
 from ..ops.sequence_logps import sequence_logps
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 
 def _logps(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (-4 * torch.rand(shape, generator=generator)).to(dtype)
 
 
 def _mask(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+    return torch.rand(shape, generator=seeded(seed)) < 0.6
 
 
 def samples(dtype: torch.dtype) -> Iterator[Sample]:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .entry import Rejected, Sample
+from .entry import Rejected, Sample, seeded
 
 
 def rows(count: int, width: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
     """A leaf of random rows."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (torch.randn(count, width, generator=generator) * scale).to(dtype).requires_grad_()
 
 
@@ -21,7 +21,7 @@ def near(
     x: Tensor, noise: float = 2.0, seed: int = 1, count: int | None = None, first: int = 0
 ) -> Tensor:
     """Rows of which those from `first` on lie near the rows of x; a leaf."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     y = torch.randn(x.shape[0] if count is None else count, x.shape[1], generator=generator) * noise
     y[first : first + len(x)] += x.detach().float()[: len(y) - first]
     return y.to(x.dtype).requires_grad_()

@@ -10,12 +10,12 @@ from torch import Tensor
 from .. import reference
 from ..ops.sup_con_loss import sup_con_loss
 from . import similarity
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 from .similarity import rows, temperature
 
 
 def _labels(count: int, classes: int, seed: int = 1) -> Tensor:
-    return torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, classes, (count,), generator=seeded(seed))
 
 
 def _clustered(count: int, width: int, dtype: torch.dtype, labels: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ import torch
 
 from .. import reference
 from ..ops.token_logprobs import token_logprobs
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 
 def _logits(*shape: int, dtype: torch.dtype, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
 
 def _ids(*shape: int, vocab: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, vocab, shape, generator=seeded(seed))
 
 
 def samples(dtype: torch.dtype) -> Iterator[Sample]:

@@ -8,13 +8,13 @@ import torch
 
 from .. import reference
 from ..ops.value_loss import value_loss
-from .entry import Benchmark, Op, Rejected, Sample
+from .entry import Benchmark, Op, Rejected, Sample, seeded
 
 AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "dr_grpo")
 
 
 def _tokens(rows: int, length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     values, returns, old = torch.randn((3, rows, length), generator=generator)
     return {
         "values": values.to(dtype, copy=True).requires_grad_(),
