@@ -31,13 +31,13 @@ $(VENV)/.ready: $(VENV)/.installed setup.py CMakeLists.txt $(CPP)
 	@touch $@
 
 demo: setup ## train SmolLM2-135M by DPO on movie reviews; results under out/
-	@$(BIN)/python -m apt_model.demo_dpo
+	@$(BIN)/python examples/demo_dpo.py
 
 demo-rl: setup ## reward model, GRPO and RLHF on real models and text; figures under benchmarks/results/
-	@$(BIN)/python -m apt_model.demo_rl
+	@$(BIN)/python examples/demo_rl.py
 
 demo-pretraining: setup ## SimCLR, MoCo, MLM and NSP on digits and reviews; figures under benchmarks/results/
-	@$(BIN)/python -m apt_model.demo_pretraining
+	@$(BIN)/python examples/demo_pretraining.py
 
 test: setup ## all tests, a file at a time on every core (under 15 minutes on 2)
 	$(PYTEST) tests

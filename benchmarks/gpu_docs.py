@@ -78,7 +78,8 @@ def bugs_table() -> str:
     lines = ["| the kernel … | in | caught by |", "|---|---|---|"]
     for bug in cuda_bugs():
         seen = "; ".join(names[by] for by in bug.by)
-        lines.append(f"| {bug.name.replace('_', ' ')} | `csrc/cuda/{bug.file}` | {seen} |")
+        (path,) = (ROOT / "csrc" / "cuda").glob(f"*/{bug.file}")
+        lines.append(f"| {bug.name.replace('_', ' ')} | `{path.relative_to(ROOT)}` | {seen} |")
     for module, what, stem in triton_bugs():
         seen = f"values, bounds or races in `{module}.py`"
         lines.append(f"| {what} | `apt_kernels/triton/{stem}.py` | {seen} |")

@@ -54,7 +54,7 @@ def _pytest(*arguments: str, before: tuple[str, ...] = ()) -> tuple[bool, str]:
 def tests(options: argparse.Namespace) -> Iterator[str]:
     names = " or ".join(options.only) or "cuda"
     for title, arguments in (
-        ("registry", ["tests/test_ops.py", "-k", f"({names}) and {DEVICE}"]),
+        ("registry", ["tests/ops/test_ops.py", "-k", f"({names}) and {DEVICE}"]),
         ("device", ["tests/gpu/test_on_device.py"]),
         ("offline and emulated", ["tests/gpu", "--ignore=tests/gpu/test_on_device.py"]),
     ):
@@ -69,7 +69,7 @@ def sanitizer(options: argparse.Namespace) -> Iterator[str]:
         return
     for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
         before = (tool, "--tool", check, "--error-exitcode", "9", "--target-processes", "all")
-        passed, text = _pytest("tests/test_ops.py", "-k", SANITIZED, before=before)
+        passed, text = _pytest("tests/ops/test_ops.py", "-k", SANITIZED, before=before)
         yield f"**{check}: {'nothing found' if passed else 'FAILED'}**\n\n```\n{text}\n```"
 
 

@@ -28,8 +28,8 @@ def operations_table() -> str:
         "|---|---|---|---|---|---|",
     ]
 
-    native = "".join(path.read_text() for path in (ROOT / "csrc/bindings").glob("*.cpp"))
-    cuda = (ROOT / "csrc/bindings_cuda.cpp").read_text()
+    native = "".join(path.read_text() for path in (ROOT / "csrc/bindings").glob("*/*.cpp"))
+    cuda = (ROOT / "csrc/bindings/cuda.cpp").read_text()
     triton = (ROOT / "apt_kernels/triton/__init__.py").read_text()
 
     def there(op: Op, bound: str) -> str:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from apt_model import next_token
 from apt_model.rl import (
     RewardModelTrainer,
     create_dpo_trainer,
@@ -19,6 +18,7 @@ from apt_model.rl import (
     create_reward_model,
     create_rlhf_trainer,
 )
+from apt_model.scoring import next_token
 
 PARTS = ("forward_ms", "backward_ms", "optimizer_ms")
 ROUNDS = 2

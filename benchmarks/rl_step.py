@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 
+import demo_dpo
 import measure
 import rl_outside
-from apt_model import demo_dpo
-from apt_model.model_access import train_last_layers
-from apt_model.preference_data import collate
+from apt_model.data.preferences import collate
 from apt_model.rl import create_dpo_trainer, create_grpo_trainer
+from apt_model.scoring.model_access import train_last_layers
 from rl_outside import copied
 from run import ROOT, SETTINGS, facts
 

@@ -35,7 +35,7 @@ def _blocks(*pairs: tuple[int, int]) -> dict[str, Callable]:
 
 
 def _tiles(*choices: tuple[int, int, int, int, int]) -> dict[str, Any]:
-    from apt_kernels.triton.head import Tiles
+    from apt_kernels.triton.head.launch import Tiles
 
     return {
         f"{m} x {n} x {k}, {warps} warps, {stages} stages": Tiles(m, n, k, warps, stages)
@@ -46,14 +46,16 @@ def _tiles(*choices: tuple[int, int, int, int, int]) -> dict[str, Any]:
 def _settings() -> Iterator[Setting]:
     rows = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
     pairs = ((256, 1), (256, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))
-    yield Setting("token_logprobs", "token_logprobs:_block", _blocks(*rows))
+    yield Setting("token_logprobs", "logprobs.token_logprobs:_block", _blocks(*rows))
     for operation in ("dpo_loss", "bradley_terry_loss"):
-        yield Setting(operation, f"{operation}:pair_block", _blocks(*pairs))
+        yield Setting(operation, f"preference.{operation}:pair_block", _blocks(*pairs))
     half = ((128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
     single = ((64, 64, 16, 8, 3), (64, 64, 32, 4, 3), (128, 64, 16, 8, 3), (64, 128, 16, 8, 3))
     for operation in ("linear_token_logprobs", "linear_cross_entropy"):
-        yield Setting(operation, "head:HALF_TILES", _tiles(*half), lambda d: d != "float32")
-        yield Setting(operation, "head:FLOAT_TILES", _tiles(*single), lambda d: d == "float32")
+        yield Setting(operation, "head.launch:HALF_TILES", _tiles(*half), lambda d: d != "float32")
+        yield Setting(
+            operation, "head.launch:FLOAT_TILES", _tiles(*single), lambda d: d == "float32"
+        )
 
 
 try:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
-from ..ops.info_nce import info_nce
-from ..ops.nt_xent import nt_xent
-from ..ops.queue_push_ import queue_push_
+from ..ops.contrastive.info_nce import info_nce
+from ..ops.contrastive.nt_xent import nt_xent
+from ..ops.contrastive.queue_push_ import queue_push_
 
 
 class NTXentLoss(nn.Module):

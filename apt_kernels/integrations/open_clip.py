@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
-from ..ops.info_nce import info_nce
-from ..ops.siglip_loss import siglip_loss
+from ..ops.contrastive.info_nce import info_nce
+from ..ops.contrastive.siglip_loss import siglip_loss
 
 
 class ClipLoss(nn.Module):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..ops import dpo_loss as _dpo
-from ..ops.bradley_terry_loss import bradley_terry_loss
-from ..ops.policy_loss import policy_loss
-from ..ops.token_logprobs import token_logprobs
-from ..ops.value_loss import value_loss
+from ..ops.logprobs.token_logprobs import token_logprobs
+from ..ops.policy.policy_loss import policy_loss
+from ..ops.policy.value_loss import value_loss
+from ..ops.preference import dpo_loss as _dpo
+from ..ops.preference.bradley_terry_loss import bradley_terry_loss
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..ops.gae import gae
+from ..ops.policy.gae import gae
 
 
 def generalized_advantage_estimate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..ops import dpo_loss as _dpo
+from ..ops.preference import dpo_loss as _dpo
 
 
 class DPOLoss(_dpo.DPOLoss):

@@ -3,6 +3,6 @@
 `from apt_kernels.integrations.transformers import DataCollatorForLanguageModeling`
 """
 
-from ..masking_collator import MaskingCollator as DataCollatorForLanguageModeling
+from ..ops.masking.masking_collator import MaskingCollator as DataCollatorForLanguageModeling
 
 __all__ = ["DataCollatorForLanguageModeling"]

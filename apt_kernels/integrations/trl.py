@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.linear_token_logprobs import linear_token_logprobs
-from ..ops.token_logprobs import token_logprobs
+from ..ops.logprobs.linear_token_logprobs import linear_token_logprobs
+from ..ops.logprobs.token_logprobs import token_logprobs
 
 _PATCHED_MODULE = "trl.trainer.utils"
 _TRAINERS = ("dpo_trainer", "grpo_trainer", "rloo_trainer")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..ops.gae import gae
-from ..ops.linear_token_logprobs import linear_token_logprobs
-from ..ops.policy_loss import policy_loss
-from ..ops.token_logprobs import token_logprobs
+from ..ops.logprobs.linear_token_logprobs import linear_token_logprobs
+from ..ops.logprobs.token_logprobs import token_logprobs
+from ..ops.policy.gae import gae
+from ..ops.policy.policy_loss import policy_loss
 
 AGGREGATIONS = {
     "token-mean": "token_mean",

@@ -13,9 +13,14 @@ import pkgutil
 from .entry import Benchmark, Op, Rejected, Sample
 
 _MODULES = (
-    importlib.import_module(f"{__name__}.{module.name}")
-    for module in pkgutil.iter_modules(__path__)
+    importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(__path__, prefix=f"{__name__}.")
 )
-OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES if hasattr(module, "OP")}
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in sorted(
+        (module.OP for module in _MODULES if hasattr(module, "OP")), key=lambda op: op.name
+    )
+}
 
 __all__ = ["OPS", "Benchmark", "Op", "Rejected", "Sample"]

@@ -5,28 +5,28 @@ import triton
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):  # older ones cannot compile some
     raise ImportError(f"Triton 3.5 (of PyTorch 2.9) or newer is needed, found {triton.__version__}")
 
-from apt_kernels.triton.bradley_terry_loss import bradley_terry_loss_fwd
-from apt_kernels.triton.dpo_loss import dpo_loss_fwd
-from apt_kernels.triton.ema_update_ import ema_update_fwd
-from apt_kernels.triton.gae import gae_fwd
-from apt_kernels.triton.group_advantages import group_advantages_fwd
-from apt_kernels.triton.info_nce import info_nce_bwd, info_nce_fwd
-from apt_kernels.triton.kl_penalty import kl_penalty_bwd, kl_penalty_fwd
-from apt_kernels.triton.linear_cross_entropy import linear_cross_entropy_fwd
-from apt_kernels.triton.linear_policy_loss import linear_policy_loss_fwd
-from apt_kernels.triton.linear_token_logprobs import (
+from apt_kernels.triton.contrastive.ema_update_ import ema_update_fwd
+from apt_kernels.triton.contrastive.info_nce import info_nce_bwd, info_nce_fwd
+from apt_kernels.triton.contrastive.nt_xent import nt_xent_bwd, nt_xent_fwd
+from apt_kernels.triton.contrastive.queue_push_ import queue_push_fwd
+from apt_kernels.triton.contrastive.siglip_loss import siglip_loss_bwd, siglip_loss_fwd
+from apt_kernels.triton.contrastive.sup_con_loss import sup_con_loss_bwd, sup_con_loss_fwd
+from apt_kernels.triton.logprobs.linear_cross_entropy import linear_cross_entropy_fwd
+from apt_kernels.triton.logprobs.linear_token_logprobs import (
     linear_token_logprobs_bwd,
     linear_token_logprobs_fwd,
 )
-from apt_kernels.triton.mlm_mask import mlm_mask_fwd
-from apt_kernels.triton.nt_xent import nt_xent_bwd, nt_xent_fwd
-from apt_kernels.triton.policy_loss import policy_loss_fwd
-from apt_kernels.triton.queue_push_ import queue_push_fwd
-from apt_kernels.triton.sequence_logps import sequence_logps_bwd, sequence_logps_fwd
-from apt_kernels.triton.siglip_loss import siglip_loss_bwd, siglip_loss_fwd
-from apt_kernels.triton.sup_con_loss import sup_con_loss_bwd, sup_con_loss_fwd
-from apt_kernels.triton.token_logprobs import token_logprobs_bwd, token_logprobs_fwd
-from apt_kernels.triton.value_loss import value_loss_fwd
+from apt_kernels.triton.logprobs.sequence_logps import sequence_logps_bwd, sequence_logps_fwd
+from apt_kernels.triton.logprobs.token_logprobs import token_logprobs_bwd, token_logprobs_fwd
+from apt_kernels.triton.masking.mlm_mask import mlm_mask_fwd
+from apt_kernels.triton.policy.gae import gae_fwd
+from apt_kernels.triton.policy.group_advantages import group_advantages_fwd
+from apt_kernels.triton.policy.kl_penalty import kl_penalty_bwd, kl_penalty_fwd
+from apt_kernels.triton.policy.linear_policy_loss import linear_policy_loss_fwd
+from apt_kernels.triton.policy.policy_loss import policy_loss_fwd
+from apt_kernels.triton.policy.value_loss import value_loss_fwd
+from apt_kernels.triton.preference.bradley_terry_loss import bradley_terry_loss_fwd
+from apt_kernels.triton.preference.dpo_loss import dpo_loss_fwd
 
 __all__ = [
     "bradley_terry_loss_fwd",

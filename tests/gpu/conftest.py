@@ -12,15 +12,18 @@ import apt_kernels
 
 @pytest.fixture
 def seeded(tmp_path, monkeypatch):
-    """A function that gives a copy of the kernels with one text of one file replaced."""
+    """A function that gives a copy of the kernels with one text of one file replaced.
+
+    The file is named as `family/name`, without its ending.
+    """
 
     def seed(stem, text, replacement):
         folder = tmp_path / "bugged"
         ignored = shutil.ignore_patterns("__py*")
         shutil.copytree(Path(apt_kernels.__file__).with_name("triton"), folder, ignore=ignored)
-        for file in folder.glob("*.py"):
+        for file in folder.rglob("*.py"):
             source = file.read_text().replace("apt_kernels.triton", "bugged")
-            if file.stem == stem:
+            if file.relative_to(folder).with_suffix("").as_posix() == stem:
                 assert text in source, "the kernel has changed: seed the bug anew"
                 source = source.replace(text, replacement)
             file.write_text(source)

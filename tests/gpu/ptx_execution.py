@@ -30,10 +30,10 @@ from triton.runtime.jit import JITFunction
 
 from gpu import cuda_emulation
 from gpu.cuda_emulation.build import (
-    CUDA_SOURCES,
     HERE,
     ROOT,
     cache_directory,
+    cuda_sources,
     digest,
     included,
 )
@@ -270,7 +270,7 @@ class Cuda(_Counting, cuda_emulation.Emulation):
 @functools.cache
 def compile_cuda(patches: tuple[tuple[str, str, str], ...] = ()) -> tuple[Path, list[str]]:
     """The library of the host code, without the CUDA runtime, and the PTX of every source."""
-    sources = {p.name: p.read_text() for p in sorted(CUDA_SOURCES.iterdir())}
+    sources = cuda_sources()
     for name, old, new in patches:
         assert sources[name].count(old) == 1, f"{name} has changed: seed the bug anew"
         sources[name] = sources[name].replace(old, new)

@@ -19,10 +19,10 @@ import triton_checks as checks
 
 import apt_kernels.triton as kernels
 from apt_kernels import dispatch
-from apt_kernels.triton import rows
-from calls import tensors
+from apt_kernels.triton.common import rows
 from gpu.cuda_emulation.checks import CHECKS
 from gpu.test_cuda_seeded_bugs import BUGS
+from support.calls import tensors
 
 dispatch.add_backend("triton", kernels)
 PTXError = ptx_execution.ptxrun.PTXError
@@ -143,11 +143,11 @@ def _token_logprobs(name):
 @pytest.mark.parametrize(
     "stem, text, replacement, check, message",
     [
-        ("rows", "head, column < columns", "head, column <= columns",
+        ("common/rows", "head, column < columns", "head, column <= columns",
          _token_logprobs("last_column_of_37"), "out-of-bounds"),
-        ("rows", "(ALIGN - misaligned) % ALIGN", "misaligned * 0",
+        ("common/rows", "(ALIGN - misaligned) % ALIGN", "misaligned * 0",
          _token_logprobs("sliced_columns"), "misaligned"),
-        ("dpo_loss", "if tl.program_id(0) == 0:", "if tl.program_id(0) >= 0:",
+        ("preference/dpo_loss", "if tl.program_id(0) == 0:", "if tl.program_id(0) >= 0:",
          lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000), "race"),
     ],
 )  # fmt: skip
@@ -352,15 +352,16 @@ def test_sectors_of_other_sizes(call, dtype, named, most):
 @pytest.mark.parametrize(
     "stem, text, replacement, call",
     [
-        ("ema_update_", "BLOCK = 4 * CHUNK", "BLOCK = CHUNK", _ema_update),
-        ("queue_push_", "WARPS = 2", "WARPS = 4", _queue_push),
-        ("mlm_mask", "eligible = live\n", "eligible = live & (tl.load(ids_ptr + at // 2) > -1)\n",
+        ("contrastive/ema_update_", "BLOCK = 4 * CHUNK", "BLOCK = CHUNK", _ema_update),
+        ("contrastive/queue_push_", "WARPS = 2", "WARPS = 4", _queue_push),
+        ("masking/mlm_mask",
+         "eligible = live\n", "eligible = live & (tl.load(ids_ptr + at // 2) > -1)\n",
          _mlm_mask),
-        ("group_advantages", "WHOLE = 1024", "WHOLE = 32",
+        ("policy/group_advantages", "WHOLE = 1024", "WHOLE = 32",
          functools.partial(_group_advantages, size=64)),
-        ("gae", "place_of_value, live", "place_of_value, counts", _gae),
-        ("gae", "OF_A_WARP = 128", "OF_A_WARP = 256", _gae),
-        ("sequence_logps", "% ALIGN == 0:", "% ALIGN == 16:", _sequence_logps),
+        ("policy/gae", "place_of_value, live", "place_of_value, counts", _gae),
+        ("policy/gae", "OF_A_WARP = 128", "OF_A_WARP = 256", _gae),
+        ("logprobs/sequence_logps", "% ALIGN == 0:", "% ALIGN == 16:", _sequence_logps),
     ],
 )  # fmt: skip
 def test_more_traffic_is_noticed(stem, text, replacement, call, seeded):

@@ -37,6 +37,7 @@ MAX_SHARED_BYTES = 48 << 10
 OPERATORS = ("token_logprobs_fwd", "token_logprobs_bwd", "dpo_loss_fwd", "bradley_terry_loss_fwd")
 OPERATORS += ("gae_fwd", "mlm_mask_fwd")
 
+INCLUDES = (f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}")
 SHARED = ("-std=c++17", "-O1", "-shared", "-cudart", "static")
 SHARED += ("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Werror")
 
@@ -68,11 +69,11 @@ def compiled(nvcc) -> dict[str, tuple[Path, str]]:
     for architecture in ARCHITECTURES:
         number = architecture.removeprefix("sm_")
         options += ["-gencode", f"arch=compute_{number},code={architecture}"]
-    options += [f"-I{ROOT / 'csrc' / 'include'}"]
-    headers = [*(ROOT / "csrc/cuda").glob("*.cuh"), *(ROOT / "csrc/include/apt").iterdir()]
+    options += INCLUDES
+    headers = [*(ROOT / "csrc/cuda").glob("*/*.cuh"), *(ROOT / "csrc/include/apt").iterdir()]
     common = [*options, _run(nvcc, "--version"), *(h.read_text() for h in sorted(headers))]
     results = {}
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*/*.cu")):
         target = cache_directory() / f"nvcc-{source.stem}-{digest(*common, source.read_text())}.o"
         messages = target.with_suffix(".txt")
         if not messages.exists():
@@ -104,9 +105,8 @@ def test_no_spills_and_few_registers(compiled, source):
 
 def test_streaming_kernels_load_and_store_16_bytes(nvcc, tmp_path):
     target = tmp_path / "token_logprobs.ptx"
-    source = ROOT / "csrc" / "cuda" / "token_logprobs.cu"
-    include = f"-I{ROOT / 'csrc' / 'include'}"
-    _run(nvcc, "-std=c++17", "-O3", "-arch=sm_80", include, "-ptx", source, "-o", target)
+    source = ROOT / "csrc" / "cuda" / "logprobs" / "token_logprobs.cu"
+    _run(nvcc, "-std=c++17", "-O3", "-arch=sm_80", *INCLUDES, "-ptx", source, "-o", target)
     kernels = re.split(r"\.entry ", target.read_text())[1:]
     assert len(kernels) == KERNELS_OF["token_logprobs.cu"]
     for kernel in kernels:
@@ -184,7 +184,7 @@ def test_bindings_register_the_cuda_key(nvcc, compiled, tmp_path):
     extension = tmp_path / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     objects = [target for target, _ in compiled.values()]
     include = (f"-I{ROOT / 'csrc' / 'include'}", *_torch_flags())
-    source = ROOT / "csrc" / "bindings_cuda.cpp"
+    source = ROOT / "csrc" / "bindings" / "cuda.cpp"
     link_flags = [f.replace("-Wl,", "-Xlinker=", 1) for f in _torch_libraries()]
     _run(nvcc, *SHARED, *include, source, *objects, *link_flags, "-o", extension)
     code = SCHEMAS.format(namespace="apt") + (
@@ -194,7 +194,7 @@ def test_bindings_register_the_cuda_key(nvcc, compiled, tmp_path):
         "    print(torch._C._dispatch_dump('apt::' + name))\n"
     )
     registered = re.findall(
-        r"^CUDA: registered at .*bindings_cuda\.cpp", _run(sys.executable, "-c", code), re.M
+        r"^CUDA: registered at .*bindings/cuda\.cpp", _run(sys.executable, "-c", code), re.M
     )
     assert len(registered) == len(OPERATORS)
 
@@ -218,7 +218,7 @@ def test_bindings_pass_on_every_argument(tmp_path):
     accelerator = tmp_path / "torch" / "csrc" / "stable" / "accelerator.h"
     accelerator.parent.mkdir(parents=True)
     accelerator.write_text(ACCELERATOR)
-    source = (ROOT / "csrc" / "bindings_cuda.cpp").read_text()
+    source = (ROOT / "csrc" / "bindings" / "cuda.cpp").read_text()
     assert source.count("STABLE_TORCH_LIBRARY_IMPL(apt, CUDA, m)") == 1
     source = source.replace(
         "STABLE_TORCH_LIBRARY_IMPL(apt, CUDA, m)", "STABLE_TORCH_LIBRARY_IMPL(apt_emulated, CPU, m)"
@@ -236,5 +236,5 @@ def test_bindings_pass_on_every_argument(tmp_path):
 
 def _link_bindings(source: str, folder: Path) -> Path:
     flags = (f"-I{folder}", *_torch_flags())
-    bindings = compile_object("bindings_cuda.cpp", source, flags=flags)
+    bindings = compile_object("cuda.cpp", source, flags=flags)
     return link([*kernel_objects(), bindings], flags=tuple(_torch_libraries()))

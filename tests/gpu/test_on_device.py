@@ -1,7 +1,7 @@
 """What only a GPU shows; all of it is skipped elsewhere. `make gpu-report` runs it.
 
-Values and gradients on the device are the registry's (tests/test_ops.py); here are streams, graphs,
-other devices, sizes beyond 32 bits and calls that must not wait.
+Values and gradients on the device are the registry's (tests/ops/test_ops.py); here are streams,
+graphs, other devices, sizes beyond 32 bits and calls that must not wait.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import apt_kernels
 from apt_kernels import reference
 from apt_kernels.registry import OPS
-from calls import call, fresh
+from support.calls import call, fresh
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

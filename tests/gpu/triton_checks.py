@@ -14,7 +14,7 @@ from torch import Tensor
 from apt_kernels import dispatch, reference
 from apt_kernels.registry import OPS, Sample
 from apt_kernels.testing import ULPS, assert_as_accurate
-from calls import call, fresh, in_float64
+from support.calls import call, fresh, in_float64
 
 DPO_TYPES = {
     "sigmoid": 0, "robust": 1, "hinge": 2, "ipo": 3, "exo_pair": 4, "nca_pair": 5, "bco_pair": 6,

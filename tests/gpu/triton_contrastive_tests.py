@@ -19,9 +19,9 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 import apt_kernels.triton as kernels
 from apt_kernels import dispatch
 from apt_kernels.registry import OPS, Sample
-from apt_kernels.registry.similarity import near, rows, temperature
-from calls import assert_as_the_reference
-from test_contrastive import test_rows_that_are_not_finite_are_seen  # noqa: F401
+from apt_kernels.registry.contrastive.similarity import near, rows, temperature
+from ops.contrastive.test_contrastive import test_rows_that_are_not_finite_are_seen  # noqa: F401
+from support.calls import assert_as_the_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {
@@ -93,12 +93,13 @@ def test_the_logarithm_of_a_sum_near_1_keeps_its_digits(bias):
 
 def _small_tiles(monkeypatch, namespace=kernels):
     """Several steps of every loop: 16 rows, columns and elements at a time, two tiles a wave."""
-    small = namespace.similarity.Tiles(16, 16, 16, 16, warps=4, stages=2)
+    contrastive = namespace.contrastive
+    small = contrastive.similarity.Tiles(16, 16, 16, 16, warps=4, stages=2)
     for module in ("similarity_softmax", "similarity_gradient", "siglip_loss"):
-        monkeypatch.setattr(getattr(namespace, module), "tiles", lambda *_, **__: small)
-    monkeypatch.setattr(namespace.similarity_softmax, "SLOTS", 2)
-    monkeypatch.setattr(namespace.similarity_softmax, "PROGRAMS", 6)
-    monkeypatch.setattr(namespace.siglip_loss, "PROGRAMS", 6)
+        monkeypatch.setattr(getattr(contrastive, module), "tiles", lambda *_, **__: small)
+    monkeypatch.setattr(contrastive.similarity_softmax, "SLOTS", 2)
+    monkeypatch.setattr(contrastive.similarity_softmax, "PROGRAMS", 6)
+    monkeypatch.setattr(contrastive.siglip_loss, "PROGRAMS", 6)
 
 
 def _views(count, width=20, dtype=torch.float32):
@@ -290,64 +291,82 @@ _equal = "equal_embeddings"
 
 # (what was done, in which file, the text, what it becomes, the check that must notice)
 SEEDED = [
-    ("reads a row beyond the end", "similarity", "live = row < N", "live = row <= N", _plain),
-    ("reads past the width", "similarity", "inside = column < D", "inside = column <= D",
+    ("reads a row beyond the end", "contrastive/similarity",
+     "live = row < N", "live = row <= N", _plain),
+    ("reads past the width", "contrastive/similarity",
+     "inside = column < D", "inside = column <= D",
      _on("info_nce", "sliced")),
-    ("swaps the strides", "similarity", "column[:, None] * b_step", "column[:, None] * b_stride",
+    ("swaps the strides", "contrastive/similarity",
+     "column[:, None] * b_step", "column[:, None] * b_stride",
      _on("info_nce", "transposed")),
-    ("gives a zero row a direction", "similarity", "0.0, inverse)", "1e12, inverse)",
+    ("gives a zero row a direction", "contrastive/similarity", "0.0, inverse)", "1e12, inverse)",
      _on("nt_xent", "zero_rows")),
-    ("takes any temperature", "similarity", "(t > 0.0) & (t < float(\"inf\"))", "t > -100.0",
+    ("takes any temperature", "contrastive/similarity",
+     "(t > 0.0) & (t < float(\"inf\"))", "t > -100.0",
      lambda bugged, _: _check_nan(bugged)),
-    ("cuts the bits of float32 off", "similarity", "+ 0x1000) & -0x2000", "+ 0x100000) & -0x200000",
+    ("cuts the bits of float32 off", "contrastive/similarity",
+     "+ 0x1000) & -0x2000", "+ 0x100000) & -0x200000",
      _on("nt_xent", BY_NAME["nt_xent", torch.float16, "none"])),
-    ("never rescales", "similarity_softmax", "total * old + other_total * new",
+    ("never rescales", "contrastive/similarity_softmax", "total * old + other_total * new",
      "total + other_total", _even),
-    ("loses the guard of -inf", "similarity_softmax", "tl.where(top == -INFINITY, 0.0, top)", "top",
+    ("loses the guard of -inf", "contrastive/similarity_softmax",
+     "tl.where(top == -INFINITY, 0.0, top)", "top",
      _even),
-    ("takes a pair twice", "similarity_softmax", "(2 * (first + t) != blocks)", "(blocks > 0)",
+    ("takes a pair twice", "contrastive/similarity_softmax",
+     "(2 * (first + t) != blocks)", "(blocks > 0)",
      _even),
-    ("takes the diagonal twice", "similarity_softmax",
+    ("takes the diagonal twice", "contrastive/similarity_softmax",
      "tl.where(column_block == row_block, -INFINITY, d)", "d", _even),
-    ("forgets a tile", "similarity_softmax", "row_blocks // 2 + 1", "row_blocks // 2", _even),
-    ("keeps the row itself", "similarity_softmax",
+    ("forgets a tile", "contrastive/similarity_softmax",
+     "row_blocks // 2 + 1", "row_blocks // 2", _even),
+    ("keeps the row itself", "contrastive/similarity_softmax",
      "out = own | at_offset(row, column, self_offset, False)", "out = own", _even),
-    ("shares a slot", "similarity_softmax", "slot = t\n", "slot = 0\n", _even),
-    ("forgets the columns of a wave", "similarity_softmax", "_merge(column_part, size,",
+    ("shares a slot", "contrastive/similarity_softmax", "slot = t\n", "slot = 0\n", _even),
+    ("forgets the columns of a wave", "contrastive/similarity_softmax", "_merge(column_part, size,",
      "_merge(column_part, 1,", _even),
-    ("loses the weighted sum", "similarity_softmax", "(weighted + moved) * old", "weighted * old",
+    ("loses the weighted sum", "contrastive/similarity_softmax",
+     "(weighted + moved) * old", "weighted * old",
      _on("info_nce", _views(25), small=True)),
-    ("counts itself as a positive", "similarity_softmax", "same & (d != -INFINITY)", "same",
+    ("counts itself as a positive", "contrastive/similarity_softmax",
+     "same & (d != -INFINITY)", "same",
      _labels),
-    ("forgets the columns' share", "similarity_gradient",
+    ("forgets the columns' share", "contrastive/similarity_gradient",
      "coefficient += column_weight[None, :] * p", "coefficient += 0 * p", _symmetric),
-    ("forgets the projection", "similarity_gradient", "grad - along[:, None] * unit", "grad",
+    ("forgets the projection", "contrastive/similarity_gradient",
+     "grad - along[:, None] * unit", "grad",
      _plain),
-    ("writes past the width", "similarity_gradient", "part_live = part < D",
+    ("writes past the width", "contrastive/similarity_gradient", "part_live = part < D",
      "part_live = part < D + 8", _plain),
-    ("pulls a row to itself", "similarity_gradient",
+    ("pulls a row to itself", "contrastive/similarity_gradient",
      "out | at_offset(row, column, self_offset, False) |", "out |",
      _on("nt_xent", "unnormalised_large")),
-    ("forgets the positive", "similarity_gradient", "grad += positive[:, None] * unit\n    if own",
+    ("forgets the positive", "contrastive/similarity_gradient",
+     "grad += positive[:, None] * unit\n    if own",
      "pass\n    if own", _plain),
-    ("pulls by the wrong row", "similarity_gradient", "tl.where(own < M, own, row - label_offset)",
+    ("pulls by the wrong row", "contrastive/similarity_gradient",
+     "tl.where(own < M, own, row - label_offset)",
      "tl.where(own < M, own, 0)", _even),
-    ("forgets the positives of a label", "similarity_gradient",
+    ("forgets the positives of a label", "contrastive/similarity_gradient",
      "tl.where(same, coefficient - both, coefficient)", "coefficient", _labels),
-    ("forgets the bias", "similarity_gradient", "sigmoid(d * scale + bias)", "sigmoid(d * scale)",
+    ("forgets the bias", "contrastive/similarity_gradient",
+     "sigmoid(d * scale + bias)", "sigmoid(d * scale)",
      _siglip),
-    ("calls equals right", "info_nce", "alone | (positive > m)", "alone | (positive >= m)",
+    ("calls equals right", "contrastive/info_nce",
+     "alone | (positive > m)", "alone | (positive >= m)",
      _on("info_nce", _equal)),
-    ("slope of all classes", "info_nce", "share * mean", "mean", _plain),
-    ("forgets the key's projection", "info_nce", "grad - positive[:, None] * b", "grad", _queue),
-    ("one program writes all keys", "info_nce", "to = grad_ptr + row.to(tl.int64)[:, None] * D",
+    ("slope of all classes", "contrastive/info_nce", "share * mean", "mean", _plain),
+    ("forgets the key's projection", "contrastive/info_nce",
+     "grad - positive[:, None] * b", "grad", _queue),
+    ("one program writes all keys", "contrastive/info_nce",
+     "to = grad_ptr + row.to(tl.int64)[:, None] * D",
      "to = grad_ptr + 0 * row.to(tl.int64)[:, None] * D",
      _on("info_nce", "negatives_67_by_31")),
-    ("takes the first part alone", "siglip_loss", "for split in range(0, splits)",
+    ("takes the first part alone", "contrastive/siglip_loss", "for split in range(0, splits)",
      "for split in range(0, 1)", _on("siglip_loss", _views(37), small=True)),
-    ("pushes the positive away", "siglip_loss", "tl.where(own, -sigmoid(x), sigmoid(x))",
+    ("pushes the positive away", "contrastive/siglip_loss",
+     "tl.where(own, -sigmoid(x), sigmoid(x))",
      "sigmoid(x)", _on("siglip_loss", "temperature")),
-    ("calls equals right in a label", "sup_con_loss", "best > best_negative",
+    ("calls equals right in a label", "contrastive/sup_con_loss", "best > best_negative",
      "best >= best_negative", _on("sup_con_loss", _equal)),
 ]  # fmt: skip
 

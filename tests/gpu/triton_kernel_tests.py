@@ -22,10 +22,11 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 import apt_kernels.triton as kernels
-from apt_kernels.triton import head, logistic
-from calls import tensors
-from test_gae import test_what_lies_behind_the_end_of_an_episode_may_be_anything  # noqa: F401
-from test_linear_losses import test_a_loss_scale_saves_the_digits_of_float16  # noqa: F401
+from apt_kernels.triton.common import logistic
+from apt_kernels.triton.head import launch as head
+from ops.logprobs.test_linear_losses import test_a_loss_scale_saves_the_digits_of_float16  # noqa: F401
+from ops.policy.test_gae import test_what_lies_behind_the_end_of_an_episode_may_be_anything  # noqa: F401
+from support.calls import tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -465,7 +466,8 @@ def _check(check, cases, name, dtype=torch.float32):
 
 
 def _check_in_few_parts(bugged):
-    bugged.head.LEAST_PARTS = bugged.head.PROGRAMS = 1
+    launch = bugged.head.launch
+    launch.LEAST_PARTS = launch.PROGRAMS = 1
     _check(*_head, "no_entropy")(bugged)
 
 
@@ -490,80 +492,89 @@ def _of(operation, name):
 
 # (what was done, in which file, the text, what it becomes, the check that must notice)
 SEEDED = [
-    ("shifts a mask", "token_logprobs", _last, "offset <= body, other=-float",
+    ("shifts a mask", "logprobs/token_logprobs", _last, "offset <= body, other=-float",
      _check(*_token, "last_column_of_4097")),
-    ("swaps the strides", "token_logprobs", _strides, _swapped, _check(*_token, "transposed")),
-    ("reads past the row", "rows", "head, column < columns", "head, column <= columns",
+    ("swaps the strides", "logprobs/token_logprobs",
+     _strides, _swapped, _check(*_token, "transposed")),
+    ("reads past the row", "common/rows", "head, column < columns", "head, column <= columns",
      _check(*_token, "last_column_of_37")),
-    ("lets body and tail overlap", "rows", "(columns - head) // ALIGN", "columns // ALIGN",
+    ("lets body and tail overlap", "common/rows", "(columns - head) // ALIGN", "columns // ALIGN",
      _check(*_token, "last_column_of_37")),
-    ("loses the guard of -inf", "rows", _shift, "new_m", _check(*_token, "excluded_columns")),
-    ("loses the guard of p = 0", "token_logprobs", "tl.where(p == 0, 0.0, -p * weight)",
+    ("loses the guard of -inf", "common/rows",
+     _shift, "new_m", _check(*_token, "excluded_columns")),
+    ("loses the guard of p = 0", "logprobs/token_logprobs", "tl.where(p == 0, 0.0, -p * weight)",
      "-p * weight", _check(*_token, "excluded_columns")),
-    ("leaves masked rows unwritten", "token_logprobs", "_store_zeros(grad_ptr, V, ALIGN, BLOCK)",
+    ("leaves masked rows unwritten", "logprobs/token_logprobs",
+     "_store_zeros(grad_ptr, V, ALIGN, BLOCK)",
      "pass", _check(*_token, "all_masked")),
-    ("forgets an id", "token_logprobs", "for k in range(1, K):", "for k in range(2, K):",
+    ("forgets an id", "logprobs/token_logprobs", "for k in range(1, K):", "for k in range(2, K):",
      _check(*_token, "repeated_ids")),
-    ("rounds the temperature's reciprocal", "rows", "tl.fma(x, inverse, x * inverse_rest)",
+    ("rounds the temperature's reciprocal", "common/rows", "tl.fma(x, inverse, x * inverse_rest)",
      "x * inverse.to(tl.bfloat16).to(tl.float32)", _check(*_token, "temperature")),
-    ("divides by no tokens", "sequence_logps", "tl.maximum(tokens, 1)", "tokens",
+    ("divides by no tokens", "logprobs/sequence_logps", "tl.maximum(tokens, 1)", "tokens",
      _check(*_sequence, "all_masked")),
-    ("shifts the mask of tokens", "sequence_logps", "tl.multiple_of(mask_ptr + head",
+    ("shifts the mask of tokens", "logprobs/sequence_logps", "tl.multiple_of(mask_ptr + head",
      "tl.multiple_of(mask_ptr + 0", _check(*_sequence, "length_1025")),
-    ("forgets pairs", "dpo_loss", _dpo_block, "range(BLOCK, whole - BLOCK, BLOCK)",
+    ("forgets pairs", "preference/dpo_loss", _dpo_block, "range(BLOCK, whole - BLOCK, BLOCK)",
      lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000)),
-    ("lets all programs store the sum", "dpo_loss", _first, "if tl.program_id(0) >= 0:",
+    ("lets all programs store the sum", "preference/dpo_loss", _first, "if tl.program_id(0) >= 0:",
      lambda bugged: checks.dpo_loss(bugged, "sigmoid", torch.float32, "mean", 5000)),
-    ("loses the sign", "bradley_terry_loss", "pull - wrong, pull + wrong",
+    ("loses the sign", "preference/bradley_terry_loss", "pull - wrong, pull + wrong",
      "pull + wrong, pull + wrong",
      lambda bugged: checks.bradley_terry_loss(bugged, torch.float32, "sum", 7)),
-    ("accumulates in bfloat16", "head_products", _dot, _dot + _narrow,
+    ("accumulates in bfloat16", "head/products", _dot, _dot + _narrow,
      _check(*_head, "no_entropy")),
-    ("forgets a row", "head_logits", _below, _below + " - 1", _check(*_head, "everything")),
-    ("forgets the bias", "head_logits", "if bias_ptr is not None:", "if False:",
+    ("forgets a row", "head/logits", _below, _below + " - 1", _check(*_head, "everything")),
+    ("forgets the bias", "head/logits", "if bias_ptr is not None:", "if False:",
      _check(*_cross, "everything")),
-    ("never rescales", "head_logits", "s = s * old + tl.sum(e, 1)", "s = s + tl.sum(e, 1)",
+    ("never rescales", "head/logits", "s = s * old + tl.sum(e, 1)", "s = s + tl.sum(e, 1)",
      _check_in_few_parts),
-    ("takes the last of equals", "linear_cross_entropy", "part_top > top", "part_top >= top",
+    ("takes the last of equals", "logprobs/linear_cross_entropy",
+     "part_top > top", "part_top >= top",
      _check(*_cross, "equal_logits")),
-    ("clips on the wrong side", "policy_loss", "tl.where(negative, low, ",
+    ("clips on the wrong side", "policy/policy_loss", "tl.where(negative, low, ",
      "tl.where(negative, high, ", _of("policy_loss", "plain")),
-    ("loses the dual clip", "policy_loss", "tl.where(negative, dual, high)", "high",
+    ("loses the dual clip", "policy/policy_loss", "tl.where(negative, dual, high)", "high",
      _of("policy_loss", "dual_clip_token_mean")),
-    ("forgets the weights' gradient", "policy_loss", "        grad *= weight\n", "",
+    ("forgets the weights' gradient", "policy/policy_loss", "        grad *= weight\n", "",
      _of("policy_loss", "clip_weights")),
-    ("writes masked gradients", "policy_loss", "tl.where(counts, grad, 0.0)",
+    ("writes masked gradients", "policy/policy_loss", "tl.where(counts, grad, 0.0)",
      "grad", _of("policy_loss", "k1_0.3")),
-    ("cancels near 0", "tokens", "near = tl.abs(x) < 1.0", "near = tl.abs(x) < 0.0",
+    ("cancels near 0", "common/token_windows", "near = tl.abs(x) < 1.0", "near = tl.abs(x) < 0.0",
      _of("kl_penalty", "k3")),
-    ("keeps the clipped gradient", "value_loss", "tl.where(worse, 0.0, error)", "error",
+    ("keeps the clipped gradient", "policy/value_loss", "tl.where(worse, 0.0, error)", "error",
      _of("value_loss", "token_mean_0.2")),
-    ("measures returns from 0", "value_loss", "from_pivot = tl.where(counts, x - pivot, 0.0)",
+    ("measures returns from 0", "policy/value_loss",
+     "from_pivot = tl.where(counts, x - pivot, 0.0)",
      "pivot *= 0.0; from_pivot = tl.where(counts, x, 0.0)", _of("value_loss", "equal_returns_700")),
-    ("forgets the spread between tiles", "value_loss", "around, tl.sum(within, 0))",
+    ("forgets the spread between tiles", "policy/value_loss", "around, tl.sum(within, 0))",
      "0.0 * around, tl.sum(within, 0))", _of("value_loss", "token_mean_0.2")),
-    ("takes filled rows for tokens", "tokens", "tl.where(j == NUMBER, totals, 0.0), 0), 1.0)",
+    ("takes filled rows for tokens", "common/token_windows",
+     "tl.where(j == NUMBER, totals, 0.0), 0), 1.0)",
      "full, 0), 1.0)", lambda bugged: checks.many_rows(bugged, torch.float32)),
-    ("sums where a row has a mean", "tokens", "tl.where(is_loss[None, :], mean, part)",
+    ("sums where a row has a mean", "common/token_windows",
+     "tl.where(is_loss[None, :], mean, part)",
      "part", _of("value_loss", "sequence_mean_0.2")),
-    ("gives all rows one factor", "tokens", "factor /= tl.maximum(", "factor += 0.0 * tl.maximum(",
+    ("gives all rows one factor", "common/token_windows",
+     "factor /= tl.maximum(", "factor += 0.0 * tl.maximum(",
      _of("value_loss", "sequence_mean_0.2")),
-    ("divides by the size", "group_advantages", "tl.maximum(G - 1, 1)", "tl.maximum(G, 1)",
+    ("divides by the size", "policy/group_advantages", "tl.maximum(G - 1, 1)", "tl.maximum(G, 1)",
      _of("group_advantages", "normalized")),
-    ("counts ties in full", "group_advantages", "0.5 * equal", "1.0 * equal",
+    ("counts ties in full", "policy/group_advantages", "0.5 * equal", "1.0 * equal",
      _of("group_advantages", "rank_equal")),
-    ("scans forward", "gae", "(delta, kept), 1, _then, reverse=True", "(delta, kept), 1, _then",
+    ("scans forward", "policy/gae",
+     "(delta, kept), 1, _then, reverse=True", "(delta, kept), 1, _then",
      _of("gae", "plain")),
-    ("forgets the tile before", "gae", "advantage = _advantage(delta, kept, trace)",
+    ("forgets the tile before", "policy/gae", "advantage = _advantage(delta, kept, trace)",
      "advantage = delta",
      _of("gae", "long")),
-    ("takes the masked value", "gae", "counts.to(tl.int32)), 1, _first_two",
+    ("takes the masked value", "policy/gae", "counts.to(tl.int32)), 1, _first_two",
      "live.to(tl.int32)), 1, _first_two", _of("gae", "dirty_random_False")),
-    ("forgets to end", "gae", "tl.where(ends | breaks | last, 0.0, decay)",
+    ("forgets to end", "policy/gae", "tl.where(ends | breaks | last, 0.0, decay)",
      "tl.where(breaks | last, 0.0, decay)", _of("gae", "terminated_rows_37")),
-    ("takes the biased variance", "gae", "tl.maximum(count - 1, 1)", "tl.maximum(count, 1)",
+    ("takes the biased variance", "policy/gae", "tl.maximum(count - 1, 1)", "tl.maximum(count, 1)",
      _of("gae", "1_rows_of_5")),
-    ("forgets the upstream scale", "linear_policy_loss", "factors * upstream", "factors",
+    ("forgets the upstream scale", "policy/linear_policy_loss", "factors * upstream", "factors",
      lambda bugged: checks.registry_sample(bugged, "linear_policy_loss", "plain", torch.float16)),
 ]  # fmt: skip
 

@@ -59,7 +59,7 @@ def as_on(target: str):
     if target.startswith("sm_"):
         yield
         return
-    from apt_kernels.triton import rows
+    from apt_kernels.triton.common import rows
 
     with mock.patch.object(torch.version, "hip", "7.0"), mock.patch.object(rows, "WARP_SIZE", 64):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import check_flag, check_number
+from ..training.config import check_flag, check_number
 
 POOLINGS = ("mean", "first")
 

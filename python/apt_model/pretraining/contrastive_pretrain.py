@@ -14,15 +14,15 @@ from torch.optim import Optimizer
 
 from apt_kernels import info_nce, nt_xent
 
-from ..config import split_options
-from ..model_access import vocabulary_size
-from ..training_loop import read_numbers
+from ..data.augmentation import TextAugmentation
+from ..scoring.model_access import vocabulary_size
+from ..training.config import split_options
+from ..training.loop import read_numbers
 from .contrastive_config import ContrastiveConfig
 from .created_modules import CreatedModulesLoop, bring_beside
 from .features import PooledFeatures, widened
 from .momentum import MomentumNetworks
 from .projection_head import ProjectionHead, has_batch_norm
-from .text_augmentation import TextAugmentation
 from .views import View, make_view, make_views
 
 __all__ = [

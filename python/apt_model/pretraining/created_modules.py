@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..loop_options import data_parallel_groups, device_of, evaluating, move_modules
-from ..model_access import FSDPModule
-from ..training_loop import TrainingLoop
+from ..scoring.model_access import FSDPModule
+from ..training.loop import TrainingLoop
+from ..training.options import data_parallel_groups, device_of, evaluating, move_modules
 
 
 class CreatedModulesLoop(TrainingLoop):

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..hidden_states import Positions, found, has_output_embedding, hidden_states_of
-from ..model_access import FSDPModule, base_model, has_adapter, without_wrapper
+from ..scoring.hidden_states import Positions, found, has_output_embedding, hidden_states_of
+from ..scoring.model_access import FSDPModule, base_model, has_adapter, without_wrapper
 
 
 class Encoded(NamedTuple):

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..model_access import FSDPModule
+from ..scoring.model_access import FSDPModule
 from .created_modules import CreatedModulesLoop
 from .encoder import Encoder
 from .gradient_cache import in_parts

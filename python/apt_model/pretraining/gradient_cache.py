@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..training_state import random_state, set_random_state
+from ..training.state import random_state, set_random_state
 
 
 def in_parts(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import check_flag, check_number
+from ..training.config import check_flag, check_number
 
 PROBABILITIES = ("mask_prob", "mask_token_prob", "random_token_prob")
 IDS = ("mask_token_id", "pad_token_id", "cls_token_id", "sep_token_id")

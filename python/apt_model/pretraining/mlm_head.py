@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from apt_kernels import linear_cross_entropy, token_logprobs
 
-from ..loop_options import evaluating
-from ..model_access import as_autocast
+from ..scoring.model_access import as_autocast
+from ..training.options import evaluating
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 INITIAL_DEVIATION = 0.02  # of BERT's weights

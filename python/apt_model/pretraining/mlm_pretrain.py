@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..config import split_options
-from ..model_access import vocabulary_size
-from ..training_loop import read_numbers
+from ..data.sentence_pairs import NSPDataBuilder
+from ..scoring.model_access import vocabulary_size
+from ..training.config import split_options
+from ..training.loop import read_numbers
 from .created_modules import CreatedModulesLoop, warmup
 from .encoder import Encoder
 from .masked_batch import MaskedBatch, make_masked_batch, masked
 from .mlm_config import MLMConfig
 from .mlm_head import MLMHead, NSPHead, make_mlm_head
-from .nsp_data import NSPDataBuilder
 
 __all__ = [
     "MLMConfig", "MLMHead", "MLMPretrainer", "NSPDataBuilder", "NSPHead", "create_mlm_pretrainer",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from apt_kernels import ema_update_, queue_push_
 
-from ..model_access import FSDPModule, without_wrapper
-from ..training_state import load_module_state, module_state, snapshot
+from ..scoring.model_access import FSDPModule, without_wrapper
+from ..training.state import load_module_state, module_state, snapshot
 
 
 class MomentumNetworks:

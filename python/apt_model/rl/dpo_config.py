@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apt_kernels import dpo_loss
 
-from ..config import check_flag, check_number
+from ..training.config import check_flag, check_number
 
 WITHOUT_REFERENCE = ("simpo", "orpo")  # and on averaged log-probabilities
 OF_WHOLE_BATCH = ("aot", "aot_unpaired", "kto_pair")  # a pair's loss depends on the other pairs

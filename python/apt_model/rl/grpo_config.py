@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apt_kernels import PolicyLoss, group_advantages, policy_loss
 
-from ..config import check_count, check_flag, check_number
+from ..training.config import check_count, check_flag, check_number
 
 ADVANTAGES = ("relative", "normalized", "rank")
 

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from apt_kernels import value_loss
 
-from ..config import split_options
-from ..output_head import Scoring
+from ..scoring.output_head import Scoring
+from ..training.config import split_options
 from .grpo_config import GRPOConfig
 from .policy_trainer import PolicyTrainer
 from .reward_source import checked_rewards

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from apt_kernels import kl_penalty
 
-from ..curves import read_numbers
-from ..loop_options import evaluating, move_modules
-from ..model_access import vocabulary_size
-from ..next_token import NextTokenScorer
-from ..output_head import Scoring, TokenScores, ValueHead
-from ..training_loop import TrainingLoop
+from ..scoring.model_access import vocabulary_size
+from ..scoring.next_token import NextTokenScorer
+from ..scoring.output_head import Scoring, TokenScores, ValueHead
+from ..training.curves import read_numbers
+from ..training.loop import TrainingLoop
+from ..training.options import evaluating, move_modules
 from .kl_control import KLCoefficient
 from .reference_model import ReferenceModel
 from .reward_source import RewardSource

@@ -10,10 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..loop_options import device_of, evaluating
-from ..model_access import FSDPModule, base_model, has_adapter, vocabulary_size, without_wrapper
-from ..next_token import NextTokenScorer
-from ..training_state import snapshot
+from ..scoring.model_access import (
+    FSDPModule,
+    base_model,
+    has_adapter,
+    vocabulary_size,
+    without_wrapper,
+)
+from ..scoring.next_token import NextTokenScorer
+from ..training.options import device_of, evaluating
+from ..training.state import snapshot
 from .shared_prefix import SharedPrefix
 
 Ours, Theirs = TypeVar("Ours"), TypeVar("Theirs")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hidden_states import HiddenStates, last_real
-from ..model_access import hidden_width
+from ..scoring.hidden_states import HiddenStates, last_real
+from ..scoring.model_access import hidden_width
 from .batch_checks import check_real_rows
 from .pair_batch import make_pair_batch
 from .reward_source import rewards_of, wants_token_mask

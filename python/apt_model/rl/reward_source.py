@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loop_options import device_of, evaluating
-from ..model_access import without_wrapper
+from ..scoring.model_access import without_wrapper
+from ..training.options import device_of, evaluating
 
 
 class RewardError(RuntimeError):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from apt_kernels import PolicyLoss, ValueLoss, gae, kl_penalty, policy_loss, value_loss
 
-from ..config import check_count, check_flag, check_number
-from ..output_head import TokenScores
+from ..scoring.output_head import TokenScores
+from ..training.config import check_count, check_flag, check_number
 from .sequence_batch import SequenceBatch
 
 

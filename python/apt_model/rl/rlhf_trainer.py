@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from apt_kernels import gae, kl_penalty, value_loss
 
-from ..config import split_options
-from ..curves import read_numbers
-from ..output_head import Scoring
+from ..scoring.output_head import Scoring
+from ..training.config import split_options
+from ..training.curves import read_numbers
 from .all_processes import rows_of_all
 from .policy_trainer import COPY, PolicyTrainer
 from .rlhf_config import RLHFConfig

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from ..loop_options import evaluating
-from ..model_access import FSDPModule, base_model, has_adapter, without_wrapper
-from ..next_token import NextTokenScorer
+from ..scoring.model_access import FSDPModule, base_model, has_adapter, without_wrapper
+from ..scoring.next_token import NextTokenScorer
+from ..training.options import evaluating
 from .batch_checks import check_real_rows, check_vocabulary, checked_ids, checked_mask
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..hidden_states import last_real
+from ..scoring.hidden_states import last_real
 from .batch_checks import (
     check_responses,
     check_vocabulary,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_access import layers_name
+from ..scoring.model_access import layers_name
 
 
 class SharedPrefix:

@@ -68,7 +68,7 @@ def kernel_objects(
     sanitizer: str = "", patches: tuple[tuple[str, str, str], ...] = ()
 ) -> list[Path]:
     """The object files of csrc/cuda and of their C entry points; arguments as of `build`."""
-    sources = {p.name: p.read_text() for p in sorted(CUDA_SOURCES.iterdir())}
+    sources = cuda_sources()
     for name, old, new in patches:
         if sources[name].count(old) != 1:
             raise ValueError(f"{name} contains {sources[name].count(old)} times, not once: {old!r}")
@@ -80,6 +80,19 @@ def kernel_objects(
         compile_object(name, text, sanitizer, included(text, headers))
         for name, text in kernels.items()
     ]
+
+
+def cuda_sources() -> dict[str, str]:
+    """The files of csrc/cuda by their names, which include one another as if in one folder."""
+    files = sorted(CUDA_SOURCES.glob("*/*.cu*"))
+    return {
+        p.name: re.sub(r'#include "\w+/(\w+\.cuh)"', r'#include "\1"', p.read_text()) for p in files
+    }
+
+
+def _place(name: str) -> Path:
+    """Where a source lies: in a family of csrc/cuda, or here."""
+    return next(CUDA_SOURCES.glob(f"*/{name}"), HERE / name)
 
 
 def included(text: str, headers: dict[str, str]) -> dict[str, str]:
@@ -111,10 +124,9 @@ def compile_object(
         return target
     with tempfile.TemporaryDirectory() as folder:
         for header, content in headers.items():
-            (Path(folder) / header).write_text(translate(content, str(CUDA_SOURCES / header)))
+            (Path(folder) / header).write_text(translate(content, str(_place(header))))
         source = Path(folder) / f"{Path(name).stem}.cpp"
-        where = CUDA_SOURCES / name if name.endswith(".cu") else HERE / name
-        source.write_text(translate(text, str(where)))
+        source.write_text(translate(text, str(_place(name))))
         include = (folder, HERE, HERE / "include", ROOT / "csrc" / "include")
         _run(target, [*(f"-I{i}" for i in include), *flags, "-c", str(source)])
     return target

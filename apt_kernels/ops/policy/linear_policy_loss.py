@@ -1,0 +1,175 @@
+"""The losses of policy optimisation from hidden states, without the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import checks, dispatch, reference
+from ...reference.numerics import accumulate_dtype
+from ..common.head import (
+    check_head,
+    fake_gradients,
+    kernel_layout,
+    needs_gradient,
+    scaled_gradients,
+)
+from ..common.token_inputs import boolean, normalizer_tensor
+from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
+
+KERNEL = "linear_policy_loss_fwd"
+dispatch.register("linear_policy_loss", KERNEL)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_type: str = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    sapo_temperature_pos: float | None = None,
+    sapo_temperature_neg: float | None = None,
+    ref_logps: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    rollout_weights: Tensor | None = None,
+    aggregation: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss` of the token log-probabilities and entropies of hidden @ weight^T + bias.
+
+    The gradients are formed in the forward pass, a tile of logits at a time, and backward scales
+    them: of M tokens that count 6 M D V flops, 4 M D V with a frozen head, 2 M D V without a
+    gradient. The logits are computed twice, 2 M D V more, for ratios of sequences, for 16-bit
+    weights with a gradient on the CPU, and on the GPU; float16 gradients wait for the upstream
+    scale, which may be what keeps them above 0, for another 2 M D V. Workspace on the CPU: an
+    eighth of the logits of those tokens, within 7 and 64 MiB. Sources: `policy_loss`; Wijmans 2024,
+    "Cut your losses in large-vocabulary language models".
+
+    Args:
+        hidden: `(B, T, D)` float32, bfloat16, float16 or float64; any strides; differentiable. A
+            masked token of any argument may hold anything; it has no loss and no gradient.
+        weight: `(V, D)`, the output embedding, differentiable. Of other dtypes than `hidden`
+            the widest is taken for all.
+        token_ids: `(B, T)` integers in [0, V).
+        old_logps: `(B, T)` at sampling time in nats; None: those of the policy, a ratio of 1.
+        advantages: `(B,)` or `(B, T)`.
+        mask: `(B, T)`, True counts. Nothing counts: a loss of 0 with a graph.
+        bias: `(V,)` or None, differentiable. A column of -inf is excluded from the vocabulary.
+        temperature: a number above 0, or a tensor `(B, T)` of one per token (no gradient).
+        softcap: bound of the tanh soft cap (Gemma 2), applied after `logit_scale`, or None.
+        logit_scale: a factor of the logits, above 0.
+        loss_type: as in `policy_loss`; also all that follows.
+        clip_low: see `policy_loss`.
+        clip_high: see `policy_loss`.
+        dual_clip: see `policy_loss`.
+        ratio_level: see `policy_loss`.
+        sapo_temperature_pos: see `policy_loss`.
+        sapo_temperature_neg: see `policy_loss`.
+        ref_logps: `(B, T)`, for the KL term.
+        kl_coef: see `policy_loss`.
+        kl_estimator: see `policy_loss`.
+        entropy_coef: weight of the entropy of the full distribution as a bonus.
+        rollout_weights: `(B,)` or `(B, T)`.
+        aggregation: see `policy_loss`.
+        normalizer: see `policy_loss`.
+        backend: None for the fastest, or a name of `apt_kernels.backends()`.
+
+    Returns:
+        `(loss, metrics)` as `policy_loss`; the metric `entropy` is always measured.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, or an option that the loss type does not use. An
+            id outside [0, V) in a token that counts is a ValueError on the CPU, a NaN on a GPU.
+    """
+    options = PolicyOptions(
+        loss_type, clip_low, clip_high, dual_clip, ratio_level, sapo_temperature_pos,
+        sapo_temperature_neg, kl_coef, kl_estimator, entropy_coef, aggregation,
+    )  # fmt: skip
+    check_options(options)
+    rows = check_head(hidden, weight, bias, softcap, logit_scale)
+    checks.dims("hidden", hidden, 3)
+    checks.tensor("token_ids", token_ids, checks.INTEGERS)
+    checks.shape("token_ids", token_ids, rows, "one id a row of hidden")
+    checks.same_device("token_ids", token_ids, "hidden", hidden)
+    checks.temperature("temperature", temperature, hidden, rows)
+    inputs = (old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer)
+    check_tensors("token_ids", token_ids, *inputs)
+    backend = dispatch.choose("linear_policy_loss", hidden.device, backend, hidden.dtype)
+    if backend == "reference":
+        return reference.linear_policy_loss(
+            hidden, weight, token_ids, old_logps, advantages, mask, bias=bias,
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            ref_logps=ref_logps, rollout_weights=rollout_weights, normalizer=normalizer,
+            **options._asdict(),
+        )  # fmt: skip
+    head = kernel_layout(hidden, weight, bias)
+    dtype = accumulate_dtype(head[0])
+    per_token = isinstance(temperature, Tensor)
+
+    def floats(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(dtype).contiguous()
+
+    loss, metrics = _LinearPolicyLoss.apply(
+        *head,
+        token_ids.long().reshape(-1).contiguous(),
+        boolean(mask).contiguous(),
+        floats(temperature.reshape(-1)) if per_token else None,
+        *(floats(t) for t in (old_logps, advantages, rollout_weights, ref_logps)),
+        normalizer_tensor(normalizer, head[0]),
+        1.0 if per_token else float(temperature),
+        0.0 if softcap is None else float(softcap),
+        float(logit_scale),
+        *kernel_options(options),
+        tuple(needs_gradient(t) for t in head),
+        backend,
+    )
+    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *inputs, needed, backend = arguments
+        wait = inputs[0].dtype == torch.float16
+        loss, metrics, *grads = dispatch.kernel(KERNEL, backend)(
+            None, *inputs, *((False,) * 3 if wait else needed)
+        )
+        ctx.needed, ctx.backend, ctx.wait = needed, backend, wait
+        ctx.options = inputs[11:]
+        ctx.save_for_backward(*(inputs[:11] if wait else grads))
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)  # the metrics' gradient would be zeros, a tensor
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        if ctx.wait:
+            _, _, *grads = dispatch.kernel(KERNEL, ctx.backend)(
+                grad_loss, *ctx.saved_tensors, *ctx.options, *ctx.needed
+            )
+            grads = [g if n else None for g, n in zip(grads, ctx.needed, strict=True)]
+        else:
+            grads = scaled_gradients(ctx.saved_tensors, ctx.needed, grad_loss)
+        return *grads, *(None,) * (10 + len(ctx.options))
+
+
+@dispatch.fake(KERNEL)
+def _(upstream, hidden, weight, *rest):
+    loss = hidden.new_empty((), dtype=accumulate_dtype(hidden))
+    return loss, loss.new_empty(len(METRICS)), *fake_gradients(hidden, weight, rest[-3:])

@@ -1,0 +1,144 @@
+"""The losses of policy optimisation: PPO, GRPO and their family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import checks, dispatch, reference
+from ...reference.numerics import accumulate_dtype
+from ..common.token_inputs import adjacent, alike, boolean, normalizer_tensor
+from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
+
+dispatch.register("policy_loss", "policy_loss_fwd")
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss_type: str = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    sapo_temperature_pos: float | None = None,
+    sapo_temperature_neg: float | None = None,
+    ref_logps: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    rollout_weights: Tensor | None = None,
+    aggregation: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The aggregate of w * surrogate(ratio, A) + kl_coef * KL - entropy_coef * entropy; metrics.
+
+    One pass forms the loss, all metrics and the gradients; backward scales them. The surrogates
+    and aggregations, with their sources, are the tables of `apt_kernels.reference.policy_loss`.
+
+    Args:
+        logps: `(B, T)` log-probabilities in nats; float32, bfloat16, float16 or float64; any
+            strides; differentiable. A masked token of any argument may hold anything; it has no
+            loss and exactly no gradient.
+        old_logps: `(B, T)` at sampling time; None: those of the policy itself, a ratio of 1.
+        advantages: `(B,)` or `(B, T)`.
+        mask: `(B, T)`, True counts. Nothing counts: a loss of 0 with a graph.
+        loss_type: "clip" (PPO), "cispo", "sapo" or "reinforce".
+        clip_low: how far below 1 the ratio may fall, in [0, 1]; for clip and cispo.
+        clip_high: how far above 1 it may rise, at least 0; for clip and cispo.
+        dual_clip: for clip, the largest ratio that counts where A < 0; above 1.
+        ratio_level: "token", or "sequence" for GSPO (not for reinforce).
+        sapo_temperature_pos: for sapo where A > 0; None means 1.0.
+        sapo_temperature_neg: for sapo elsewhere; None means 1.05.
+        ref_logps: `(B, T)`, for the KL term; its metric is measured for any `kl_coef`.
+        kl_coef: weight of the KL term; needs `ref_logps` unless 0.
+        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`; or "unbiased_k3", k3 times the ratio of
+            the token, through both of which the gradient flows (TRL's default for GRPO).
+        entropy: `(B, T)`; differentiable.
+        entropy_coef: weight of the entropy bonus; needs `entropy` unless 0.
+        rollout_weights: `(B,)` or `(B, T)`, w: they correct for the policy that sampled.
+        aggregation: "token_mean", "token_sum", "sequence_mean", "sequence_sum" or "dr_grpo".
+        normalizer: replaces the denominator of the aggregation; a number or 0-dim tensor, above 0
+            (a tensor below is an error on the CPU alone).
+        backend: None for the fastest, or a name of `apt_kernels.backends()`.
+
+    Returns:
+        `(loss, metrics)`: 0-dim float32 (float64 for float64 logps). The metrics, without a graph
+        and without a synchronisation: policy_loss, approx_kl, ppo_kl, clip_fraction,
+        dual_clip_fraction, ref_kl, entropy.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, or an option that the loss type does not use.
+    """
+    options = PolicyOptions(
+        loss_type, clip_low, clip_high, dual_clip, ratio_level, sapo_temperature_pos,
+        sapo_temperature_neg, kl_coef, kl_estimator, entropy_coef, aggregation,
+    )  # fmt: skip
+    check_options(options)
+    checks.tensor("logps", logps)
+    checks.dims("logps", logps, 2)
+    inputs = (old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer)
+    check_tensors("logps", logps, *inputs)
+    if entropy is not None:
+        checks.pair("entropy", entropy, "logps", logps)
+    elif entropy_coef:
+        raise ValueError("entropy: expected a tensor, as entropy_coef is not 0, got None")
+    backend = dispatch.choose("policy_loss", logps.device, backend, logps.dtype)
+    if backend == "reference":
+        return reference.policy_loss(
+            logps, old_logps, advantages, mask, ref_logps=ref_logps, entropy=entropy,
+            rollout_weights=rollout_weights, normalizer=normalizer, **options._asdict(),
+        )  # fmt: skip
+    loss, metrics = _PolicyLoss.apply(
+        *alike(logps, old_logps, advantages, rollout_weights, ref_logps, entropy),
+        adjacent(boolean(mask)),
+        normalizer_tensor(normalizer, logps),
+        *kernel_options(options),
+        backend,
+    )
+    return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, logps, old_logps, advantages, weights, ref_logps, entropy, mask, normalizer, *options
+    ):
+        *options, backend = options
+        need_entropy = entropy is not None and ctx.needs_input_grad[5] and options[-1] != 0
+        loss, metrics, *grads, scales = dispatch.kernel("policy_loss_fwd", backend)(
+            logps, old_logps, advantages, mask, weights, ref_logps, entropy, normalizer, *options,
+            need_entropy,
+        )  # fmt: skip
+        ctx.save_for_backward(*grads, scales)
+        ctx.dtype, ctx.need_entropy, ctx.arguments = logps.dtype, need_entropy, 9 + len(options)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)  # the metrics' gradient would be zeros, a tensor
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        grad_logps, grad_entropy, scales = ctx.saved_tensors
+        factors = scales * grad_loss  # of the rows
+        grads = [None] * ctx.arguments
+        if ctx.needs_input_grad[0]:
+            grads[0] = (grad_logps * factors).to(ctx.dtype)
+        if ctx.need_entropy:
+            grads[5] = (grad_entropy * factors).to(ctx.dtype)
+        return tuple(grads)
+
+
+@dispatch.fake("policy_loss_fwd")
+def _(logps, *arguments):
+    dtype = accumulate_dtype(logps)
+    need_entropy = arguments[-1]
+    of_entropy = logps.shape if need_entropy else (0,)
+    shapes = (), (len(METRICS),), logps.shape, of_entropy, (logps.shape[0], 1)
+    return tuple(logps.new_empty(shape, dtype=dtype) for shape in shapes)

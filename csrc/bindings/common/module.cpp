@@ -1,0 +1,16 @@
+// The module apt_kernels._C. Importing it registers the operators of csrc/bindings/ with PyTorch.
+#include <pybind11/pybind11.h>
+
+#include "bindings/common/large_memory.h"
+#include "cpu/common/isa.h"
+
+namespace apt {
+void define_mlm_mask_arrays(pybind11::module_& m);
+}  // namespace apt
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of apt_kernels; the operators are in torch.ops.apt";
+  m.def("instruction_set", &apt::isa_name, "The instruction set the CPU kernels run with.");
+  m.def("empty_cache", &apt::empty_cache, "Gives kept memory back to the system; its bytes.");
+  apt::define_mlm_mask_arrays(m);
+}

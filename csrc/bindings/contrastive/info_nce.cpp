@@ -1,0 +1,103 @@
+#include "cpu/contrastive/info_nce.h"
+
+#include "bindings/contrastive/similarity.h"
+
+namespace apt {
+namespace {
+
+using OptionalOffset = std::optional<int64_t>;
+
+// With negatives these are the columns, and the keys each row's own positive.
+InfoNCE arguments(const Tensor& query, const Tensor& key, const OptionalTensor& negatives,
+                  const OptionalTensor& temperatures, double temperature, bool normalize,
+                  int64_t label_offset, const OptionalOffset& self_offset) {
+  InfoNCE a{};
+  a.similarity = similarity_of(rows_of(query), rows_of(negatives.has_value() ? *negatives : key),
+                               scale_of(temperatures, temperature), normalize);
+  if (negatives.has_value()) {
+    a.own = rows_of(key);
+  } else {
+    a.similarity.label_offset = label_offset;
+  }
+  if (self_offset.has_value()) a.similarity.self_offset = *self_offset;
+  return a;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd_cpu(
+    const Tensor& query, const Tensor& key, const OptionalTensor& negatives,
+    const OptionalTensor& temperatures, double temperature, bool normalize, bool symmetric,
+    int64_t label_offset, OptionalOffset self_offset, bool need_slopes,
+    const OptionalTensor& before) {
+  InfoNCE a = arguments(query, key, negatives, temperatures, temperature, normalize, label_offset,
+                        self_offset);
+  const int64_t rows = query.size(0);
+  const auto options = accumulate_options(query), wide = options.dtype(at::kDouble);
+  const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
+  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
+  const Tensor row_stats = at::empty({rows, 2}, wide);
+  const bool both = symmetric && !before.has_value();
+  const Tensor column_stats = at::empty({both ? rows : 0, 2}, wide);
+  const Tensor after = after_if(before);
+  a.symmetric = symmetric;
+  a.need_slopes = need_slopes;
+  a.losses = losses.mutable_data_ptr();
+  a.right = right.mutable_data_ptr();
+  a.slopes = slopes.mutable_data_ptr<double>();
+  a.row_stats = row_stats.mutable_data_ptr<double>();
+  a.column_stats = column_stats.mutable_data_ptr<double>();
+  a.before = optional_data<double>(before);
+  a.after = after_data(before, after);
+  APT_CALL_KERNEL(info_nce_fwd, a);
+  return {losses, right, slopes, row_stats, column_stats, after};
+}
+
+std::tuple<Tensor, Tensor, Tensor> info_nce_bwd_cpu(
+    const OptionalTensor& grad_losses, const OptionalTensor& grad_column_losses,
+    const Tensor& query, const Tensor& key, const OptionalTensor& negatives,
+    const OptionalTensor& temperatures, double temperature, bool normalize, int64_t label_offset,
+    OptionalOffset self_offset, const Tensor& row_stats, const Tensor& column_stats,
+    bool need_query, bool need_key, bool need_negatives, bool unrounded) {
+  InfoNCE a = arguments(query, key, negatives, temperatures, temperature, normalize, label_offset,
+                        self_offset);
+  a.similarity.unrounded = unrounded;
+  const Tensor grad_query = gradient_if(need_query, query, unrounded);
+  const Tensor grad_key = gradient_if(need_key, key, unrounded);
+  const Tensor grad_negatives =
+      gradient_if(need_negatives, negatives.has_value() ? *negatives : key, unrounded);
+  a.grad_losses = optional_data(grad_losses);
+  a.grad_column_losses = optional_data(grad_column_losses);
+  a.row_stats = const_cast<double*>(row_stats.const_data_ptr<double>());
+  a.column_stats = const_cast<double*>(column_stats.const_data_ptr<double>());
+  a.grad_rows = data_if(need_query, grad_query);
+  if (negatives.has_value()) {
+    a.grad_columns = data_if(need_negatives, grad_negatives);
+    a.grad_own = data_if(need_key, grad_key);
+  } else {
+    a.grad_columns = data_if(need_key, grad_key);
+  }
+  APT_CALL_KERNEL(info_nce_bwd, a);
+  return {grad_query, grad_key, grad_negatives};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(apt, m) {
+  m.def(
+      "info_nce_fwd(Tensor query, Tensor key, Tensor? negatives, Tensor? temperatures, "
+      "float temperature, bool normalize, bool symmetric, SymInt label_offset, "
+      "SymInt? self_offset, bool need_slopes, Tensor? before=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "info_nce_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, Tensor key, "
+      "Tensor? negatives, Tensor? temperatures, float temperature, bool normalize, "
+      "SymInt label_offset, SymInt? self_offset, Tensor row_stats, Tensor column_stats, "
+      "bool need_query, bool need_key, bool need_negatives, bool unrounded=False) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("info_nce_fwd", info_nce_fwd_cpu);
+  m.impl("info_nce_bwd", info_nce_bwd_cpu);
+}
+
+}  // namespace apt

@@ -1,0 +1,84 @@
+#include "cpu/contrastive/sup_con_loss.h"
+
+#include "bindings/contrastive/similarity.h"
+
+namespace apt {
+namespace {
+
+// Without classes the features are: a triangle.
+SupCon arguments(const Tensor& features, const Tensor& labels, const OptionalTensor& classes,
+                 const OptionalTensor& class_labels, const OptionalTensor& temperatures,
+                 double temperature, bool normalize, int64_t self_offset) {
+  SupCon a{};
+  a.similarity =
+      similarity_of(rows_of(features), rows_of(classes.has_value() ? *classes : features),
+                    scale_of(temperatures, temperature), normalize);
+  a.similarity.triangle = !classes.has_value();
+  a.similarity.self_offset = self_offset;
+  a.labels = a.column_labels = labels.const_data_ptr<int64_t>();
+  if (classes.has_value()) a.column_labels = optional_data<int64_t>(class_labels);
+  return a;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sup_con_loss_fwd_cpu(
+    const Tensor& features, const Tensor& labels, const OptionalTensor& classes,
+    const OptionalTensor& class_labels, const OptionalTensor& temperatures, double temperature,
+    bool normalize, int64_t self_offset, bool need_slopes, const OptionalTensor& before) {
+  SupCon a = arguments(features, labels, classes, class_labels, temperatures, temperature,
+                       normalize, self_offset);
+  const int64_t rows = features.size(0);
+  const auto options = accumulate_options(features);
+  const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
+  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
+  const Tensor stats = at::empty({rows, 2}, options.dtype(at::kDouble));
+  const Tensor after = after_if(before);
+  a.need_slopes = need_slopes;
+  a.losses = losses.mutable_data_ptr();
+  a.right = right.mutable_data_ptr();
+  a.slopes = slopes.mutable_data_ptr<double>();
+  a.stats = stats.mutable_data_ptr<double>();
+  a.before = optional_data<double>(before);
+  a.after = after_data(before, after);
+  APT_CALL_KERNEL(sup_con_loss_fwd, a);
+  return {losses, right, slopes, stats, after};
+}
+
+Tensor sup_con_loss_bwd_cpu(const Tensor& grad_losses, const OptionalTensor& grad_class_losses,
+                            const Tensor& features, const Tensor& labels,
+                            const OptionalTensor& classes, const OptionalTensor& class_labels,
+                            const OptionalTensor& temperatures, double temperature, bool normalize,
+                            int64_t self_offset, const Tensor& stats,
+                            const OptionalTensor& class_stats, bool unrounded) {
+  SupCon a = arguments(features, labels, classes, class_labels, temperatures, temperature,
+                       normalize, self_offset);
+  a.similarity.unrounded = unrounded;
+  const Tensor grad = gradient_if(true, features, unrounded);
+  a.grad_losses = grad_losses.const_data_ptr();
+  a.grad_column_losses = optional_data(grad_class_losses);
+  a.stats = const_cast<double*>(stats.const_data_ptr<double>());
+  a.column_stats = optional_data<double>(class_stats);
+  a.grad_rows = grad.mutable_data_ptr();
+  APT_CALL_KERNEL(sup_con_loss_bwd, a);
+  return grad;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(apt, m) {
+  m.def(
+      "sup_con_loss_fwd(Tensor features, Tensor labels, Tensor? classes, Tensor? class_labels, "
+      "Tensor? temperatures, float temperature, bool normalize, SymInt self_offset, "
+      "bool need_slopes, Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sup_con_loss_bwd(Tensor grad_losses, Tensor? grad_class_losses, Tensor features, "
+      "Tensor labels, Tensor? classes, Tensor? class_labels, Tensor? temperatures, "
+      "float temperature, bool normalize, SymInt self_offset, Tensor stats, Tensor? class_stats, "
+      "bool unrounded=False) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("sup_con_loss_fwd", sup_con_loss_fwd_cpu);
+  m.impl("sup_con_loss_bwd", sup_con_loss_bwd_cpu);
+}
+
+}  // namespace apt

@@ -1,0 +1,28 @@
+#include "cpu/policy/group_advantages.h"
+
+#include "bindings/common/operators.h"
+
+namespace apt {
+namespace {
+
+Tensor group_advantages_fwd_cpu(const Tensor& rewards, int64_t group_size, int64_t kind,
+                                double eps) {
+  TORCH_CHECK_VALUE(kind >= 0 && kind <= 3, "kind: expected 0 to 3");
+  TORCH_CHECK_VALUE(group_size > 0 && rewards.numel() % group_size == 0,
+                    "group_size: expected a divisor of the number of rewards");
+  const Tensor advantages = at::empty(rewards.sizes(), accumulate_options(rewards));
+  APT_CALL_KERNEL(group_advantages_fwd,
+                  {dtype_of(rewards), GroupAdvantage(kind), rewards.numel() / group_size,
+                   group_size, eps, rewards.const_data_ptr(), advantages.mutable_data_ptr()});
+  return advantages;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(apt, m) {
+  m.def("group_advantages_fwd(Tensor rewards, int group_size, int kind, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("group_advantages_fwd", group_advantages_fwd_cpu); }
+
+}  // namespace apt

@@ -1,0 +1,59 @@
+#include "cpu/policy/linear_policy_loss.h"
+
+#include "bindings/head/head.h"
+#include "bindings/policy/policy_options.h"
+#include "bindings/policy/token_loss.h"
+
+namespace apt {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
+    const OptionalTensor& upstream, const Tensor& hidden, const Tensor& weight,
+    const OptionalTensor& bias, const Tensor& token_ids, const Tensor& mask,
+    const OptionalTensor& temperatures, const OptionalTensor& old_logps, const Tensor& advantages,
+    const OptionalTensor& weights, const OptionalTensor& ref_logps,
+    const OptionalTensor& normalizer, double temperature, double softcap, double logit_scale,
+    int64_t loss_type, int64_t ratio_level, int64_t kl_estimator, int64_t aggregation,
+    double clip_low, double clip_high, double dual_clip, double tau_pos, double tau_neg,
+    double kl_coef, double entropy_coef, bool need_hidden, bool need_weight, bool need_bias) {
+  const auto options = accumulate_options(hidden);
+  const Tensor loss = at::empty({}, options), metrics = at::empty({kPolicyMetrics}, options);
+  LinearPolicyLoss a{};
+  a.head = linear_head(hidden, weight, bias, softcap, logit_scale);
+  const HeadGradientTensors grad(a.head, hidden.options(), need_hidden, need_weight, need_bias);
+  a.token_ids = token_ids.const_data_ptr<int64_t>();
+  a.temperatures = row_temperatures(temperatures, mask);
+  a.temperature = temperature;
+  a.upstream = upstream.has_value() ? upstream->item().toDouble() : 1;
+  a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,
+                             tau_pos, tau_neg, kl_coef, entropy_coef);
+  a.tokens = tokens_of(mask, aggregation, normalizer);
+  a.old_logps = token_input(old_logps);
+  a.advantages = token_input(advantages);
+  a.weights = token_input(weights);
+  a.ref_logps = token_input(ref_logps);
+  a.loss = loss.mutable_data_ptr();
+  a.metrics = metrics.mutable_data_ptr();
+  const int64_t bad = APT_CALL_KERNEL(linear_policy_loss_fwd, a);
+  TORCH_CHECK_VALUE(bad < 0, "token_ids: expected ids in [0, ", a.head.vocab,
+                    ") where the mask counts, got ", a.token_ids[std::max<int64_t>(bad, 0)],
+                    " in row ", bad);
+  return {loss, metrics, grad.hidden, grad.weight, grad.bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(apt, m) {
+  m.def(
+      "linear_policy_loss_fwd(Tensor? upstream, Tensor hidden, Tensor weight, Tensor? bias, "
+      "Tensor token_ids, Tensor mask, Tensor? temperatures, Tensor? old_logps, Tensor advantages, "
+      "Tensor? weights, Tensor? ref_logps, Tensor? normalizer, float temperature, float softcap, "
+      "float logit_scale, int loss_type, int ratio_level, int kl_estimator, int aggregation, "
+      "float clip_low, float clip_high, float dual_clip, float tau_pos, float tau_neg, "
+      "float kl_coef, float entropy_coef, bool need_hidden, bool need_weight, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("linear_policy_loss_fwd", linear_policy_loss_fwd_cpu); }
+
+}  // namespace apt

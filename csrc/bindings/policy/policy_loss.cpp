@@ -1,0 +1,53 @@
+#include "bindings/policy/policy_options.h"
+#include "bindings/policy/token_loss.h"
+
+namespace apt {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
+    const Tensor& logps, const OptionalTensor& old_logps, const Tensor& advantages,
+    const Tensor& mask, const OptionalTensor& weights, const OptionalTensor& ref_logps,
+    const OptionalTensor& entropy, const OptionalTensor& normalizer, int64_t loss_type,
+    int64_t ratio_level, int64_t kl_estimator, int64_t aggregation, double clip_low,
+    double clip_high, double dual_clip, double tau_pos, double tau_neg, double kl_coef,
+    double entropy_coef, bool need_entropy) {
+  const auto options = accumulate_options(logps);
+  const Tensor loss = at::empty({}, options), metrics = at::empty({kPolicyMetrics}, options);
+  const Tensor grad_logps = empty_large(logps.sizes(), options);
+  const Tensor grad_entropy =
+      need_entropy ? empty_large(logps.sizes(), options) : at::empty({0}, options);
+  const Tensor scales = at::empty({logps.size(0), 1}, options);
+  PolicyLoss a{};
+  a.dtype = dtype_of(logps);
+  a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,
+                             tau_pos, tau_neg, kl_coef, entropy_coef);
+  a.tokens = tokens_of(mask, aggregation, normalizer);
+  a.logps = token_input(logps);
+  a.old_logps = token_input(old_logps);
+  a.advantages = token_input(advantages);
+  a.weights = token_input(weights);
+  a.ref_logps = token_input(ref_logps);
+  a.entropy = token_input(entropy);
+  a.loss = loss.mutable_data_ptr();
+  a.metrics = metrics.mutable_data_ptr();
+  a.grad_logps = grad_logps.mutable_data_ptr();
+  a.scales = scales.mutable_data_ptr();
+  a.grad_entropy = need_entropy ? grad_entropy.mutable_data_ptr() : nullptr;
+  APT_CALL_KERNEL(policy_loss_fwd, a);
+  return {loss, metrics, grad_logps, grad_entropy, scales};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(apt, m) {
+  m.def(
+      "policy_loss_fwd(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor mask, "
+      "Tensor? weights, Tensor? ref_logps, Tensor? entropy, Tensor? normalizer, int loss_type, "
+      "int ratio_level, int kl_estimator, int aggregation, float clip_low, float clip_high, "
+      "float dual_clip, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, "
+      "bool need_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("policy_loss_fwd", policy_loss_fwd_cpu); }
+
+}  // namespace apt

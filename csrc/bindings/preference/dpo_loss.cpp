@@ -1,0 +1,38 @@
+#include "cpu/preference/dpo_loss.h"
+
+#include "bindings/preference/pair_loss.h"
+
+namespace apt {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dpo_loss_fwd_cpu(
+    const Tensor& policy_chosen, const Tensor& policy_rejected, const OptionalTensor& ref_chosen,
+    const OptionalTensor& ref_rejected, int64_t loss_type, int64_t reduction, double beta,
+    double label_smoothing, double extra) {
+  TORCH_CHECK_VALUE(loss_type >= 0 && loss_type < kDpoTypes, "loss_type: expected 0 to ",
+                    kDpoTypes - 1);
+  const auto options = accumulate_options(policy_chosen);
+  const int64_t pairs = policy_chosen.size(0);
+  const PairTensors results(pairs, reduction, options);
+  const Tensor chosen_rewards = at::empty({pairs}, options);
+  const Tensor rejected_rewards = at::empty({pairs}, options);
+  APT_CALL_KERNEL(dpo_loss_fwd, {dtype_of(policy_chosen), DpoType(loss_type),
+                                 policy_chosen.const_data_ptr(), policy_rejected.const_data_ptr(),
+                                 optional_data(ref_chosen), optional_data(ref_rejected), beta,
+                                 label_smoothing, extra, chosen_rewards.mutable_data_ptr(),
+                                 rejected_rewards.mutable_data_ptr(), results.outputs});
+  return {results.loss, chosen_rewards, rejected_rewards, results.grads};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(apt, m) {
+  m.def(
+      "dpo_loss_fwd(Tensor policy_chosen, Tensor policy_rejected, Tensor? ref_chosen, "
+      "Tensor? ref_rejected, int loss_type, int reduction, float beta, float label_smoothing, "
+      "float extra) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("dpo_loss_fwd", dpo_loss_fwd_cpu); }
+
+}  // namespace apt

@@ -1,0 +1,235 @@
+"""The layer of a model that makes logits, and a head of one's own on what goes into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from apt_kernels import token_logprobs
+
+from ..training.options import device_of, evaluating
+from .model_access import FSDPModule, base_model, logits_of, without_wrapper
+
+SMALL, LARGE = 2.0**-10, 2.0**20  # where tanh is the identity, and where it has reached its bound
+PROBES = (LARGE, SMALL, 1.0, -7.0, 40.0, 0.3)
+
+
+@dataclass
+class OutputHead:
+    """The layer that makes logits, and what the model does to them afterwards."""
+
+    layer: nn.Linear
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def is_unchanged(self) -> bool:
+        """Returns whether the layer still is a plain linear layer, no adapter or patch on it."""
+        kind = type(self.layer)
+        plain = kind is nn.Linear or (issubclass(kind, FSDPModule) and nn.Linear in kind.__bases__)
+        return plain and "forward" not in vars(self.layer)
+
+    @contextmanager
+    def answering(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """The layer computes `forward(hidden)` within this context."""
+        self.layer.forward = forward
+        try:
+            yield
+        finally:
+            del self.layer.forward
+
+    @contextmanager
+    def adding_rows(self, embedding: nn.Module | None) -> Iterator[Tensor | None]:
+        """Within this context `embedding`, tied to the layer, adds rows to the layer's gradient.
+
+        Gives the weight to be used for the layer, or None: its own. Of the embedding's gradient
+        only the rows of the batch's tokens are not 0; autograd would make a second tensor of the
+        weight's size for it, at the end of the backward pass, where memory is at its peak. It adds
+        what is dense to what is sparse in place, in this order alone: so the layer's gradient takes
+        a node that is older than the embedding's, of which autograd makes the younger ones first.
+
+        On CPUs only: elsewhere rows are added in no fixed order. Of 16-bit weights the sum would be
+        rounded once a token.
+        """
+        weight = self.layer.weight
+        adds = (
+            type(embedding) is nn.Embedding
+            and embedding.weight is weight
+            and type(weight) is nn.Parameter  # neither a shard
+            and weight.requires_grad
+            and torch.is_grad_enabled()
+            and weight.device.type == "cpu"
+            and weight.dtype in (torch.float32, torch.float64)
+            and not (embedding.sparse or embedding.scale_grad_by_freq)
+        )
+        if not adds:
+            yield None
+            return
+        embedding.sparse = True
+        try:
+            yield _LateGradient.apply(weight)
+        finally:
+            embedding.sparse = False
+
+    @contextmanager
+    def answers(self) -> Iterator[list[Tensor]]:
+        """Collects the layer's outputs within this context."""
+        made: list[Tensor] = []
+        hook = self.layer.register_forward_hook(lambda _layer, _given, output: made.append(output))
+        try:
+            yield made
+        finally:
+            hook.remove()
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """Returns the layer's outputs with the scale and the cap."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def probe(self, call: Callable[[], Tensor], device: torch.device) -> None:
+        """Asks the model, by `call()`, what it does to its logits: sets the scale and the cap.
+
+        Raises:
+            ValueError: it does something else.
+        """
+        probes = torch.tensor(PROBES, dtype=torch.float64, device=device)
+        with self.answering(lambda hidden: probes.expand(*hidden.shape[:-1], -1).clone()):
+            answer = call()
+        answer, probes = answer[0, -1].to("cpu", torch.float64), probes.cpu()
+        bound, scale = float(answer[0]), float(answer[1]) / SMALL
+        scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+        softcap = bound if abs(bound) < 0.5 * abs(scale) * LARGE else None
+        self.logit_scale, self.softcap = scale, softcap
+        ours, theirs, every = scale * probes[1:], answer[1:], torch.arange(len(PROBES) - 1)
+        ours = token_logprobs(ours.expand(len(every), -1), every, softcap=softcap)
+        theirs = token_logprobs(theirs.expand(len(every), -1), every)
+        if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
+            raise ValueError("it changes its logits by more than a scale and a tanh cap")
+
+
+class _LateGradient(torch.autograd.Function):
+    """The weight; its gradient waits until younger nodes have made theirs. (That of a view would
+    not be added in place.)"""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+class ValueHead(nn.Module):
+    """A linear value of the hidden states that go into a model's output layer; 0 at first.
+
+    Args:
+        model: a causal language model. Its output layer is what `get_output_embeddings()` returns,
+            else the linear layer whose output is the logits (one small forward pass tells);
+            without such a layer the value is of the logits themselves.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        source, width = _output_layer(model)
+        self._source = [source]  # not a submodule: its parameters are the model's
+        weight = next(p for p in model.parameters() if p.is_floating_point())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.linear = nn.Linear(width, 1, device=device_of(model), dtype=dtype)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    @property
+    def source(self) -> nn.Module | None:
+        """The layer whose input is valued; None: the logits are."""
+        return self._source[0]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns the values `(B, S, 1)` of hidden states `(B, S, H)`."""
+        values = self.linear(hidden.to(self.linear.weight.dtype))  # no view: FSDP2 hooks none
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+    def wrapped_as(self, model: nn.Module) -> nn.Module:
+        """Returns the head wrapped for data parallelism as `model` is."""
+        if isinstance(model, DistributedDataParallel):
+            return DistributedDataParallel(self, process_group=model.process_group)
+        if isinstance(model, FSDPModule):
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
+            return fully_shard(self, mesh=mesh)
+        return self
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is wanted of a pass over tokens.
+
+    Attributes:
+        temperature: the logits are divided by it.
+        entropy: whether the entropies of the full distributions are wanted.
+        value_head: a `ValueHead` of the model, wrapped or not, or None.
+    """
+
+    temperature: float = 1.0
+    entropy: bool = False
+    value_head: nn.Module | None = None
+
+    @property
+    def value_source(self) -> nn.Module | None:
+        """The layer whose input is valued."""
+        return None if self.value_head is None else without_wrapper(self.value_head).source
+
+    def values(self, hidden: Tensor) -> Tensor | None:
+        """Returns the value `(B, S-1)` before each token but the first, of `(B, S, H)`."""
+        return None if self.value_head is None else self.value_head(hidden)[:, :-1, 0]
+
+
+LOGPS_ONLY = Scoring()
+
+
+@dataclass
+class TokenScores:
+    """Of each token but the first, `(B, S-1)`; what was not wanted is None.
+
+    Attributes:
+        logps: its log-probability.
+        entropy: of the distribution it was drawn from.
+        values: the value before it.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+
+
+@torch.no_grad()
+def _output_layer(model: nn.Module) -> tuple[nn.Module | None, int]:
+    """Returns the layer that makes the logits, if one does, and the width of what is valued."""
+    inner = base_model(model)
+    getter = getattr(inner, "get_output_embeddings", None)
+    layer = getter() if callable(getter) else None
+    if layer is not None and hasattr(layer, "in_features"):
+        return layer, layer.in_features
+    outputs: dict[nn.Module, Any] = {}
+    hooks = [
+        part.register_forward_hook(lambda part, _, output: outputs.update({part: output}))
+        for part in inner.modules()
+        if isinstance(part, nn.Linear)
+    ]
+    try:
+        with evaluating(model):
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
+            logits = logits_of(model(ids, attention_mask=None))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, output in outputs.items():
+        if output.shape == logits.shape and torch.equal(output, logits):
+            return layer, layer.in_features
+    return None, logits.shape[-1]

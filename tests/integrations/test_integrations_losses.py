@@ -1,0 +1,254 @@
+"""The adapters of losses: OpenRLHF, torchtune, torchrl, lightly, open_clip."""
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid, normalize
+
+from apt_kernels import integrations
+from apt_kernels.integrations import lightly, open_clip, openrlhf, torchrl, torchtune
+from support.peers import assert_same, peer_results
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_equal(got, wanted, *leaves):
+    torch.testing.assert_close(got, wanted)
+    weights = torch.arange(1, got.numel() + 1).view_as(got)
+    grads = [
+        torch.autograd.grad((x * weights).sum(), leaves, retain_graph=True) for x in (got, wanted)
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert (b != 0).any()
+        torch.testing.assert_close(a, b)
+
+
+def test_importing_an_adapter_imports_no_other_library():
+    libraries = {name for _, name, _ in pkgutil.iter_modules(integrations.__path__)}
+    modules = ", ".join(f"apt_kernels.integrations.{name}" for name in libraries)
+    code = f"import sys, {modules}; print({libraries} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
+# -- OpenRLHF and torchtune ------------------------------------------------------------------------
+
+
+def test_openrlhf_log_probs():
+    logits, labels = randn(2, 3, 7), torch.randint(0, 7, (2, 3))
+    wanted = (logits / 0.7).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    assert_equal(openrlhf.log_probs_from_logits(logits, labels, 0.7), wanted, logits)
+
+
+def mean(x, mask, tokens):
+    if tokens:
+        return (x * mask).sum() / mask.sum()
+    return ((x * mask).sum(-1) / mask.sum(-1)).mean()
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_openrlhf_policy_loss(tokens, masked, dual_clip):
+    logps, old, advantages = randn(4, 6), torch.randn(4, 6).double(), torch.randn(4, 6).double()
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4], [5]]) if masked else torch.ones(4, 6)
+    ratio = (logps - old).exp()
+    free, bounded = ratio * advantages, ratio.clamp(0.7, 1.4) * advantages
+    surrogate = torch.minimum(free, bounded)
+    if dual_clip is not None:
+        floor = torch.maximum(surrogate, dual_clip * advantages)
+        surrogate = torch.where(advantages < 0, floor, surrogate)
+    criterion = openrlhf.PolicyLoss(0.3, 0.4, dual_clip, tokens)
+    loss, clipped, kl, correction = criterion(logps, old, advantages, mask if masked else None)
+    assert_equal(loss, mean(-surrogate, mask, tokens), logps)
+    torch.testing.assert_close(clipped, mean((bounded < free).double(), mask, True))
+    torch.testing.assert_close(kl, mean(old - logps.detach(), mask, True))
+    assert correction is None
+
+
+def test_openrlhf_gspo():
+    logps, old, advantages = randn(4, 6), torch.randn(4, 6).double(), torch.randn(4, 1).double()
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4], [5]])
+    ratio = (((logps - old) * mask).sum(-1, True) / mask.sum(-1, True)).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.7, 1.4) * advantages).expand(4, 6)
+    criterion = openrlhf.PolicyLoss(0.3, 0.4, policy_loss_type="gspo")
+    loss = criterion(logps, old, advantages.expand(4, 6), mask)[0]
+    assert_equal(loss, mean(-surrogate, mask, False), logps)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_openrlhf_value_loss(tokens, clip):
+    values, old, returns = randn(3, 5), torch.randn(3, 5).double(), torch.randn(3, 5).double()
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    error = (values - returns) ** 2
+    if clip is not None:
+        error = torch.maximum(error, (old + (values - old).clamp(-clip, clip) - returns) ** 2)
+    loss = openrlhf.ValueLoss(clip, tokens)(values, old, returns, mask)
+    assert_equal(loss, 0.5 * mean(error, mask, tokens), values)
+
+
+def test_openrlhf_pair_wise_loss():
+    chosen, rejected, margin = randn(5), randn(5), torch.rand(5).double()
+    criterion = openrlhf.PairWiseLoss()
+    wanted = -logsigmoid(chosen - rejected).mean()
+    assert_equal(criterion(chosen, rejected), wanted, chosen, rejected)
+    wanted = -logsigmoid(chosen - rejected - margin).mean()
+    assert_equal(criterion(chosen, rejected, margin), wanted, chosen, rejected)
+    whole = torch.tensor([0, 1, 2, 0, 1])
+    wanted = -logsigmoid(chosen - rejected - whole).mean()
+    assert_equal(criterion(chosen, rejected, whole), wanted, chosen, rejected)
+
+
+def test_dpo_losses():
+    chosen, rejected = randn(5), randn(5)
+    references = {
+        "reference_chosen_logps": torch.randn(5).double(),
+        "reference_rejected_logps": torch.randn(5).double(),
+    }
+    ref_chosen, ref_rejected = references.values()
+    x = (chosen - rejected) - (ref_chosen - ref_rejected)
+    losses = -0.9 * logsigmoid(0.3 * x) - 0.1 * logsigmoid(-0.3 * x)
+    cases = [
+        (openrlhf.DPOLoss(0.3, 0.1), losses.mean()),
+        (openrlhf.DPOLoss(0.3, ipo=True), ((x - 1 / 0.6) ** 2).mean()),
+        (torchtune.DPOLoss(0.3, 0.1), losses),
+    ]
+    for criterion, wanted in cases:
+        loss, *rewards = criterion(chosen, rejected, **references)
+        assert_equal(loss, wanted, chosen, rejected)
+        torch.testing.assert_close(rewards[0], 0.3 * (chosen - ref_chosen).detach())
+        torch.testing.assert_close(rewards[1], 0.3 * (rejected - ref_rejected).detach())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: openrlhf.PolicyLoss(enable_vllm_is_correction=True), "enable_vllm_is_correction"),
+        (lambda: openrlhf.PolicyLoss(policy_loss_type="ppg"), "policy_loss_type"),
+        (lambda: openrlhf.DPOLoss(0.1, 0.1, ipo=True), "label_smoothing"),
+        (lambda: lightly.NTXentLoss(0.0), "temperature"),
+        (lambda: lightly.NTXentLoss(memory_bank_size=8), "memory_bank_size"),
+        (lambda: lightly.NTXentLoss(0.1, (8, 4), True), "gather_distributed"),
+        (lambda: open_clip.ClipLoss(use_horovod=True), "use_horovod"),
+        (lambda: open_clip.ClipLoss(world_size=2), "local_loss"),
+        (lambda: open_clip.ClipLoss(local_loss=True, world_size=2), "gather_with_grad"),
+        (lambda: open_clip.ClipLoss(True, True, world_size=2), "rank, world_size"),
+        (lambda: open_clip.SigLipLoss(dist_impl="ring"), "dist_impl"),
+    ],
+)
+def test_options_that_are_not_served(make, message):
+    with pytest.raises(ValueError, match=f"^{message}: expected "):
+        make()
+
+
+def test_arguments_that_are_not_served():
+    x, flags = torch.randn(2, 3, 1), torch.zeros(2, 3, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"^rollout_log_probs: expected None"):
+        openrlhf.PolicyLoss()(x[..., 0], x[..., 0], x[..., 0], rollout_log_probs=x[..., 0])
+    with pytest.raises(ValueError, match=r"^logit_bias: expected None"):
+        open_clip.ClipLoss()(x[0], x[0], 1.0, torch.tensor(1.0))
+    estimate = torchrl.generalized_advantage_estimate
+    with pytest.raises(ValueError, match=r"^reward: expected a tensor that does not require grad"):
+        estimate(0.9, 0.9, x, x, x.clone().requires_grad_(), flags)
+    with pytest.raises(ValueError, match=r"^done: expected shape"):
+        estimate(0.9, 0.9, x, x, x, flags[:1])
+    with pytest.raises(ValueError, match=r"^time_dim: expected an integer"):
+        estimate(0.9, 0.9, x, x, x, flags, time_dim=3)
+
+
+# -- torchrl ---------------------------------------------------------------------------------------
+
+
+def test_torchrl_gae_on_its_fixture():
+    results = peer_results("torchrl", "fixture")
+    inputs, case = results["inputs"], results["cases"]["gae"]
+    names = ("values", "next_values", "rewards", "done", "terminated")
+    got = torchrl.generalized_advantage_estimate(
+        0.96, 0.93, *(inputs[name].to(inputs[name]).unsqueeze(-1) for name in names)
+    )
+    for ours, name in zip(got, ("advantages", "returns"), strict=True):
+        torch.testing.assert_close(ours.squeeze(-1), torch.tensor(case[name]).double())
+
+
+@pytest.mark.parametrize("shape, time_dim", [((3, 7, 2), -2), ((2, 3, 7), -1), ((7, 3, 2, 1), 0)])
+def test_torchrl_gae_step_by_step(shape, time_dim):
+    """Values after a step that are none of the next step, terminated without done, any order."""
+    value, following, reward = (torch.randn(shape).double() for _ in range(3))
+    done, terminated = torch.rand(shape) < 0.3, torch.rand(shape) < 0.3
+    for ended in (terminated, None):
+        over = done if ended is None else ended
+        wanted, trace = torch.empty(shape).double(), torch.zeros(())
+        for t in reversed(range(7)):
+            v, n, r, d, e = (x.select(time_dim, t) for x in (value, following, reward, done, over))
+            trace = r + 0.9 * (n * ~e) - v + 0.9 * 0.8 * (trace * ~d)
+            wanted.select(time_dim, t).copy_(trace)
+        nan = torch.where(over, torch.nan, following)
+        got = torchrl.generalized_advantage_estimate(
+            0.9, 0.8, value, nan, reward, done, ended, time_dim=time_dim
+        )
+        torch.testing.assert_close(got[0], wanted)
+        torch.testing.assert_close(got[1], wanted + value)
+
+
+# -- lightly and open_clip -------------------------------------------------------------------------
+
+
+def test_lightly_on_its_fixture():
+    results = peer_results("lightly", "fixture")
+    inputs, cases = results["inputs"], results["cases"]
+    pair = {"a": inputs["a"], "b": inputs["b"]}
+    plain = lightly.NTXentLoss(inputs["temperature"])
+    assert_same(cases["nt_xent"], lambda a, b: plain(a, b), pair)
+    criterion = lightly.NTXentLoss(inputs["temperature"], memory_bank_size=(9, 5))
+    criterion.bank = normalize(inputs["queue"])
+    assert_same(cases["moco"], lambda a, b: criterion(a, b.detach()), pair)
+
+
+def test_lightly_bank_takes_the_keys_in_training_alone():
+    criterion = lightly.NTXentLoss(0.2, memory_bank_size=[4, 5])
+    torch.testing.assert_close(criterion.bank.norm(dim=-1), torch.ones(4))
+    before = criterion.bank.clone()
+    query, key = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    criterion(query.detach(), key)
+    with torch.no_grad():
+        criterion(query, key)
+    assert torch.equal(criterion.bank, before)
+    criterion(query, key).backward()  # after the push, with the bank as it was
+    torch.testing.assert_close(criterion.bank[:3], normalize(key.detach()))
+    assert torch.equal(criterion.bank[3], before[3]) and criterion.bank_ptr.item() == 3
+    assert query.grad.abs().sum() > 0 and key.grad.abs().sum() > 0
+    assert not criterion.state_dict()
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_open_clip_on_its_fixture(shape):
+    results = peer_results("open_clip", "fixture")
+    inputs, cases = results["inputs"], results["cases"]
+    leaves = {"a": inputs["a"], "b": inputs["b"]}
+    leaves["scale"] = inputs["a"].new_full((), 1 / inputs["temperature"])
+    clip, siglip = open_clip.ClipLoss(cache_labels=True), open_clip.SigLipLoss(dist_impl="gather")
+
+    def clip_loss(a, b, scale):
+        return clip(normalize(a), normalize(b), scale.reshape(shape), output_dict=True)[
+            "contrastive_loss"
+        ]
+
+    def siglip_loss(a, b, scale, bias):
+        return siglip(normalize(a), normalize(b), scale.reshape(shape), bias.reshape(shape))
+
+    assert_same(cases["clip"], clip_loss, leaves)
+    leaves["bias"] = inputs["a"].new_full((), inputs["logit_bias"])
+    assert_same(cases["siglip"], siglip_loss, leaves)
+
+
+def test_open_clip_without_a_bias_and_with_plain_numbers():
+    a, b = normalize(randn(4, 5)), normalize(randn(4, 5))
+    got = open_clip.SigLipLoss()(a, b, 3.0, output_dict=True)["contrastive_loss"]
+    signs = 2 * torch.eye(4) - 1
+    torch.testing.assert_close(got, -logsigmoid(signs * 3 * (a @ b.T)).sum() / 4)

@@ -1,0 +1,126 @@
+"""The choice of a backend, and installations that lack some of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import apt_kernels
+from apt_kernels import dispatch
+from apt_kernels.registry import OPS
+
+X, IDS = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)
+
+
+def test_backends_tells_what_is_there():
+    facts = apt_kernels.backends()
+    assert set(facts) == {"native", "cuda", "triton", "operations"}
+    for devices in facts["operations"].values():
+        assert devices["cpu"][-1] in ("reference", "triton", "cuda_emulation")
+        assert "reference" in devices["cuda"]
+
+
+def test_asking_for_a_backend_that_is_not_there_lists_those_that_are():
+    with pytest.raises(ValueError, match=r"backend: expected one of \[.*'reference'.*got 'magic'"):
+        apt_kernels.token_logprobs(X, IDS, backend="magic")
+
+
+def test_a_device_without_kernels_uses_the_reference():
+    x = X.to("meta")
+    assert apt_kernels.token_logprobs(x, IDS.to("meta")).shape == (2, 3)
+
+
+def test_float64_is_the_reference_s_on_a_gpu():
+    gpu = torch.device("cuda")
+    assert dispatch.choose("gae", gpu, None, torch.float64) == "reference"
+    assert dispatch.choose("gae", gpu, "reference", torch.float64) == "reference"
+    with pytest.raises(
+        ValueError, match=r"expected one of \['reference'\] for float64 gae on cuda"
+    ):
+        dispatch.choose("gae", gpu, "triton", torch.float64)
+    cpu = dispatch.choose("gae", torch.device("cpu"), None)
+    assert dispatch.choose("gae", torch.device("cpu"), None, torch.float64) == cpu
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if torch.float64 in op.dtypes])
+def test_every_operation_tells_its_dtype(name, monkeypatch):
+    told, choose = [], dispatch.choose
+
+    def noted(operation, device, requested, dtype=None):
+        told.append(dtype)
+        return choose(operation, device, requested, dtype)
+
+    monkeypatch.setattr(dispatch, "choose", noted)
+    sample = next(iter(OPS[name].samples(torch.float64)))
+    OPS[name].function(*sample.args, **sample.kwargs)
+    in_place = name in ("ema_update_", "queue_push_")  # whose kernels copy or convert float64 too
+    assert told and set(told) == {None if in_place else torch.float64}
+
+
+def test_how_float32_is_multiplied_follows_pytorch_s_settings():
+    pytest.importorskip("triton")
+    out = _python(
+        "import torch\n"
+        "from apt_kernels.triton.common import rows\n"
+        "told = [rows.float32_products()]\n"
+        "for precision in ('high', 'highest'):\n"
+        "    torch.set_float32_matmul_precision(precision)\n"
+        "    told.append(rows.float32_products())\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "print(*told, rows.float32_products())\n"
+    )
+    assert out.split() == ["tf32x3", "tf32", "tf32x3", "tf32"]
+
+
+def _python(code: str, **environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_without_extension_and_triton_everything_runs_in_pure_pytorch():
+    out = _python(
+        "import sys\n"
+        "sys.modules['apt_kernels._C'] = None\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, apt_kernels\n"
+        "x = torch.randn(2, 3, 8, requires_grad=True)\n"
+        "apt_kernels.token_logprobs(x, torch.zeros(2, 3, dtype=torch.long)).sum().backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+        "facts = apt_kernels.backends()\n"
+        "print(facts['native'], facts['operations']['token_logprobs']['cpu'])\n"
+    )
+    assert out.startswith("absent: not built")
+    assert out.rstrip().endswith("['reference']")
+
+
+def test_a_triton_that_is_too_old_is_left_out_and_named():
+    pytest.importorskip("triton")
+    out = _python(
+        "import triton\n"
+        "triton.__version__ = '3.4.0'\n"
+        "import apt_kernels\n"
+        "facts = apt_kernels.backends()\n"
+        "print(facts['triton'], facts['operations']['gae']['cuda'])\n"
+    )
+    assert out.startswith("absent: ImportError: Triton 3.5")
+    assert "3.4.0" in out and "'triton'" not in out
+
+
+@pytest.mark.parametrize("asked, got", [("baseline", "baseline"), ("avx2", "avx2")])
+def test_the_instruction_set_can_be_lowered(asked, got):
+    if "avx" not in apt_kernels.backends()["native"]:
+        pytest.skip("this processor has one instruction set only")
+    out = _python(
+        "import apt_kernels; print(apt_kernels.backends()['native'])", APT_KERNELS_ISA=asked
+    )
+    assert out.rstrip().endswith(got)
