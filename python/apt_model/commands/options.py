@@ -90,7 +90,7 @@ def _run(module: str, command: str, options: argparse.Namespace) -> int:
     train = getattr(importlib.import_module(f"{__package__}.{module}"), command.replace("-", "_"))
     try:
         summary = train(options)
-    except importlib.import_module(f"{__package__}.rl.reward_source").RewardError as error:
+    except importlib.import_module("apt_model.rl.reward_source").RewardError as error:
         raise ValueError(str(error)) from error
     print(json.dumps({k: v for k, v in summary.items() if k != "curves"}, indent=2))
     return 0 if summary["finished"] else INTERRUPTED
