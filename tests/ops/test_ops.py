@@ -141,14 +141,23 @@ class _Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op, sample", list(_each_sample(4 if ONLY_BACKEND == "triton" else None)))
+def _of_operators():
+    for op in OPS.values():
+        if not _has_kernels(op):
+            continue
+        for sample in list(op.samples(op.dtypes[0]))[: 4 if ONLY_BACKEND == "triton" else None]:
+            if not _too_slow(ONLY_BACKEND or "native", sample):
+                yield pytest.param(op, sample, id=f"{op.name}-{sample.name}")
+
+
+def test_every_operation_with_kernels_has_them_here():
+    for op in OPS.values():
+        assert _has_kernels(op) == bool(op.kernels and dispatch._extension), op.name
+
+
+@pytest.mark.parametrize("op, sample", list(_of_operators()))
 def test_opcheck(op, sample, monkeypatch):
-    if not _has_kernels(op):
-        assert not op.kernels or dispatch._extension is None
-        return
     backend = ONLY_BACKEND or "native"
-    if _too_slow(backend, sample):
-        return
     if backend == "triton":  # outside torch.compile its launchers are called as they are
         for kernel in op.kernels:
             monkeypatch.setitem(dispatch._KERNELS, (kernel, backend), dispatch._TRACED[kernel])
@@ -197,11 +206,9 @@ def test_autocast(op, sample):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op, sample", list(_each_sample(1)))
+@pytest.mark.parametrize("op, sample", [p for p in _differentiable(1) if _has_kernels(p.values[0])])
 def test_functorch_is_refused(op, sample):
     leaves = [t for t in tensors(sample) if t.requires_grad]
-    if not leaves or not _has_kernels(op):
-        return
 
     def loss(x):
         outputs = op.function(*(x if a is leaves[0] else a for a in sample.args), **sample.kwargs)
