@@ -14,7 +14,7 @@ from torch import Tensor
 from apt_kernels import dispatch, reference
 from apt_kernels.registry import OPS, Sample
 from apt_kernels.testing import ULPS, assert_as_accurate
-from support.calls import call, fresh, in_float64
+from support.calls import assert_results, call, fresh
 
 DPO_TYPES = {
     "sigmoid": 0, "robust": 1, "hinge": 2, "ipo": 3, "exo_pair": 4, "nca_pair": 5, "bco_pair": 6,
@@ -64,11 +64,7 @@ def public_call(kernels, operation: str, given, ulps=ULPS) -> None:
     launchers = {(kernel, "triton"): getattr(kernels, kernel) for kernel in op.kernels}
     with mock.patch.dict(dispatch._KERNELS, launchers):
         actual = call(op.function, fresh(given), backend="triton")
-    plain = call(op.reference, fresh(given))
-    exact = call(op.reference, in_float64(fresh(given)))
-    for kind, of_kind in zip(("output", "gradient"), zip(actual, plain, exact, strict=True)):
-        names = [f"{kind} {i} of {given.name}" for i in range(len(of_kind[0]))]
-        _compare(*of_kind, names, ulps)
+    assert_results(op, given, actual, ulps=ulps)
 
 
 def large_groups(kernels, dtype) -> None:

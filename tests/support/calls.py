@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from apt_kernels.registry import Op, Sample
-from apt_kernels.testing import assert_as_accurate
+from apt_kernels.testing import ULPS, assert_as_accurate, rounding_errors
 
 
 def map_tensors(value, change: Callable[[Tensor], Tensor]):
@@ -79,10 +80,31 @@ def call(function: Callable, sample: Sample, upstream_scale: float = 1.0, **kwar
     assert ends, "an input requires grad, but no output has a graph"
     generator = torch.Generator().manual_seed(7)
     upstream = [
-        (torch.randn(o.shape, generator=generator) * upstream_scale).to(o.dtype).to(o.device)
+        torch.empty(o.shape)
+        .normal_(0, upstream_scale, generator=generator)
+        .to(o.dtype)
+        .to(o.device)
         for o in ends
     ]
     return outputs, torch.autograd.grad(ends, inputs, upstream)
+
+
+def assert_results(op: Op, given: Sample, results, device="cpu", ulps: float = ULPS) -> None:
+    """What `call` gave for this sample is as accurate as what the reference gives."""
+
+    def exactly() -> tuple[Tensor, ...]:
+        outputs, grads = call(op.reference, in_float64(fresh(given, device)))
+        return *outputs, *grads
+
+    outputs, grads = call(op.reference, fresh(given, device))
+    assert [len(outputs), len(grads)] == [len(of_kind) for of_kind in results]
+    names = [f"output {i}" for i in range(len(outputs))]
+    names += [f"gradient {i}" for i in range(len(grads))]
+    errors = functools.cache(lambda: rounding_errors(exactly))
+    all_results = (*results[0], *results[1]), (*outputs, *grads), exactly()
+    for i, (name, *triple) in enumerate(zip(names, *all_results, strict=True)):
+        name = f"{name} of {given.name}"
+        assert_as_accurate(*triple, name, ulps, rounding=lambda i=i: errors()[i])
 
 
 def assert_as_the_reference(op: Op, sample: Sample, device: str, backend: str) -> None:
@@ -90,13 +112,7 @@ def assert_as_the_reference(op: Op, sample: Sample, device: str, backend: str) -
     given, sample = sample, fresh(sample, device)
     before = map_sample(sample, lambda t: t.detach().clone())
     outputs, grads = call(op.function, sample, backend=backend)
-    plain_outputs, plain_grads = call(op.reference, fresh(given, device))
-    exact_outputs, exact_grads = call(op.reference, in_float64(fresh(given, device)))
-    assert len(outputs) == len(plain_outputs) and len(grads) == len(plain_grads)
-    for i, triple in enumerate(zip(outputs, plain_outputs, exact_outputs, strict=True)):
-        assert_as_accurate(*triple, name=f"output {i}")
-    for i, triple in enumerate(zip(grads, plain_grads, exact_grads, strict=True)):
-        assert_as_accurate(*triple, name=f"gradient {i}")
+    assert_results(op, given, (outputs, grads), device)
 
     again, grads_again = call(op.function, fresh(given, device), backend=backend)
     for first, second in zip((*outputs, *grads), (*again, *grads_again), strict=True):
