@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-# Which backend comes first on a device; the measurements of `make gpu-report` may change the
+# Which backend comes first on a device; the page of `make gpu-report` says how to change the
 # second table, operation by operation.
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 PREFERENCE_OF_OPERATION: dict[tuple[str, str], tuple[str, ...]] = {}

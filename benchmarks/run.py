@@ -27,7 +27,6 @@ import torch
 import apt_kernels
 import gpu_peers
 import measure
-import plots
 from apt_kernels.registry import OPS, Benchmark, Op, Sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,6 +245,8 @@ def show(rows: list[dict]) -> None:
 
 
 def main() -> None:
+    import plots  # and matplotlib, which not every machine with a GPU has
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of operations")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for one comparison")

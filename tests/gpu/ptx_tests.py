@@ -22,7 +22,7 @@ from apt_kernels import dispatch
 from apt_kernels.triton.common import rows
 from gpu.cuda_emulation.checks import CHECKS
 from gpu.test_cuda_seeded_bugs import BUGS
-from support.calls import tensors
+from support.calls import TF32_ULPS, tensors
 
 dispatch.add_backend("triton", kernels)
 PTXError = ptx_execution.ptxrun.PTXError
@@ -46,11 +46,6 @@ def _some(op, dtype) -> tuple[list, list]:
     chosen = [*small[:2], *small[2 + op.dtypes.index(dtype) * step // 3 :: step]]
     names = {sample.name for sample in chosen}
     return chosen, [sample for sample in small if sample.name not in names]
-
-
-# Three TF32 products hold 22 bits of a factor: one element of one sample is 5.1 ulps beyond twice
-# the reference's error, where products of float32 stay within 1.
-TF32_ULPS = {("linear_policy_loss", torch.float32): 6}
 
 
 @pytest.mark.parametrize("op, dtype", _operations())

@@ -1,4 +1,4 @@
-"""What only a GPU shows; all of it is skipped elsewhere. `make gpu-report` runs it.
+"""What only a GPU shows; all of it is skipped elsewhere. `benchmarks/gpu/quick` runs it.
 
 Values and gradients on the device are the registry's (tests/ops/test_ops.py); here are streams,
 graphs, other devices, sizes beyond 32 bits and calls that must not wait.

@@ -133,16 +133,25 @@ def compile_object(
 
 
 def link(objects: list[Path], sanitizer: str = "", flags: tuple[str, ...] = ()) -> Path:
-    """Returns the shared library of the objects and the emulator, which is never instrumented."""
+    """Returns the shared library of the objects and the emulator."""
+    return _link(objects, sanitizer, ("-shared", *flags), ".so")
+
+
+def program(objects: list[Path], sanitizer: str = "") -> Path:
+    """Returns the program of the objects, one of which has a `main`, and the emulator."""
+    return _link(objects, sanitizer, (), "")
+
+
+def _link(objects: list[Path], sanitizer: str, flags: tuple[str, ...], suffix: str) -> Path:
     kernel_flags, emulator_flags = SANITIZERS[sanitizer]
-    emulator = compile_object(
+    emulator = compile_object(  # never instrumented
         "emulator.cpp", (HERE / "emulator.cpp").read_text(), "", None, emulator_flags
     )
     objects = [*objects, emulator]
-    library = cache_directory() / f"{digest(*(o.name for o in objects), sanitizer, *flags)}.so"
-    if not library.exists():
-        _run(library, [*kernel_flags, "-shared", *map(str, objects), *flags])
-    return library
+    target = cache_directory() / f"{digest(*(o.name for o in objects), sanitizer, *flags)}{suffix}"
+    if not target.exists():
+        _run(target, [*kernel_flags, *map(str, objects), *flags])
+    return target
 
 
 def _run(target: Path, arguments: list[str]) -> None:
