@@ -23,11 +23,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import apt_kernels
-from apt_model.commands.run import Checkpoint, run_steps
-from apt_model.commands.train_dpo import SHOWN, evaluate
-from apt_model.data.preferences import BadRow, PairTokenizer, PreferencePair, ShuffledBatches
+from apt_model.commands.pairs import evaluate_pairs
+from apt_model.commands.run import run_steps
+from apt_model.commands.train_dpo import SHOWN
+from apt_model.data.order import ShuffledBatches, of_rows
+from apt_model.data.preferences import BadRow, PairTokenizer, PreferencePair, collate
 from apt_model.rl import DPOTrainer, create_dpo_trainer
 from apt_model.scoring.model_access import train_last_layers
+from apt_model.training.checkpoint import Checkpoint
 from demo_measure import compare_heads, compare_steps, peak_of_process, table_of
 
 OUTPUT = Path("out/dpo_demo")
@@ -62,7 +65,9 @@ def main() -> int:
         f"{SETTINGS['trained_layers']} layers are trained ({trained / 1e6:.1f} M parameters)",
         flush=True,
     )
-    batches = ShuffledBatches(train, SETTINGS["batch_size"], SETTINGS["seed"])
+    batches = ShuffledBatches(
+        len(train), SETTINGS["batch_size"], SETTINGS["seed"], of_rows(train, collate)
+    )
     trainer = make_trainer(model, batches.per_epoch)
     checkpoint = Checkpoint(OUTPUT / "checkpoint.pt", SETTINGS)
     results = _begin(trainer, checkpoint, held_out, batches)
@@ -72,13 +77,13 @@ def main() -> int:
     if not finished:
         print(f"stopped after step {trainer.total_steps}; start it again to continue")
         return 130
-    results["after"] = evaluate(trainer, held_out, SETTINGS["batch_size"])
+    results["after"] = evaluate_pairs(trainer, held_out, SETTINGS["batch_size"])
     results["seconds"] = round(time.monotonic() - start, 1)
     results["peak_memory_of_process_mib"] = round(peak_of_process())
     results["curves"] = trainer.curves.as_lists()
     trainer.plot_curves(OUTPUT / "curves.png")
     _write(results)
-    checkpoint.path.unlink()
+    checkpoint.remove()
     return _report(results)
 
 
@@ -171,7 +176,7 @@ def _begin(
             "loss head": compare_heads(model, batches[0], ROUNDS),
             "whole step": compare_steps(model, batches[0], SETTINGS["beta"], ROUNDS),
         },
-        "before": evaluate(trainer, held_out, SETTINGS["batch_size"]),
+        "before": evaluate_pairs(trainer, held_out, SETTINGS["batch_size"]),
     }
     _write(results)
     return results

@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from apt_model.commands.pretrain import evaluate
+from apt_model.commands.pretraining import evaluate
 from apt_model.data.images import ImageViews, SmallCNN
+from apt_model.data.order import ShuffledBatches
 from apt_model.data.texts import MaskedTexts, SentencePairs, Text, TextViews, segments
 from apt_model.pretraining import create_contrastive_pretrainer, create_mlm_pretrainer
 from apt_model.pretraining.masked_batch import make_masked_batch
-from apt_model.training.files import EpochBatches, write_whole
+from apt_model.training.files import write_whole
 from demo_dpo import package_folder
 from demo_pictures import draw
 
@@ -123,7 +124,7 @@ def digits(moco: bool) -> dict[str, Any]:
     )
     before, start = probe(encoder, images, labels), embed(encoder, images)
     views = ImageViews(images)
-    batches = EpochBatches(len(images), settings["batch"], 0, views, whole=True)
+    batches = ShuffledBatches(len(images), settings["batch"], 0, views, whole=True)
     _train(trainer, batches, settings["steps"])
     shown = {"before": _flat(start), "after": _flat(embed(encoder, images))}
     return {
@@ -220,7 +221,7 @@ def contrastive_text() -> dict[str, Any]:
         scheduler=partial(_up_and_down, steps=settings["steps"]),
     )
     before = recall(trainer, held_out)
-    _train(trainer, EpochBatches(len(train), settings["batch"], 0, train), settings["steps"])
+    _train(trainer, ShuffledBatches(len(train), settings["batch"], 0, train), settings["steps"])
     after = recall(trainer, held_out)
     curve = list(trainer.curves.columns["loss"])
     return {"before": before, "after": after, "curve": curve, "curve_of": "loss"}
@@ -292,7 +293,7 @@ def masked_words(nsp: bool) -> dict[str, Any]:
         rows = [Text(" ".join(parts)) for parts in documents]
         held_out = MaskedTexts(rows[:held], tokenizer, tokens)
         train = MaskedTexts(rows[held:], tokenizer, tokens)
-    batches = EpochBatches(len(train), settings["batch"], 0, train)
+    batches = ShuffledBatches(len(train), settings["batch"], 0, train)
     if nsp:
         train.per_epoch = batches.per_epoch
     trainer = create_mlm_pretrainer(
@@ -327,7 +328,7 @@ def masked_words(nsp: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _begin_with_what_is_known(trainer: Any, batches: EpochBatches) -> None:
+def _begin_with_what_is_known(trainer: Any, batches: ShuffledBatches) -> None:
     """Lets the new layers begin by passing on what the encoder knows."""
     trainer.mlm_head.dense.weight.copy_(torch.eye(WIDTH))
     if trainer.nsp_head is None:
@@ -342,7 +343,7 @@ def _up_and_down(optimizer: Optimizer, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, max(0.02, 1 - step / steps)))
 
 
-def _train(trainer: Any, batches: EpochBatches, steps: int) -> None:
+def _train(trainer: Any, batches: ShuffledBatches, steps: int) -> None:
     from tqdm import tqdm
 
     for step in (bar := tqdm(range(steps), leave=False, mininterval=2)):

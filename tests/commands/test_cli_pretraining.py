@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from apt_model.commands import pretrain as pretrain_run
+from apt_model.commands.evaluation import mean_over_rows
 from apt_model.commands.main import main
+from apt_model.commands.pretraining import evaluate
 from apt_model.data.images import ImageViews, load_images
+from apt_model.data.order import ShuffledBatches
 from apt_model.data.texts import BadRow, SentencePairs, Text, TextViews, load_texts, segments
 from apt_model.pretraining import mlm_pretrain
-from apt_model.training.files import EpochBatches
 from support.tiny_encoders import VOCABULARY, tiny_bert
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a.", "b."]
@@ -176,7 +177,7 @@ def test_random_words_are_tokens_where_the_embedding_is_padded(
 def test_a_stopped_run_continues_to_the_same_model(model_folder, lines, tmp_path, monkeypatch):
     options = [f"--model={model_folder}", "--epochs=3", "--nsp", "--segment-sentences=1"]
     assert run("pretrain-mlm", lines, tmp_path / "one", *options) == 0
-    real, steps = pretrain_run.MLMPretrainer.train_step, []
+    real, steps = mlm_pretrain.MLMPretrainer.train_step, []
 
     def interrupting(trainer, **batch):
         steps.append(1)
@@ -184,7 +185,7 @@ def test_a_stopped_run_continues_to_the_same_model(model_folder, lines, tmp_path
             os.kill(os.getpid(), signal.SIGINT)
         return real(trainer, **batch)
 
-    monkeypatch.setattr(pretrain_run.MLMPretrainer, "train_step", interrupting)
+    monkeypatch.setattr(mlm_pretrain.MLMPretrainer, "train_step", interrupting)
     assert run("pretrain-mlm", lines, tmp_path / "stopped", *options) == 130
     assert not (tmp_path / "stopped" / "model").exists()
     assert run("pretrain-mlm", lines, tmp_path / "stopped", *options) == 0
@@ -211,7 +212,7 @@ def test_a_stopped_run_continues_to_the_same_model(model_folder, lines, tmp_path
         ("pretrain-contrastive", "--temperature=0", "temperature"),
         ("pretrain-contrastive", "--cache-chunk=0", "cache_chunk"),
         ("pretrain-contrastive", "--batch-size=1", "two samples or more"),
-        ("pretrain-mlm", "--output=/dev/null/out", "/dev/null/out/checkpoint.pt cannot be written"),
+        ("pretrain-mlm", "--output=/dev/null/out", "/dev/null/out cannot be written"),
     ],
 )
 def test_wrong_options_are_errors_of_one_line(
@@ -398,11 +399,11 @@ class Counting:
 )
 def test_no_sample_is_evaluated_alone(samples, batch_size, sizes):
     data = Counting(samples)
-    metrics = pretrain_run.evaluate(data, data, batch_size)
+    metrics = evaluate(data, data, batch_size, at_least=2)
     assert [len(rows) for rows in data.rows] == sizes
     assert [row for rows in data.rows for row in rows] == list(range(samples))
     assert metrics == {"loss": float(samples > 1)}
-    assert pretrain_run.evaluate(data, None, 8) == {}
+    assert mean_over_rows([], 8, data.eval_step) == {}
 
 
 def test_one_held_out_sample_is_refused(tmp_path, capsys):
@@ -415,13 +416,13 @@ def test_one_held_out_sample_is_refused(tmp_path, capsys):
 
 
 def test_batches_of_epochs():
-    batches = EpochBatches(10, 4, 1, lambda rows, step: {"rows": rows, "step": step})
+    batches = ShuffledBatches(10, 4, 1, lambda rows, step: {"rows": rows, "step": step})
     assert batches.per_epoch == 3 and batches[4]["step"] == 4
     epochs = [[row for s in range(3) for row in batches[3 * e + s]["rows"]] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
-    whole = EpochBatches(10, 4, 1, lambda rows, step: rows, whole=True)
+    whole = ShuffledBatches(10, 4, 1, lambda rows, step: rows, whole=True)
     assert whole.per_epoch == 2 and [len(whole[s]) for s in range(4)] == [4] * 4
-    assert EpochBatches(3, 4, 1, lambda rows, step: rows, whole=True).per_epoch == 1
+    assert ShuffledBatches(3, 4, 1, lambda rows, step: rows, whole=True).per_epoch == 1
 
 
 def test_pairs_of_sentences_are_mixed_in_every_batch(model_folder):
@@ -432,7 +433,7 @@ def test_pairs_of_sentences_are_mixed_in_every_batch(model_folder):
     documents = [[f"w{i % 9} w1", f"w{i % 7} w2"] for i in range(160)]
     for seed in (0, 3):
         pairs = SentencePairs(documents, tokenizer, 16, seed)
-        batches = EpochBatches(len(pairs), 32, seed, pairs)
+        batches = ShuffledBatches(len(pairs), 32, seed, pairs)
         pairs.per_epoch = batches.per_epoch
         labels = [batches[step]["nsp_labels"] for step in range(10)]
         assert all(4 < label.sum() < 28 for label in labels)

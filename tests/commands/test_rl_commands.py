@@ -14,8 +14,7 @@ import torch
 
 from apt_model.commands.evaluation import Evaluation
 from apt_model.commands.main import main
-from apt_model.commands.options import RECOMMENDED
-from apt_model.commands.train_reward_model import load_text_reward
+from apt_model.commands.reward_folder import load_text_reward
 from commands import test_cli
 from commands.test_cli import GOOD, parameters, rows, write
 from support.tiny_models import tiny_llama
@@ -133,7 +132,7 @@ def test_rlhf_learns_from_a_function(model_folder, files, tmp_path, capsys):
     assert summary["prompts"] == 16 and summary["total_steps"] == 24
     assert {"mean_reward", "mean_kl", "ppo_loss"} <= set(summary["curves"])
     assert sorted(p.name for p in policy.iterdir()) == [
-        "checkpoint.pt", "curves.png", "model", "summary.json",
+        "checkpoint.pt", "curves.png", "model", "run.yaml", "summary.json",
     ]  # fmt: skip
     assert not torch.equal(
         parameters(policy)["lm_head.weight"], tiny_llama().float().lm_head.weight
@@ -147,7 +146,7 @@ def test_grpo_learns_from_a_function_and_continues(model_folder, files, tmp_path
     summary = summary_of(whole)
     assert summary["after"]["mean_reward"] > summary["before"]["mean_reward"] + 0.3
     assert summary["after"] == max(summary["held_out"], key=lambda r: r["mean_reward"])
-    from apt_model.commands import train_policy as policy_run
+    from apt_model.commands import policies as policy_run
 
     made, make = [], policy_run.make_batch
 
@@ -217,17 +216,29 @@ def test_what_was_trained_is_kept_where_a_reward_fails(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("name", ["reward", "held_out_prompts"])
-def test_a_run_with_other_inputs_is_not_continued(model_folder, files, tmp_path, capsys, name):
+def test_a_run_with_another_reward_is_not_continued(model_folder, files, tmp_path, capsys):
     run = grpo(model_folder, files, tmp_path / "out", "--epochs=1")
     assert main(run) == 0
-    before = files[name].read_bytes()
-    files[name].write_bytes(before + b"\n\n")
+    before = files["reward"].read_bytes()
+    files["reward"].write_bytes(before + b"\n\n")
     assert main(run) == 1
-    setting = {"reward": "reward_sha256", "held_out_prompts": "eval_data_sha256"}[name]
-    assert f"a run with other settings ({setting}: " in capsys.readouterr().err
-    files[name].write_bytes(before)
+    assert "a run with other settings (reward_sha256: " in capsys.readouterr().err
+    files["reward"].write_bytes(before)
     assert main(run) == 0
+    assert main([*run, f"--reward={files['reward']}:counted"]) == 1
+    assert "(reward: 'happy' there, 'counted' here)" in capsys.readouterr().err
+
+
+def test_other_held_out_rows_are_measured_anew(model_folder, files, tmp_path):
+    run = grpo(model_folder, files, tmp_path / "out", "--epochs=1")
+    assert main(run) == 0
+    first = summary_of(tmp_path / "out")
+    write(files["held_out_prompts"], prompts(5, 30))
+    assert main([*run, "--epochs=2", "--eval-every=2"]) == 0
+    second = summary_of(tmp_path / "out")
+    assert [r["step"] for r in first["held_out"]] == [4]
+    assert [r["step"] for r in second["held_out"]] == [4, 6, 8]
+    assert second["held_out"][0] != first["held_out"][0] and second["total_steps"] == 8
 
 
 def test_a_reward_model_takes_rows_of_the_same_prompt(model_folder, files, tmp_path, capsys):
@@ -281,7 +292,7 @@ def test_the_best_state_outlives_a_model_that_could_not_be_saved(
     assert main(run) == 1
     assert f"{output / 'model'} cannot be written: [Errno 28]" in capsys.readouterr().err
     left = sorted(path.name for path in output.iterdir())
-    assert left == ["best.pt", "checkpoint.pt", "curves.png"]
+    assert left == ["best.pt", "checkpoint.pt", "curves.png", "run.yaml"]
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", real)
     best = (output / "best.pt").read_bytes()
     (output / "best.pt").unlink()
@@ -337,7 +348,7 @@ def test_a_restart_that_fails_at_once_loses_nothing(model_folder, files, tmp_pat
         return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
 
     before = contents()
-    monkeypatch.setattr("apt_model.data.preferences.collate", lambda batch: 1 / 0)
+    monkeypatch.setattr("apt_model.commands.pairs.collate", lambda batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main([*run, "--restart"])
     assert contents() == before
@@ -436,9 +447,21 @@ def test_what_is_outside_the_recommended_range_is_told(model_folder, files, tmp_
     assert main(arguments) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if "recommended" in line]
     assert notes == [
-        "apt-model: --group-size 3 is outside of 4 to 8, which is recommended",
         "apt-model: --learning-rate 0.03 is outside of 1e-06 to 1e-05, which is recommended",
+        "apt-model: --group-size 3 is outside of 4 to 8, which is recommended",
     ]
+
+
+RECOMMENDED = {
+    "train-dpo": {
+        "beta": (0.05, 0.5), "label_smoothing": (0, 0.1), "learning_rate": (1e-6, 1e-5),
+    },
+    "train-grpo": {"group_size": (4, 8), "learning_rate": (1e-6, 1e-5)},
+    "train-rlhf": {
+        "ppo_epochs": (4, 8), "clip_epsilon": (0.1, 0.3), "kl_coef": (0.01, 0.2),
+        "learning_rate": (1e-6, 1e-5),
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECOMMENDED)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import demo_pretraining
-from apt_model.commands.pretrain import evaluate
+from apt_model.commands.pretraining import evaluate
 from demo_pictures import draw
 from support.tiny_encoders import tiny_bert
 

@@ -49,12 +49,17 @@ def test_sums_that_are_held_out_are_not_trained(tiny):
     job = demo_rl.grpo_job(
         Namespace(**demo_rl.SHARED, **demo_rl.GRPO), {"sums": 12, "held_out_sums": 6}, None
     )
-    assert len({p.ids for p in job.rows}) == 12
+    assert job.batches.count == 12
     trainer = job.trainer
     reward = trainer.reward_model
     known = set(reward._rows)
-    assert len(known) == 18 and known > {p.ids for p in job.rows}
-    prompt = job.rows[0]
+    trained = [
+        tuple(ids[mask != 0].tolist())
+        for step in range(job.batches.per_epoch)
+        for ids, mask in zip(*job.batches[step].values(), strict=True)
+    ]
+    assert len(known) == 18 and len(set(trained)) == 12 and known > set(trained)
+    prompt = demo_rl.Prompt(trained[0], reward._rows[trained[0]])
     a, b = map(int, re.findall(r"What is (\d+) \+ (\d+)\?", prompt.row["prompt"])[-1])
     assert prompt.row["answer"] == str(a + b)
     assert prompt.row["prompt"].startswith("Question: What is 13 + 25?\nAnswer: 38\n")
@@ -85,13 +90,13 @@ def test_verdicts_and_what_is_kept(tiny, tmp_path, capsys):
             "before": {"mean_reward": 0.1, "sequence_kl": 0.0},
             "held_out": [{"step": 3, "mean_reward": reward, "sequence_kl": kl}],
             "total_steps": 3, "curves": {"loss": [1.0]},
-            "settings": {"data": "/x", "seed": 0, "sizes": demo_rl.SIZES},
+            "settings": {"seed": 0, "sizes": demo_rl.SIZES},
         }  # fmt: skip
         return demo_rl._report("rlhf", summary, 9.7, False)
 
     assert report(0.41, 9.9) and not report(0.39, 1.0) and not report(2.0, 10.0)
     kept = json.loads((tmp_path / "benchmarks/results/rl-demo-rlhf.json").read_text())
-    assert kept["settings"]["seed"] == 0 and "data" not in kept["settings"]
+    assert kept["settings"]["seed"] == 0
     assert set(kept["settings"]["sizes"]) == {
         "pairs", "held_out_pairs", "prompts", "held_out_prompts",
     }  # fmt: skip

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from apt_model.commands.run import Checkpoint, run_steps
+from apt_model.commands.run import run_steps
+from apt_model.training.checkpoint import Checkpoint
 from apt_model.training.curves import Curves
 from apt_model.training.loop import TrainingLoop
 

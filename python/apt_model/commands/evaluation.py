@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..training.files import save_tensors
+from ..training import processes
+from ..training.files import load_tensors, save_tensors
 from ..training.loop import TrainingLoop
 
 SEED = 0
@@ -24,6 +25,7 @@ class Evaluation:
         every: steps; 0: only at the end.
         patience: the run ends after so many measurements without a better one; 0: never.
         path: of the file that holds the best state while training goes on.
+        rows: hash of the held-out rows: measurements of others are not compared with these.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Evaluation:
         every: int,
         patience: int,
         path: Path,
+        rows: str = "",
     ) -> None:
         self._measure = measure
         self.key = key
@@ -41,18 +44,25 @@ class Evaluation:
         self._every = every
         self._patience = patience
         self.path = path
+        self.rows = rows
         self.before: dict[str, float] = {}
         self.records: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
+        self.best_is_saved = False  # as the model of the finished run that goes on
 
-    def start(self) -> None:
+    def start(self, saved: Mapping[str, float] | None = None) -> None:
         """Measures once before the first step; a continued run has done so.
+
+        Args:
+            saved: the figures of the model that the run has saved, where it was finished before.
 
         Raises:
             FileNotFoundError: the best state of the run that is continued is not there any more.
         """
         if not self.before:
             self.before = self._measured()
+        elif self.best and self.best == saved and not self.path.exists():
+            self.best_is_saved = True
         elif self.best:  # the file may hold that of a later step than the checkpoint
             self.best = self._read_best()["measured"]
 
@@ -69,8 +79,9 @@ class Evaluation:
         measured = {"step": step, **self._measured()}
         if not self.best or self._sign * (measured[self.key] - self.best[self.key]) > 0:
             modules = trainer.state_dict(include_frozen=False)["modules"]
-            save_tensors(self.path, {"measured": measured, "modules": modules})
-            self.best = measured
+            if processes.is_main():
+                save_tensors(self.path, {"measured": measured, "modules": modules})
+            self.best, self.best_is_saved = measured, False
         self.records.append(measured)
         trainer.curves.annotate({f"held_out_{k}": v for k, v in measured.items() if k != "step"})
 
@@ -87,7 +98,8 @@ class Evaluation:
 
     def forget_best(self) -> None:
         """Removes the file of the best state."""
-        self.path.unlink(missing_ok=True)
+        if processes.is_main():
+            self.path.unlink(missing_ok=True)
 
     def _read_best(self) -> dict[str, Any]:
         if not self.path.exists():
@@ -95,7 +107,7 @@ class Evaluation:
                 f"{self.path} is missing: until the model is saved it holds the best state, that "
                 f"of step {self.best['step']}; start anew (--restart)"
             )
-        return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        return load_tensors(self.path)
 
     def _measured(self) -> dict[str, float]:
         with torch.random.fork_rng():
@@ -104,8 +116,54 @@ class Evaluation:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what was measured."""
-        return {"before": self.before, "records": self.records, "best": self.best}
+        return {
+            "rows": self.rows,
+            "before": self.before,
+            "records": self.records,
+            "best": self.best,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state_dict()`."""
-        self.before, self.records, self.best = state["before"], state["records"], state["best"]
+        """Continues from `state_dict()`; measurements of other rows are left out."""
+        if state["rows"] == self.rows:
+            self.before, self.records = state["before"], state["records"]
+            self.best = state["best"]
+
+
+def mean_over_rows(
+    rows: Sequence[Any],
+    batch_size: int,
+    measure: Callable[[list[Any]], Mapping[str, float]],
+    at_least: int = 1,
+    weights: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """Returns the means over rows of what `measure` returns of batches of them; nothing for none.
+
+    The processes of a run share every batch.
+
+    Args:
+        rows: held-out rows, or their numbers.
+        batch_size: rows measured at once, at most.
+        measure: returns figures of a batch of all processes; the batches are of nearly one size.
+        at_least: rows a batch needs, as a contrastive loss of one row alone is 0.
+        weights: the figure that counts, instead of the rows, in the mean of those figures whose
+            names begin so.
+    """
+    totals: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    parts = max(1, min(-(-len(rows) // batch_size), len(rows) // at_least)) if rows else 0
+    for part in range(parts):
+        start, stop = (bound * len(rows) // parts for bound in (part, part + 1))
+        figures = measure(processes.share(rows[start:stop]))
+        for name, value in figures.items():
+            weight = _weight_of(name, weights or {}, figures)
+            count = stop - start if weight is None else figures[weight]
+            totals[name] = totals.get(name, 0.0) + value * count
+            counts[name] = counts.get(name, 0.0) + count
+    return {name: total / max(counts[name], 1) for name, total in totals.items()}
+
+
+def _weight_of(name: str, weights: Mapping[str, str], figures: Mapping[str, float]) -> str | None:
+    """Returns the figure that counts in the mean of the figure `name`, None for the rows."""
+    found = (weight for start, weight in weights.items() if name.startswith(start))
+    return next((weight for weight in found if weight in figures), None)

@@ -1,28 +1,26 @@
-"""What the commands that train have in common: a folder and files in, a trained folder out."""
+"""The run of a command that trains: a folder and files in, a trained folder out."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.preferences import ShuffledBatches
-from ..training.files import naming, settings_of, write_whole
+from ..data.order import ShuffledBatches
+from ..training.checkpoint import Checkpoint
+from ..training.files import FolderLock, naming, sha256_of, write_whole
 from ..training.loop import TrainingLoop
+from ..training.schedule import schedule
+from .arguments import as_mapping, deciding
 from .evaluation import Evaluation
-from .run import Checkpoint, run_steps
-
-NOT_SETTINGS = (
-    "run", "output", "restart", "device", "checkpoint_every", "bad_rows", "tensorboard",
-)  # fmt: skip
+from .messages import say
+from .options import RunOptions, TrainingOptions
+from .run import run_steps
 
 
 @dataclass
@@ -30,60 +28,99 @@ class Job:
     """What one command trains.
 
     Attributes:
-        trainer: of it.
-        rows: what is trained on.
-        make_batch: makes the arguments of a step of some rows; None: `collate`.
+        trainer: the trainer.
+        batches: what it trains on.
         shown: the metrics on the progress bar, by the names they have there.
         measure: returns held-out figures; None: there are none.
         key: the figure that decides which state is best.
-        higher_is_better: of that figure.
+        higher_is_better: whether a higher figure is better.
         save: writes the trained model into a folder.
         counts: more of the summary.
         train_step: instead of the trainer's.
-        inputs: files that the run depends on besides the data and the held-out rows, by name.
+        inputs: files and folders that the run depends on besides model and data, by name.
+        settings: more that decides the result, in JSON's types.
     """
 
     trainer: TrainingLoop
-    rows: Sequence[Any]
-    make_batch: Callable[[Sequence[Any]], dict[str, Any]] | None
+    batches: ShuffledBatches
     shown: Mapping[str, str]
     measure: Callable[[], Mapping[str, float]] | None
     key: str
     higher_is_better: bool
     save: Callable[[Path], None]
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, Any] = field(default_factory=dict)
     train_step: Callable[..., Mapping[str, float]] | None = None
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run_job(options: Namespace, job: Job) -> dict[str, Any]:
-    """Trains as the options of the command say; returns what is written to `summary.json`.
+def run_command(make_job: Callable[[Any], Job], options: Any) -> dict[str, Any]:
+    """Trains as the options of a command say; returns what is written to `summary.json`.
+
+    Args:
+        make_job: of the command.
+        options: groups, of which `run` is RunOptions and `training` TrainingOptions.
+    """
+    with FolderLock(options.run.output):
+        torch.manual_seed(options.training.seed)  # heads and queues begin at random
+        job = make_job(options)
+        settings = {**deciding(options), **job.settings, **_hashes(options, job)}
+        steps = total_steps(options.training, job.batches.per_epoch)
+        return run_job(options.run, job, steps, settings, as_mapping(options))
+
+
+def _hashes(options: Any, job: Job) -> dict[str, str]:
+    """Returns the hashes of what the run reads: where it lies does not count."""
+    hashes = {"data_sha256": sha256_of(options.run.data)}
+    models = {**job.inputs, "model": options.model.model}
+    for name, path in models.items():
+        if path is not None:
+            hashes[f"{name}_sha256"] = sha256_of(path, whole=False)
+    return hashes
+
+
+def total_steps(training: TrainingOptions, per_epoch: int) -> int:
+    """Returns the number of steps that the options ask for."""
+    return training.epochs * per_epoch if training.max_steps is None else training.max_steps
+
+
+def run_job(
+    run: RunOptions,
+    job: Job,
+    steps: int,
+    settings: Mapping[str, Any],
+    effective: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Trains as the options of the run say; returns what is written to `summary.json`.
 
     All files in the output folder are of one run; the model of an earlier one stays until this
     one's is complete. A summary that says "finished" is of a run whose model was saved.
+
+    Args:
+        run: the options.
+        job: what is trained.
+        steps: of the run.
+        settings: what decides the result, in JSON's types.
+        effective: all options, written to `run.yaml`.
     """
-    trainer, output = job.trainer, options.output
-    batches = ShuffledBatches(job.rows, options.batch_size, options.seed, job.make_batch)
-    held_out = {} if options.eval_data is None else {"eval_data": options.eval_data}
-    settings = settings_of(options, NOT_SETTINGS, options.data, **held_out, **job.inputs)
-    checkpoint = Checkpoint(output / "checkpoint.pt", settings)
-    evaluation = _evaluation(options, job)
-    continued = not options.restart and checkpoint.load(trainer)
+    trainer, output = job.trainer, run.output
+    evaluation = _evaluation(run, job)
+    parts = {} if evaluation is None else {"evaluation": evaluation}
+    checkpoint = Checkpoint(output / "checkpoint.pt", settings, parts)
+    continued = not run.restart and checkpoint.load(trainer)
     if continued:
-        print(f"continuing after step {trainer.total_steps}", file=sys.stderr)
-    saved = continued and _model_was_saved(output)
-    if evaluation is not None and not saved:
-        evaluation.start()
-    total, started_at = options.epochs * batches.per_epoch, trainer.total_steps
+        say(f"continuing after step {trainer.total_steps}")
+    saved = _saved_model(output) if continued else None
+    if evaluation is not None and (saved is None or trainer.total_steps < steps):
+        evaluation.start(saved)
+    started_at = trainer.total_steps
     finished = run_steps(
-        trainer, batches, total, checkpoint, options.checkpoint_every, job.shown,
-        evaluation=evaluation, train_step=partial(_train_step, job, output),
+        trainer, job.batches, steps, checkpoint, run.checkpoint_every, job.shown,
+        evaluation=evaluation, train_step=_step(job, output, effective),
     )  # fmt: skip
     _plot(trainer, output / "curves.png")
-    if finished and (trainer.total_steps > started_at or not saved):
-        if evaluation is not None:
-            evaluation.load_best(trainer)
-        write_whole(output / "model", job.save)
+    if finished and (trainer.total_steps > started_at or saved is None):
+        _save_model(job, evaluation, checkpoint, output / "model")
     summary = {
         "finished": finished,
         **job.counts,
@@ -92,7 +129,7 @@ def run_job(options: Namespace, job: Job) -> dict[str, Any]:
         "held_out": evaluation.records if evaluation else [],
         "total_steps": trainer.total_steps,
         "last_step": trainer.get_statistics(),
-        "settings": settings,
+        "settings": dict(settings),
         "curves": trainer.curves.as_lists(),
     }
     text = json.dumps(summary, indent=2)
@@ -102,30 +139,76 @@ def run_job(options: Namespace, job: Job) -> dict[str, Any]:
     return summary
 
 
-def _evaluation(options: Namespace, job: Job) -> Evaluation | None:
+def _save_model(
+    job: Job, evaluation: Evaluation | None, checkpoint: Checkpoint, folder: Path
+) -> None:
+    if evaluation is not None and evaluation.best_is_saved:
+        return  # what came after it was no better
+    if evaluation is not None:
+        evaluation.load_best(job.trainer)
+    try:
+        write_whole(folder, job.save)
+    except Exception:
+        say(
+            f"the trained state is kept in {checkpoint.path}: the same command, started again, "
+            "saves the model without training anew"
+        )
+        raise
+
+
+def _evaluation(run: RunOptions, job: Job) -> Evaluation | None:
     if job.measure is None:
         return None
-    evaluation = Evaluation(
-        job.measure, job.key, job.higher_is_better, options.eval_every, options.patience,
-        options.output / "best.pt",
+    rows = "" if run.eval_data is None else sha256_of(run.eval_data)
+    return Evaluation(
+        job.measure, job.key, job.higher_is_better, run.eval_every, run.patience,
+        run.output / "best.pt", rows,
     )  # fmt: skip
-    job.trainer.with_state["evaluation"] = evaluation
-    return evaluation
 
 
-def _model_was_saved(output: Path) -> bool:
-    summary = output / "summary.json"
-    finished = summary.exists() and json.loads(summary.read_text())["finished"]
-    return finished and (output / "model").is_dir()
+def _saved_model(output: Path) -> dict[str, float] | None:
+    """Returns the held-out figures of the model that a finished run saved; None where it did not.
+
+    A summary that cannot be read is told, and taken as none.
+    """
+    path = output / "summary.json"
+    if not path.exists() or not (output / "model").is_dir():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+        return summary["after"] if summary["finished"] else None
+    except (ValueError, KeyError, TypeError) as error:
+        say(f"{path} is damaged and left out: {type(error).__name__}: {error}")
+        return None
 
 
-def _train_step(job: Job, output: Path, **batch: Any) -> Mapping[str, float]:
-    """Makes a step; after the first one removes what an earlier run has left, but for its model."""
-    metrics = (job.train_step or job.trainer.train_step)(**batch)
-    if job.trainer.total_steps == 1:
-        for name in ("checkpoint.pt", "best.pt", "summary.json"):
-            (output / name).unlink(missing_ok=True)
-    return metrics
+def _step(
+    job: Job, output: Path, effective: Mapping[str, Any] | None
+) -> Callable[..., Mapping[str, float]]:
+    """Returns what makes a step.
+
+    After the first one of a run it removes what an earlier run has left, but for its model.
+    """
+    step, first = job.train_step or job.trainer.train_step, job.trainer.total_steps + 1
+
+    def train_step(**batch: Any) -> Mapping[str, float]:
+        metrics = step(**batch)
+        if job.trainer.total_steps == first and effective is not None:
+            write_options(output / "run.yaml", effective)
+        if job.trainer.total_steps == 1:
+            for name in ("checkpoint.pt", "checkpoint.previous.pt", "best.pt", "summary.json"):
+                (output / name).unlink(missing_ok=True)
+        return metrics
+
+    return train_step
+
+
+def write_options(path: Path, effective: Mapping[str, Any]) -> None:
+    """Writes options as a file for `--config`."""
+    import yaml
+
+    text = yaml.safe_dump(dict(effective), sort_keys=False, allow_unicode=True)
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _plot(trainer: TrainingLoop, path: Path) -> None:
@@ -135,38 +218,23 @@ def _plot(trainer: TrainingLoop, path: Path) -> None:
             trainer.plot_curves(path, [*trainer.monitored, *held_out])
 
 
-def check_options(options: Namespace) -> None:
-    """Raises for numbers that cannot be, and for folders and files that are not there."""
-    for name in ("epochs", "batch_size", "max_length", "max_new_tokens", "group_size"):
-        if getattr(options, name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("warmup_steps", "checkpoint_every", "eval_every", "patience"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-    if options.patience and options.eval_data is None:
-        raise ValueError("--patience needs --eval")
-    for name in ("model", "reference_model", "reward_model"):
-        folder = getattr(options, name, None)
-        if folder is not None and not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder")
-    for file in (options.data, options.eval_data):
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"{file} is not a file")
-
-
-def trainer_options(options: Namespace) -> dict[str, Any]:
-    """Returns the keyword arguments that every trainer has."""
+def trainer_options(options: Any, batches: ShuffledBatches) -> dict[str, Any]:
+    """Returns the keyword arguments that every trainer has, of the options of a command."""
+    training: TrainingOptions = options.training
+    steps = total_steps(training, batches.per_epoch)
+    warmup = training.warmup_steps
+    if training.warmup_ratio is not None:
+        warmup = round(training.warmup_ratio * steps)
+    made = schedule(training.schedule, warmup, steps, training.read_schedule_options())
     return {
-        "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "autocast_dtype": None if options.autocast == "none" else options.autocast,
-        "scheduler": partial(_warmup, steps=options.warmup_steps) if options.warmup_steps else None,
-        "log": _tensorboard(options.tensorboard),
+        "device": options.run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "autocast_dtype": (
+            None if options.precision.autocast == "none" else options.precision.autocast
+        ),
+        "scheduler": made,
+        "log": _tensorboard(options.run.tensorboard),
     }
-
-
-def _warmup(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
 
 
 def _tensorboard(folder: Path | None) -> Any:
@@ -179,23 +247,12 @@ def _tensorboard(folder: Path | None) -> Any:
     return SummaryWriter(os.fspath(folder))
 
 
-def pretrained(options: Namespace, kind: str, folder: Path | None = None) -> Any:
+def pretrained(options: Any, kind: str, folder: Path | None = None) -> Any:
     """Returns `transformers.<kind>` of a folder; None: that of the model, which may be GGUF."""
     import transformers
 
-    gguf = {"gguf_file": options.gguf_file} if options.gguf_file and folder is None else {}
-    dtype = {} if kind == "AutoTokenizer" else {"dtype": getattr(torch, options.dtype)}
+    model = options.model
+    gguf = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
+    dtype = {} if kind == "AutoTokenizer" else {"dtype": getattr(torch, options.precision.dtype)}
     loader = getattr(transformers, kind)
-    return loader.from_pretrained(options.model if folder is None else folder, **gguf, **dtype)
-
-
-def mean_over_parts(
-    rows: Sequence[Any], batch_size: int, measure: Callable[[Sequence[Any]], Mapping[str, float]]
-) -> dict[str, float]:
-    """Returns the means over rows of what `measure` returns of parts of them; nothing for none."""
-    totals: dict[str, float] = {}
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        for name, value in measure(part).items():
-            totals[name] = totals.get(name, 0.0) + value * len(part)
-    return {name: total / len(rows) for name, total in totals.items()}
+    return loader.from_pretrained(model.model if folder is None else folder, **gguf, **dtype)

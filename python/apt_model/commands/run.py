@@ -5,64 +5,22 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
-from ..training.files import save_tensors
+from ..training import processes
+from ..training.checkpoint import Checkpoint
 from ..training.loop import TrainingLoop
 from ..training.state import random_state, set_random_state
 from .evaluation import Evaluation
 
 
 class Batches(Protocol):
-    """What a run takes its batches from."""
+    """The batches of a run."""
 
     def __getitem__(self, step: int) -> Mapping[str, Any]:
         """Returns the keyword arguments of `train_step` number `step`, counted from 0."""
-
-
-class Checkpoint:
-    """The file a run continues from.
-
-    Args:
-        path: of the file.
-        settings: what the run depends on, in JSON's types; a checkpoint of others is refused.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.settings = dict(settings)
-        self.steps = 0  # of the state that the file holds
-
-    def save(self, trainer: TrainingLoop) -> None:
-        """Writes all but the frozen parameters; the file is either the old or the new one."""
-        state = {"settings": self.settings, "trainer": trainer.state_dict(include_frozen=False)}
-        save_tensors(self.path, state)
-        self.steps = trainer.total_steps
-
-    def load(self, trainer: TrainingLoop) -> bool:
-        """Continues from the file and returns True; returns False where there is none.
-
-        Raises:
-            ValueError: the file is of a run with other settings.
-        """
-        if not self.path.exists():
-            return False
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        theirs = state["settings"]
-        if theirs != self.settings:
-            names = sorted(theirs.keys() | self.settings.keys())
-            changed = [n for n in names if theirs.get(n) != self.settings.get(n)]
-            raise ValueError(
-                f"{self.path} is of a run with other settings ("
-                + ", ".join(f"{n}: {theirs.get(n)!r} there" for n in changed)
-                + "); start anew or choose another folder"
-            )
-        trainer.load_state_dict(state["trainer"])
-        self.steps = trainer.total_steps
-        return True
 
 
 class StopRequest:
@@ -100,23 +58,26 @@ def run_steps(
     description: str = "training",
     evaluation: Evaluation | None = None,
     train_step: Callable[..., Mapping[str, float]] | None = None,
+    after_step: Callable[[], Any] = lambda: None,
 ) -> bool:
     """Trains up to `total_steps` with a progress bar; returns whether it got there or stagnates.
 
     Writes the checkpoint every `checkpoint_every` steps, at the end, when asked to stop by SIGINT
     or SIGTERM, which ends the run after the step under way, and where a step or a measurement
-    raises: then of the state before that step or measurement.
+    raises: then of the state before that step or measurement. Of several processes the main one
+    shows the bar; a signal to any of them stops all after the same step.
 
     Args:
         trainer: has `train_step(**batch)`; continues at its `total_steps`.
-        batches: of the run.
-        total_steps: of the run.
+        batches: batches of the run.
+        total_steps: steps of the run.
         checkpoint: where the run is kept.
         checkpoint_every: steps; 0: only at the end, when stopped or where something raises.
         shown: the metrics on the bar, by the names they have there.
-        description: of the bar.
+        description: text before the bar.
         evaluation: what is measured as the training goes.
         train_step: instead of the trainer's.
+        after_step: called after each step and its measurement.
     """
     from tqdm import tqdm
 
@@ -129,22 +90,55 @@ def run_steps(
     def stagnates() -> bool:
         return evaluation is not None and evaluation.stagnates
 
+    def goes_on() -> bool:
+        return trainer.total_steps < total_steps and not stagnates()
+
     with (
         StopRequest().listening() as stop,
-        tqdm(total=total_steps, initial=trainer.total_steps, desc=description) as bar,
-    ):
+        tqdm(
+            total=total_steps, initial=trainer.total_steps, desc=description, unit="step",
+            disable=not processes.is_main(),
+        ) as bar,
+    ):  # fmt: skip
         if trainer.total_steps:
             measure()  # where that of the last step raised
-        while trainer.total_steps < total_steps and not stop.came and not stagnates():
+        speed = _Speed(bar)
+        while goes_on() and not processes.agree(stop.came):
             with _kept(trainer, checkpoint):
-                metrics = step(**batches[trainer.total_steps])
-                bar.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items()})
+                batch = batches[trainer.total_steps]
+                metrics = step(**batch)
+                figures = {name: f"{metrics[key]:.3f}" for name, key in shown.items()}
+                bar.set_postfix({**figures, **speed.after(batch, metrics)})
                 bar.update()
                 measure()
+                after_step()
             if checkpoint_every and trainer.total_steps % checkpoint_every == 0:
                 checkpoint.save(trainer)
-        checkpoint.save(trainer)
+        if trainer.total_steps > checkpoint.steps or not checkpoint.path.exists():
+            checkpoint.save(trainer)
     return trainer.total_steps >= total_steps or stagnates()
+
+
+class _Speed:
+    """How many tokens a second were trained on since the run began."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._tokens = bar, 0.0
+
+    def after(self, batch: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, str]:
+        """Returns the speed after a step, by the name it has on the bar; nothing without tokens."""
+        self._tokens += processes.count() * tokens_of(batch, metrics)
+        seconds = self._bar.format_dict["elapsed"]
+        if not self._tokens or not seconds:
+            return {}
+        return {"tokens/s": f"{self._tokens / seconds:.0f}"}
+
+
+def tokens_of(batch: Mapping[str, Any], metrics: Mapping[str, float]) -> float:
+    """Returns the number of real tokens in a batch, with those of the responses to prompts."""
+    masks = [v for k, v in batch.items() if "mask" in k and isinstance(v, Tensor)]
+    tokens = float(sum(int(mask.sum()) for mask in masks))
+    return tokens + metrics.get("response_length", 0.0) * len(batch.get("prompts", ()))
 
 
 @contextmanager
@@ -154,7 +148,9 @@ def _kept(trainer: TrainingLoop, checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if trainer.total_steps > checkpoint.steps and not trainer.is_mid_step:
+        # Saving needs all processes, and the others may not have raised
+        alone = processes.count() == 1
+        if alone and trainer.total_steps > checkpoint.steps and not trainer.is_mid_step:
             if trainer.total_steps == steps:  # what it drew it draws again
                 set_random_state(random, trainer.device)
             with suppress(Exception):  # the first error tells more

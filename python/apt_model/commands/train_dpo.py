@@ -1,83 +1,113 @@
-"""What `apt-model train-dpo` does."""
+"""The command `apt-model train-dpo`."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..data.preferences import PairTokenizer, PreferencePair, collate, load_pairs
-from ..rl import DPOTrainer, create_dpo_trainer
-from ..scoring.model_access import train_last_layers
-from .job import Job, check_options, mean_over_parts, pretrained, run_job, trainer_options
+from .groups import ModelOptions, PrecisionOptions, TextOptions
+from .options import RunOptions, TrainingOptions, default_of
+
+if TYPE_CHECKING:
+    from .job import Job
 
 SHOWN = {"loss": "loss", "accuracy": "accuracy", "margin": "reward_margin"}
-CONFIG = (
-    "beta",
-    "label_smoothing",
-    "learning_rate",
-    "loss_type",
-    "reference_free",
-    "max_grad_norm",
-)
+PAIRS = "JSON lines with the strings prompt, chosen and rejected"
 
 
-def train_dpo(options: Namespace) -> dict[str, Any]:
-    """Trains as the options of the command say; returns what is written to `summary.json`."""
-    check_options(options)
-    tokenizer = pretrained(options, "AutoTokenizer")
-    pairs, held_out = load_all_pairs(options, tokenizer)
-    trainer = _make_trainer(options)
+@dataclass(kw_only=True)
+class PairRunOptions(RunOptions):
+    """Run."""
 
-    def save(folder: Path) -> None:
-        trainer.policy_model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    job = Job(
-        trainer, pairs, None, SHOWN,
-        partial(evaluate, trainer, held_out, options.batch_size) if held_out else None,
-        "loss", False, save, {"pairs": len(pairs), "held_out_pairs": len(held_out)},
-    )  # fmt: skip
-    return run_job(options, job)
+    data: Path = field(metadata={"metavar": "FILE", "help": PAIRS})
 
 
-def evaluate(
-    trainer: Any, pairs: Sequence[PreferencePair], batch_size: int, drop: Sequence[str] = ()
-) -> dict[str, float]:
-    """Returns the mean over pairs of what `eval_step` returns; nothing for no pairs.
+@dataclass(kw_only=True)
+class DPOTrainingOptions(TrainingOptions):
+    """Training."""
 
-    Args:
-        trainer: has an `eval_step` of pairs.
-        pairs: to measure.
-        batch_size: how many at once.
-        drop: what of a batch that step does not take.
+    learning_rate: float = default_of(
+        TrainingOptions, "learning_rate", 1e-6, recommended=(1e-6, 1e-5)
+    )
+
+
+@dataclass(kw_only=True)
+class DPOOptions:
+    """Loss."""
+
+    beta: float = field(
+        default=0.1, metadata={"help": "pull to the reference", "recommended": (0.05, 0.5)}
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "probability that a preference is wrong", "recommended": (0, 0.1)},
+    )
+    loss_type: str = field(default="sigmoid", metadata={"help": "as apt_kernels.dpo_loss"})
+    reference_free: bool = field(default=False, metadata={"help": "compare with no reference"})
+    reference_model: Path | None = field(
+        default=None,
+        metadata={
+            "metavar": "FOLDER",
+            "help": "reference; without it a frozen copy of the model",
+        },
+    )
+
+    def check(self) -> None:
+        """Raises for a folder that is not there."""
+        if self.reference_model is not None and not self.reference_model.is_dir():
+            raise FileNotFoundError(f"{self.reference_model} is not a folder")
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Train a causal language model on preference pairs by direct preference optimization.
+
+    Stopped by Ctrl-C and started again with the same options, it continues.
     """
 
-    def measure(part: Sequence[PreferencePair]) -> dict[str, float]:
-        return trainer.eval_step(**{k: v for k, v in collate(part).items() if k not in drop})
-
-    pairs = sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))  # less padding
-    return mean_over_parts(pairs, batch_size, measure)
-
-
-def load_all_pairs(
-    options: Namespace, tokenizer: Any
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Returns the pairs to train on and those held out."""
-    tokenize = PairTokenizer(
-        tokenizer, options.max_length, options.max_prompt_length, options.chat_template
-    )
-    load = partial(load_pairs, tokenize=tokenize, fail_on_bad_row=options.bad_rows == "fail")
-    return load(options.data), load(options.eval_data) if options.eval_data else []
+    run: PairRunOptions
+    model: ModelOptions
+    text: TextOptions
+    training: DPOTrainingOptions
+    loss: DPOOptions
+    precision: PrecisionOptions
 
 
-def _make_trainer(options: Namespace) -> DPOTrainer:
-    model = pretrained(options, "AutoModelForCausalLM")
-    reference = options.reference_model
+def make_job(options: Options) -> Job:
+    """Returns what the command trains."""
+    from ..rl import create_dpo_trainer  # takes seconds, --help need not wait
+    from .job import Job, pretrained, trainer_options
+    from .models import save_pretrained, trained_part
+    from .pairs import batches_of_pairs, load_all_pairs, measure_of
+
+    loss, training = options.loss, options.training
+    tokenizer = pretrained(options, "AutoTokenizer")
+    pairs, held_out = load_all_pairs(options, tokenizer)
+    batches = batches_of_pairs(options, pairs)
+    model = trained_part(options, pretrained(options, "AutoModelForCausalLM"))
+    reference = loss.reference_model
     reference = reference and pretrained(options, "AutoModelForCausalLM", reference)
-    if options.train_last_layers is not None:
-        train_last_layers(model, options.train_last_layers)
-    config = {name: getattr(options, name) for name in CONFIG}
-    return create_dpo_trainer(model, reference, config, **trainer_options(options))
+    trainer = create_dpo_trainer(
+        model,
+        reference,
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+        loss_type=loss.loss_type,
+        reference_free=loss.reference_free,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        **trainer_options(options, batches),
+    )
+    return Job(
+        trainer,
+        batches,
+        SHOWN,
+        measure_of(trainer, held_out, options),
+        key="loss",
+        higher_is_better=False,
+        save=save_pretrained(trainer.policy_model, tokenizer),
+        counts={"pairs": len(pairs), "held_out_pairs": len(held_out)},
+        inputs={"reference_model": loss.reference_model} if loss.reference_model else {},
+    )

@@ -190,36 +190,3 @@ def collate(pairs: Sequence[PreferencePair]) -> dict[str, Tensor]:
         batch[f"{side}_ids"] = ids
         batch[f"{side}_mask"] = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
     return batch
-
-
-class ShuffledBatches:
-    """Batches of every epoch, each in an order of its own that only the seed decides.
-
-    Args:
-        pairs: at least one, or rows of another kind.
-        batch_size: pairs a batch; the last one of an epoch may be smaller.
-        seed: of the orders.
-        make_batch: makes a batch of some of them; None: `collate`.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Any],
-        batch_size: int,
-        seed: int,
-        make_batch: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
-    ) -> None:
-        self._pairs = pairs
-        self._make_batch = make_batch
-        self._batch_size = batch_size
-        self._seed = seed
-        self.per_epoch = -(-len(pairs) // batch_size)
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        """Returns the batch of step `step`, counted from 0 over all epochs."""
-        epoch, position = divmod(step, self.per_epoch)
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        order = torch.randperm(len(self._pairs), generator=generator).tolist()
-        start = position * self._batch_size
-        rows = [self._pairs[i] for i in order[start : start + self._batch_size]]
-        return (self._make_batch or collate)(rows)

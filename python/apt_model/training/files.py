@@ -1,54 +1,59 @@
-"""What a run of a command reads and leaves: its settings, whole files, the order of its batches."""
+"""What a run of a command reads and leaves: contents by their hashes, whole files, a lock."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-import random
+import re
 import shutil
-from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..data.order import generator_of as generator_of  # where data modules look for it
 
-def settings_of(
-    options: Namespace, ignored: Collection[str], data: Path, **inputs: Path
-) -> dict[str, Any]:
-    """Returns what a run depends on: a checkpoint of anything else must not be continued.
+BLOCK, LARGE = 2**20, 2**26
+
+
+def sha256_of(path: Path, whole: bool = True) -> str:
+    """Returns the hash of the contents of a file, or of all files in a folder and their names.
 
     Args:
-        options: of the command; paths among them are told by their names.
-        ignored: names of options that change nothing.
-        data: a file or a folder, told by its content or by the names and sizes in it.
-        **inputs: others that are told so.
+        path: where it lies does not count.
+        whole: False: of files above 64 MiB only the size and the first and last MiB count, as a
+            model's parameters are many.
     """
-    settings = {
-        name: os.fspath(value.resolve()) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
-        if name not in ignored
-    }
-    inputs = {"data": data, **inputs}
-    return {**settings, **{f"{name}_sha256": _sha256(path) for name, path in inputs.items()}}
+    digest = hashlib.sha256()
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if path.is_dir():
+            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        with open(file, "rb") as opened:
+            size = file.stat().st_size
+            if whole or size <= LARGE:
+                while block := opened.read(BLOCK):
+                    digest.update(block)
+            else:
+                digest.update(opened.read(BLOCK))
+                opened.seek(size - BLOCK)
+                digest.update(opened.read(BLOCK))
+    return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        text = "\n".join(f"{file.relative_to(path)} {file.stat().st_size}" for file in files)
-        content = text.encode()
-    else:
-        content = path.read_bytes()
-    return hashlib.sha256(content).hexdigest()
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any], keep: Path | None = None) -> None:
     """Calls `write` with a name beside `path` and renames the file or folder it made there.
 
     What was at `path` stays until the new one is complete and on the disk.
+
+    Args:
+        path: file or folder.
+        write: makes it under the name it is called with.
+        keep: the name under which a file that was at `path` stays; None: it does not.
 
     Raises:
         OSError: the system refused; the message names `path`.
@@ -60,19 +65,118 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(unfinished)
             _to_disk(unfinished)
+            if keep is not None and path.exists():
+                _keep(path, keep)
             _replace(path, unfinished)
     finally:
         _remove(unfinished)
 
 
-def save_tensors(path: Path, state: Any) -> None:
-    """Writes what `torch.load` reads, as `write_whole`."""
+def _keep(path: Path, name: Path) -> None:
+    """Gives a file a second name, so that there always is one at `path`."""
+    link = name.with_name(f".{name.name}.{os.getpid()}")
+    _remove(link)
+    with suppress(OSError):  # a file system without links keeps one file
+        os.link(path, link)
+        os.replace(link, name)
+
+
+def save_tensors(path: Path, state: Any, keep: Path | None = None) -> None:
+    """Writes what `load_tensors` reads, as `write_whole`; PyTorch adds the checksums."""
 
     def write(unfinished: Path) -> None:
         with open(unfinished, "wb") as file:  # given a name, torch.save does not say why it failed
             torch.save(state, file)
 
-    write_whole(path, write)
+    write_whole(path, write, keep)
+
+
+def load_tensors(path: Path) -> Any:
+    """Returns what `save_tensors` wrote.
+
+    Raises:
+        DamagedFile: the file is none of `save_tensors`, or not the bytes that were written: every
+            part of it has a checksum.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+        if damaged is not None:
+            raise DamagedFile(f"{path} is damaged: the checksum of its part {damaged} differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (DamagedFile, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # of a zip file, of pickle, of PyTorch's reader
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedFile(f"{path} is damaged, or no file of this program: {reason}") from None
+
+
+class DamagedFile(ValueError):
+    """A file that is not what was written; the message names it."""
+
+
+class FolderLock:
+    """The right of one run to write a folder: a lock of the system on a file in it.
+
+    The system lets go of it when the process ends, however it ends.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / ".lock"
+        self._file: Any = None
+
+    def __enter__(self) -> FolderLock:
+        """Takes the lock, and removes what killed processes left unfinished.
+
+        Raises:
+            OSError: another run has the folder, or it cannot be written.
+        """
+        made = not self._folder.exists()
+        with naming(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._made = made
+        while True:
+            with naming(self._path):
+                file = open(self._path, "a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                who = file.read().strip() or "unknown"
+                file.close()
+                raise BlockingIOError(
+                    f"{self._folder} is written by another run (process {who}): wait for its end, "
+                    "or choose another folder (--output)"
+                ) from None
+            if self._path.exists() and os.path.samestat(
+                os.fstat(file.fileno()), os.stat(self._path)
+            ):
+                break
+            file.close()  # removed by the run that had it
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+        clean(self._folder)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Lets go of the lock; a folder that it made and that is empty goes too."""
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+        if self._made:
+            with suppress(OSError):
+                self._folder.rmdir()
+
+
+def clean(folder: Path) -> None:
+    """Removes what `write_whole` of killed processes left, and puts back what they had replaced."""
+    for path in list(folder.iterdir()):
+        old = re.fullmatch(r"\.(.+)\.old", path.name)
+        if old and not (folder / old[1]).exists():
+            os.replace(path, folder / old[1])
+        elif old or re.fullmatch(r"\..+\.\d+", path.name):
+            _remove(path)
 
 
 @contextmanager
@@ -117,45 +221,3 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
-
-
-def generator_of(*keys: int | str) -> torch.Generator:
-    """Returns a generator whose random numbers belong to these keys alone.
-
-    PyTorch's generator on the CPU takes 32 bits of a seed: keys are mixed, not put side by side.
-    """
-    name = "/".join(map(str, keys))
-    return torch.Generator().manual_seed(random.Random(name).getrandbits(32))
-
-
-class EpochBatches:
-    """Batches of every epoch, each in an order of its own that only the seed decides.
-
-    Args:
-        count: how many samples there are, at least one.
-        batch_size: samples a batch.
-        seed: of the orders.
-        collate: returns the arguments of `train_step` of the samples of these numbers; also told
-            the step.
-        whole: leave out an epoch's last batch where it would be smaller.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        seed: int,
-        collate: Callable[[list[int], int], Mapping[str, Any]],
-        whole: bool = False,
-    ) -> None:
-        self._count, self._batch_size, self._seed = count, batch_size, seed
-        self._collate = collate
-        self.per_epoch = max(1, count // batch_size) if whole else -(-count // batch_size)
-
-    def __getitem__(self, step: int) -> Mapping[str, Any]:
-        """Returns the batch of step `step`, counted from 0 over all epochs."""
-        epoch, position = divmod(step, self.per_epoch)
-        generator = generator_of("order", self._seed, epoch)
-        order = torch.randperm(self._count, generator=generator).tolist()
-        start = position * self._batch_size
-        return self._collate(order[start : start + self._batch_size], step)

@@ -1,10 +1,9 @@
-"""What `apt-model train-grpo` and `apt-model train-rlhf` do."""
+"""Prompts and rewards for the commands that train a policy on its own responses."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,23 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.order import ShuffledBatches, of_rows
 from ..data.preferences import BadRow, PairTokenizer, load_rows
-from ..rl import create_grpo_trainer, create_rlhf_trainer
-from ..scoring.model_access import train_last_layers
-from .job import Job, check_options, mean_over_parts, pretrained, run_job, trainer_options
-from .train_reward_model import HEAD, load_text_reward
+from ..training import processes
+from .evaluation import mean_over_rows
+from .job import Job, pretrained, trainer_options
+from .models import save_pretrained, trained_part
+from .reward_folder import load_text_reward
 
 SHOWN = {"reward": "mean_reward", "loss": "policy_loss"}
-OF_GRPO = (
-    "group_size", "advantage_type", "clip_range", "kl_coef", "target_kl", "use_critic",
-    "aggregation", "ratio_level", "learning_rate", "max_grad_norm", "max_new_tokens", "max_length",
-    "sampling_temperature",
-)  # fmt: skip
-OF_RLHF = (
-    "ppo_epochs", "clip_epsilon", "value_loss_coef", "entropy_coef", "kl_coef", "target_kl",
-    "reward_scale", "gamma", "gae_lambda", "learning_rate", "max_grad_norm", "max_new_tokens",
-    "max_length", "temperature",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,64 +32,62 @@ class Prompt:
     row: Mapping[str, Any]
 
 
-def train_grpo(options: Namespace) -> dict[str, Any]:
-    """Trains as the options of the command say; returns what is written to `summary.json`."""
-    return _train(options, _make_grpo, "train_step_from_prompts")
+def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job:
+    """Returns what a command trains on prompts.
 
-
-def train_rlhf(options: Namespace) -> dict[str, Any]:
-    """Trains as the options of the command say; returns what is written to `summary.json`."""
-    return _train(options, _make_rlhf, "train_step")
-
-
-def _train(options: Namespace, make: Callable[..., Any], step: str) -> dict[str, Any]:
-    check_options(options)
-    torch.manual_seed(options.seed)  # of what is sampled
+    Args:
+        options: of the command.
+        make_trainer: called with the policy, the reward, and the keywords of every trainer.
+        step: name of its method that makes a step from prompts.
+    """
+    training = options.training
     tokenizer = pretrained(options, "AutoTokenizer")
-    prompts, held_out = _load_prompts(options, tokenizer)
-    model = pretrained(options, "AutoModelForCausalLM")
-    if options.train_last_layers is not None:
-        train_last_layers(model, options.train_last_layers)
-    shared = trainer_options(options)
-    score = read_score(options, shared["device"])
-    of_rows = options.reward is not None
-    reward = RowReward(score, tokenizer, [*prompts, *held_out], of_rows)
-    trainer = make(options, model, reward, shared)
-
-    def measure() -> dict[str, float]:
-        def part(rows: Sequence[Prompt]) -> dict[str, float]:
-            return trainer.eval_step(**make_batch(rows), temperature=options.eval_temperature)
-
-        return mean_over_parts(held_out, options.batch_size, part)
-
-    def save(folder: Path) -> None:
-        trainer.policy_model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    job = Job(
-        trainer, prompts, make_batch, SHOWN, measure if held_out else None, "mean_reward", True,
-        save, {"prompts": len(prompts), "held_out_prompts": len(held_out)}, getattr(trainer, step),
-        _inputs(options),
+    prompts, held_out = load_all_prompts(options, tokenizer)
+    batches = ShuffledBatches(
+        len(prompts), training.batch_size, training.seed, of_rows(prompts, make_batch),
+        share=processes.share,
     )  # fmt: skip
-    return run_job(options, job)
+    model = trained_part(options, pretrained(options, "AutoModelForCausalLM"))
+    shared = trainer_options(options, batches)
+    score = read_score(options.reward, shared["device"])
+    of_rows_too = options.reward.reward is not None
+    reward = RowReward(score, tokenizer, [*prompts, *held_out], of_rows_too)
+    trainer = make_trainer(model, reward, shared)
+    measure = partial(
+        evaluate_prompts, trainer, held_out, training.batch_size, options.sampling.eval_temperature
+    )
+    return Job(
+        trainer,
+        batches,
+        SHOWN,
+        measure if held_out else None,
+        key="mean_reward",
+        higher_is_better=True,
+        save=save_pretrained(trainer.policy_model, tokenizer),
+        counts={"prompts": len(prompts), "held_out_prompts": len(held_out)},
+        train_step=getattr(trainer, step),
+        inputs=inputs_of(options.reward),
+        settings={"reward": (options.reward.reward or "").rpartition(":")[2]},
+    )
 
 
-def _make_grpo(options: Namespace, model: Any, reward: Any, shared: Mapping[str, Any]) -> Any:
-    config = {name: getattr(options, name) for name in OF_GRPO}
-    reference = "copy" if options.kl_coef > 0 else None
-    return create_grpo_trainer(model, reward, config, ref_policy_model=reference, **shared)
+def evaluate_prompts(
+    trainer: Any, prompts: Sequence[Prompt], batch_size: int, temperature: float
+) -> dict[str, float]:
+    """Returns the mean over prompts of what `eval_step` returns; nothing for no prompts."""
+
+    def measure(part: list[Prompt]) -> dict[str, float]:
+        return trainer.eval_step(**make_batch(part), temperature=temperature)
+
+    return mean_over_rows(prompts, batch_size, measure)
 
 
-def _make_rlhf(options: Namespace, model: Any, reward: Any, shared: Mapping[str, Any]) -> Any:
-    config = {name: getattr(options, name) for name in OF_RLHF}
-    config["batch_size"] = options.minibatch_size
-    return create_rlhf_trainer(model, reward, config, **shared)
-
-
-def _load_prompts(options: Namespace, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
-    room = options.max_length - 1
-    longest = room if options.max_prompt_length is None else options.max_prompt_length
-    tokenize = PairTokenizer(tokenizer, options.max_length, longest, options.chat_template)
+def load_all_prompts(options: Any, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+    """Returns the prompts to train on and the held-out ones, of the options of a command."""
+    text, run = options.text, options.run
+    room = text.max_length - 1
+    longest = room if text.max_prompt_length is None else text.max_prompt_length
+    tokenize = PairTokenizer(tokenizer, text.max_length, longest, text.chat_template)
 
     def use(row: Mapping[str, Any]) -> Prompt:
         ids = tuple(tokenize.prompt_ids(row["prompt"]))
@@ -108,9 +97,9 @@ def _load_prompts(options: Namespace, tokenizer: Any) -> tuple[list[Prompt], lis
             raise BadRow(f"'prompt' has {len(ids)} tokens, at most {longest} leave room")
         return Prompt(ids, row)
 
-    fail = options.bad_rows == "fail"
+    fail = run.bad_rows == "fail"
     load = partial(load_rows, use=use, fields=("prompt",), fail_on_bad_row=fail)
-    return load(options.data), load(options.eval_data) if options.eval_data else []
+    return load(run.data), load(run.eval_data) if run.eval_data else []
 
 
 def make_batch(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -159,15 +148,13 @@ class RowReward:
 
 
 def read_score(
-    options: Namespace, device: torch.device | str
+    options: Any, device: torch.device | str
 ) -> Callable[[list[Mapping[str, Any]], list[str]], Sequence[float]]:
     """Returns the reward that the options name, as a function of rows and responses.
 
     `--reward FILE.py:NAME` (or `package.module:NAME`) is a function of one row of the data, a
     dictionary, and one response; `--reward-model` a folder of `train-reward-model`.
     """
-    if (options.reward is None) == (options.reward_model is None):
-        raise ValueError("give one of --reward and --reward-model")
     if options.reward_model is not None:
         of_texts = load_text_reward(options.reward_model, device)
         return lambda rows, responses: of_texts([row["prompt"] for row in rows], responses)
@@ -177,10 +164,10 @@ def read_score(
     ]
 
 
-def _inputs(options: Namespace) -> dict[str, Path]:
+def inputs_of(options: Any) -> dict[str, Path]:
     """Returns the file that decides the rewards, where there is one."""
     if options.reward_model is not None:
-        return {"reward_model": options.reward_model / HEAD}
+        return {"reward_model": options.reward_model}
     where = options.reward.rpartition(":")[0]
     file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
     return {"reward": Path(file)} if file is not None and Path(file).is_file() else {}

@@ -1,0 +1,68 @@
+"""Preference pairs for the commands that train on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from ..data.order import ShuffledBatches, of_rows
+from ..data.preferences import PairTokenizer, PreferencePair, collate, load_pairs
+from ..training import processes
+from .evaluation import mean_over_rows
+
+Batch = Mapping[str, Any]
+
+
+def load_all_pairs(
+    options: Any, tokenizer: Any
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Returns the pairs to train on and the held-out ones, of the options of a command."""
+    text, run = options.text, options.run
+    tokenize = PairTokenizer(tokenizer, text.max_length, text.max_prompt_length, text.chat_template)
+    load = partial(load_pairs, tokenize=tokenize, fail_on_bad_row=run.bad_rows == "fail")
+    return load(run.data), load(run.eval_data) if run.eval_data else []
+
+
+def batches_of_pairs(
+    options: Any, pairs: Sequence[PreferencePair], drop: Sequence[str] = ()
+) -> ShuffledBatches:
+    """Returns the batches of a run on pairs, without what in a batch is called as in `drop`."""
+    training = options.training
+    make = of_rows(pairs, lambda part: without(drop, collate(part)))
+    return ShuffledBatches(
+        len(pairs), training.batch_size, training.seed, make, share=processes.share
+    )
+
+
+def evaluate_pairs(
+    trainer: Any, pairs: Sequence[PreferencePair], batch_size: int, drop: Sequence[str] = ()
+) -> dict[str, float]:
+    """Returns the mean over pairs of what `eval_step` returns; nothing for no pairs.
+
+    Args:
+        trainer: has an `eval_step` of pairs.
+        pairs: the pairs to measure.
+        batch_size: how many at once.
+        drop: names of what in a batch that step does not take.
+    """
+
+    def measure(part: list[PreferencePair]) -> dict[str, float]:
+        return trainer.eval_step(**without(drop, collate(part)))
+
+    pairs = sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))  # less padding
+    return mean_over_rows(pairs, batch_size, measure)
+
+
+def measure_of(
+    trainer: Any, held_out: Sequence[PreferencePair], options: Any, drop: Sequence[str] = ()
+) -> Callable[[], dict[str, float]] | None:
+    """Returns what measures the held-out pairs; None where there are none."""
+    if not held_out:
+        return None
+    return partial(evaluate_pairs, trainer, held_out, options.training.batch_size, drop)
+
+
+def without(names: Sequence[str], batch: Batch) -> dict[str, Any]:
+    """Returns a batch without what is called so."""
+    return {name: value for name, value in batch.items() if name not in names}

@@ -1,0 +1,198 @@
+"""The command `apt-model pretrain-contrastive`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .groups import ModelOptions, PrecisionOptions
+from .options import RunOptions, TrainingOptions, default_of
+from .pretrain_mlm import MLMTextOptions
+
+if TYPE_CHECKING:
+    from .job import Job
+
+SHOWN = {"loss": "loss", "accuracy": "accuracy"}
+TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
+
+
+@dataclass(kw_only=True)
+class ContrastiveRunOptions(RunOptions):
+    """Run."""
+
+    data: Path = field(
+        metadata={
+            "metavar": "PATH",
+            "help": "texts: .txt with one a line, .jsonl with the string text and, where there is "
+            "one, positive; images: a folder, or an array .npy or .npz",
+        }
+    )
+
+    def is_text(self) -> bool:
+        """Returns whether the data are texts, by the suffix."""
+        return self.data.suffix in TEXT_SUFFIXES
+
+
+@dataclass(kw_only=True)
+class EncoderOptions(ModelOptions):
+    """Model."""
+
+    model: Path | None = field(
+        default=None,
+        metadata={
+            "metavar": "FOLDER",
+            "help": "Hugging Face model folder; for images without it a small CNN",
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class ContrastiveTrainingOptions(TrainingOptions):
+    """Training."""
+
+    learning_rate: float = default_of(TrainingOptions, "learning_rate", 1e-4)
+    weight_decay: float = default_of(TrainingOptions, "weight_decay", 1e-6)
+    batch_size: int = default_of(TrainingOptions, "batch_size", 256)
+    cache_chunk: int | None = field(
+        default=None,
+        metadata={
+            "metavar": "ROWS",
+            "help": "rows through the encoder at a time: less memory, the same update",
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class ContrastiveOptions:
+    """Loss."""
+
+    method: Literal["simclr", "moco"] = field(
+        default="simclr", metadata={"help": "where negatives come from"}
+    )
+    temperature: float = field(default=0.07, metadata={"help": "temperature; recommended 0.05-0.5"})
+    projection_dim: int = field(default=128, metadata={"help": "width of what is compared"})
+    hidden_dim: int = field(default=2048, metadata={"help": "width inside the projection head"})
+    momentum: float = field(default=0.999, metadata={"help": "MoCo: of the second encoder"})
+    queue_size: int = field(default=65536, metadata={"help": "MoCo: keys in the queue"})
+    pooling: Literal["mean", "first"] = field(
+        default="mean", metadata={"help": "how an embedding is made of the tokens"}
+    )
+
+
+@dataclass(kw_only=True)
+class ViewOptions:
+    """Views."""
+
+    mask_prob: float = field(default=0.0, metadata={"help": "texts: share of masked tokens"})
+    delete_prob: float = field(
+        default=0.1, metadata={"help": "texts: share of tokens that are left out"}
+    )
+    swap_prob: float = field(
+        default=0.0, metadata={"help": "texts: share of neighbours that change places"}
+    )
+    flip: bool = field(
+        default=False, metadata={"help": "images: turn half of the views left to right"}
+    )
+    image_size: int = field(default=32, metadata={"help": "pixels of a side, for folders"})
+    channels: Literal[1, 3] = field(default=3, metadata={"help": "of the images in a folder"})
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Train an encoder of texts or images to tell samples by two views (SimCLR, MoCo).
+
+    Stopped by Ctrl-C and started again with the same options, it continues.
+    """
+
+    run: ContrastiveRunOptions
+    model: EncoderOptions
+    text: MLMTextOptions
+    views: ViewOptions
+    training: ContrastiveTrainingOptions
+    loss: ContrastiveOptions
+    precision: PrecisionOptions
+
+
+def make_job(options: Options) -> Job:
+    """Returns what the command trains."""
+    from ..data.order import ShuffledBatches  # takes seconds, --help need not wait
+    from ..pretraining import create_contrastive_pretrainer
+    from ..training import processes
+    from .job import Job, trainer_options
+    from .pretraining import evaluate, save_encoder, tokenizer_with_mask
+
+    run, training, loss = options.run, options.training, options.loss
+    if run.is_text() and options.model.model is None:
+        raise ValueError("--model is needed to train on texts")
+    tokenizer = None
+    if run.is_text():
+        tokenizer = tokenizer_with_mask(options, needed=options.views.mask_prob > 0)
+    data = _load(options, tokenizer, run.data, training.seed)
+    held_out = run.eval_data and _load(options, tokenizer, run.eval_data, training.seed - 1)
+    if held_out is not None and len(held_out) < 2:
+        raise ValueError(f"{run.eval_data} must hold two samples or more: one has no negatives")
+    batches = ShuffledBatches(
+        len(data), training.batch_size, training.seed, data, whole=True, share=processes.share
+    )
+    model, width = _encoder(options, data)
+    trainer = create_contrastive_pretrainer(
+        model,
+        width,
+        temperature=loss.temperature,
+        projection_dim=loss.projection_dim,
+        hidden_dim=loss.hidden_dim,
+        use_momentum_encoder=loss.method == "moco",
+        momentum=loss.momentum,
+        queue_size=loss.queue_size,
+        pooling=loss.pooling,
+        cache_chunk=training.cache_chunk,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        **trainer_options(options, batches),
+    )
+
+    least = 2 * processes.count()  # a contrastive loss of one sample alone is 0
+    measure = partial(evaluate, trainer, held_out, training.batch_size, least)
+    return Job(
+        trainer,
+        batches,
+        SHOWN,
+        measure if held_out else None,
+        key="loss",
+        higher_is_better=False,
+        save=partial(save_encoder, trainer, tokenizer),
+        counts={"samples": len(data), "held_out_samples": len(held_out) if held_out else 0},
+    )
+
+
+def _load(options: Options, tokenizer: Any, path: Path, seed: int) -> Any:
+    from ..data.images import ImageViews, load_images
+    from ..data.texts import TextViews, load_texts
+    from .pretraining import only_special
+
+    views, fail = options.views, options.run.bad_rows == "fail"
+    if tokenizer is None:
+        images = load_images(path, views.image_size, views.channels, fail_on_bad_image=fail)
+        return ImageViews(images, seed, flip=views.flip)
+    texts = load_texts(path, fail_on_bad_row=fail, usable=partial(only_special, tokenizer))
+    probabilities = (views.mask_prob, views.delete_prob, views.swap_prob)
+    return TextViews(texts, tokenizer, options.text.max_length, seed, *probabilities)
+
+
+def _encoder(options: Options, data: Any) -> tuple[Any, int]:
+    """Returns the encoder and its width."""
+    import torch
+
+    from ..data.images import SmallCNN
+    from .job import pretrained
+    from .models import trained_part
+
+    if options.model.model is not None:
+        model = trained_part(options, pretrained(options, "AutoModel"))
+        return model, model.config.hidden_size
+    channels = data([0], 0)["input_ids_1"].shape[1]
+    cnn = SmallCNN(channels).to(getattr(torch, options.precision.dtype))
+    return trained_part(options, cnn), cnn.width
