@@ -55,7 +55,7 @@ class ClipLoss(nn.Module):
         loss, _ = info_nce(
             image_features,
             text_features,
-            temperature=1 / _scalar(logit_scale),
+            temperature=_temperature(logit_scale),
             normalize=False,
             symmetric=True,
             process_group=self.group,
@@ -97,12 +97,18 @@ class SigLipLoss(nn.Module):
         loss, _ = siglip_loss(
             image_features,
             text_features,
-            temperature=1 / _scalar(logit_scale),
+            temperature=_temperature(logit_scale),
             logit_bias=0.0 if logit_bias is None else _scalar(logit_bias),
             normalize=False,
             process_group=self.group,
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _temperature(logit_scale: float | Tensor) -> float | Tensor:
+    """Returns 1 / scale as a Python number would be: in 16 bits it would be off by up to 0.4 %."""
+    scale = _scalar(logit_scale)
+    return 1 / (scale.double() if isinstance(scale, Tensor) else scale)
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:

@@ -247,6 +247,22 @@ def test_open_clip_on_its_fixture(shape):
     assert_same(cases["siglip"], siglip_loss, leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [torch.float64, torch.float32])
+def test_open_clip_with_a_scale_of_16_bits(dtype, features):
+    a, b = normalize(randn(6, 8)).to(features), normalize(randn(6, 8)).to(features)
+    scale = torch.tensor(2.6593).exp().to(dtype).requires_grad_()  # of open_clip, about 14.3
+    bias = torch.tensor(-10.0, dtype=dtype)
+    for criterion, more in ((open_clip.ClipLoss(), ()), (open_clip.SigLipLoss(), (bias,))):
+        loss = criterion(a, b, scale, *more)
+        exact = scale.detach().double().requires_grad_()
+        wanted = criterion(a, b, exact, *more)
+        number = criterion(a, b, float(scale.detach()), *map(float, more))
+        assert abs(loss.item() - number.item()) < 1e-8
+        gradient = torch.autograd.grad(wanted, exact)[0]
+        torch.testing.assert_close(torch.autograd.grad(loss, scale)[0], gradient.to(dtype))
+
+
 def test_open_clip_without_a_bias_and_with_plain_numbers():
     a, b = normalize(randn(4, 5)), normalize(randn(4, 5))
     got = open_clip.SigLipLoss()(a, b, 3.0, output_dict=True)["contrastive_loss"]

@@ -23,3 +23,12 @@ def shifted_left(ids, mask, extra=0):
 
 def halving(optimizer):
     return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+
+def decayed(parameters, weight_decay):
+    """Groups of an optimizer: weight decay for matrices alone, as the trainers make them."""
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.dim() > 1]
+    others = [p for p in parameters if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]  # fmt: skip

@@ -31,6 +31,7 @@ from support.tiny_encoders import (
     tiny_encoder,
 )
 from support.tiny_models import parameters_of
+from support.trainer_checks import decayed
 
 SMALL = {"projection_dim": 6, "hidden_dim": 12, "learning_rate": 0.01, "queue_size": 10}
 MOCO = {**SMALL, "use_momentum_encoder": True, "momentum": 0.9, "temperature": 0.2}
@@ -130,7 +131,7 @@ def test_simclr_steps_equal_the_paper_in_plain_pytorch(name):
     if name == "asked":
         call = lambda **inputs: plain(**inputs, output_hidden_states=True)  # noqa: E731
     trained = [*plain.parameters(), *projection.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=1e-6)
+    optimizer = torch.optim.AdamW(decayed(trained, 1e-6), lr=0.01)
     for step in range(3):
         batch = two_views(seed=step, widths=(12, 9))
         z_i, z_j = (
@@ -174,7 +175,7 @@ def test_moco_steps_equal_the_paper_in_plain_pytorch(symmetric):
     assert queue.shape == (6, 10)
     torch.testing.assert_close(queue.norm(dim=0), torch.ones(10).double())
     trained = [p for module in networks for p in module.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=1e-6)
+    optimizer = torch.optim.AdamW(decayed(trained, 1e-6), lr=0.01)
     for step in range(4):
         batch = two_views(seed=step, rows=4)
         views = [(batch[f"input_ids_{k}"], batch[f"attention_mask_{k}"]) for k in (1, 2)]

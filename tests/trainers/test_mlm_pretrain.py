@@ -26,6 +26,7 @@ from support.tiny_encoders import (
     tiny_encoder,
 )
 from support.tiny_models import parameters_of
+from support.trainer_checks import decayed
 
 SMALL = {"vocab_size": VOCABULARY, "warmup_steps": 0, "learning_rate": 0.01, "mask_prob": 0.4}
 METRICS = ["total_loss", "mlm_loss", "mlm_accuracy", "num_masked"]
@@ -94,7 +95,7 @@ def test_steps_equal_the_paper_in_plain_pytorch(name):
         base = plain
         plain = lambda **inputs: base(**inputs, output_hidden_states=True)  # noqa: E731
     trained = [*(base if name == "asked" else plain).parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(decayed(trained, 0.01), lr=0.01)
     for step in range(3):
         batch = random_texts(seed=step)
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -134,7 +135,7 @@ def test_steps_with_next_sentences_equal_the_paper(kind):
     plain, head = copy.deepcopy(model), copy.deepcopy(trainer.mlm_head)
     nsp = copy.deepcopy(trainer.nsp_head)
     trained = [*plain.parameters(), *head.parameters(), *nsp.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(decayed(trained, 0.01), lr=0.01)
 
     def run(input_ids, attention_mask):
         if kind == "bare":

@@ -57,14 +57,14 @@ def dpo_loss(
             (averaged for simpo and orpo; below 0 for orpo); any shape, `(B,)` or `(B, 1)` say;
             float32, bfloat16, float16 or float64; any strides; differentiable.
         policy_rejected_logps: the same of the rejected answers; differentiable.
-        ref_chosen_logps: the reference's, or None for a reference of 0 (no gradient). simpo and
-            orpo have none.
+        ref_chosen_logps: the reference's (no gradient). simpo and orpo have none; all other types
+            need them, or `reference_free=True`.
         ref_rejected_logps: the same of the rejected answers; both or neither.
         beta: strength of the reference, above 0.
         label_smoothing: probability in [0, 1) that a label is wrong; below 0.5 for robust, above 0
             for exo_pair; 0 for types without smoothing.
         loss_type: one of those above.
-        reference_free: take the reference as 0 even where it is given.
+        reference_free: take the reference as 0, whether it is given or not.
         reduction: "mean" (0 for no pairs), "sum" or "none" (sorted pairs, for aot, aot_unpaired).
         discopop_tau: for discopop alone; None means 0.05.
         simpo_gamma: for simpo alone; None means 0.5.
@@ -85,7 +85,7 @@ def dpo_loss(
     checks.flag("reference_free", reference_free)
     pc, pr = policy_chosen_logps, policy_rejected_logps
     rc, rr = ref_chosen_logps, ref_rejected_logps
-    _check_pairs(loss_type, pc, pr, rc, rr)
+    _check_pairs(loss_type, pc, pr, rc, rr, reference_free)
     if chosen_lengths is not None or rejected_lengths is not None or loss_type == "sigmoid_norm":
         _check_lengths(loss_type, chosen_lengths, rejected_lengths, pc)
     backend = dispatch.choose("dpo_loss", pc.device, backend, pc.dtype)
@@ -166,13 +166,24 @@ def _check_options(
 
 
 def _check_pairs(
-    loss_type: str, pc: Tensor, pr: Tensor, rc: Tensor | None, rr: Tensor | None
+    loss_type: str,
+    pc: Tensor,
+    pr: Tensor,
+    rc: Tensor | None,
+    rr: Tensor | None,
+    reference_free: bool,
 ) -> None:
     checks.tensor("policy_chosen_logps", pc)
     checks.pair("policy_rejected_logps", pr, "policy_chosen_logps", pc)
+    has_reference = loss_type not in ("simpo", "orpo")
     if rc is None and rr is None:
+        if has_reference and not reference_free:
+            raise ValueError(
+                f"ref_chosen_logps: expected the reference's log-probabilities, as {loss_type} "
+                "compares with a reference, or reference_free=True, got None"
+            )
         return
-    if loss_type in ("simpo", "orpo"):
+    if not has_reference:
         checks.unused("ref_chosen_logps", rc, f"{loss_type} has no reference")
         checks.unused("ref_rejected_logps", rr, f"{loss_type} has no reference")
     checks.pair("ref_chosen_logps", rc, "policy_chosen_logps", pc, constant_=True)

@@ -54,7 +54,7 @@ def linear_dpo_loss(
         token_ids: `(2B, T)` integers in [0, V).
         mask: `(2B, T)`, True counts: the tokens of the answers. Others may hold anything and have
             exactly no gradient; an answer without tokens has a log-probability of 0.
-        ref_chosen_logps: `(B,)` in nats, as in `dpo_loss`; None: a reference of 0.
+        ref_chosen_logps: `(B,)` in nats; needed where `dpo_loss` needs them.
         ref_rejected_logps: `(B,)`; both or neither.
         bias: `(V,)` or None, differentiable.
         temperature: as in `linear_token_logprobs`; per token `(2B, T)`.

@@ -72,8 +72,9 @@ def _samples_of_types(dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"{loss_type}_1000_pairs", *of(1000))
         if loss_type not in WITHOUT_REFERENCE:
             logps, more = of(33)
-            yield Sample(f"{loss_type}_no_reference", logps[:2], more)
-            yield Sample(f"{loss_type}_reference_free", logps, {**more, "reference_free": True})
+            free = {**more, "reference_free": True}
+            yield Sample(f"{loss_type}_no_reference", logps[:2], free)
+            yield Sample(f"{loss_type}_reference_free", logps, free)
 
 
 def _large(dtype: torch.dtype) -> Iterator[Sample]:

@@ -67,7 +67,7 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield from _types(dtype)
     yield Sample("frozen_hidden", (hidden.detach(), *x[1:]), {"bias": bias})
     yield Sample("frozen", (hidden.detach(), weight.detach(), *x[2:]))
-    yield Sample("no_reference", x[:4])
+    yield Sample("no_reference", x[:4], {"reference_free": True})
     yield Sample("int_mask", (hidden, weight, token_ids, mask.long(), *refs))
     yield Sample("int32_ids", (hidden, weight, token_ids.int(), mask, *refs))
     some = mask.clone()

@@ -221,7 +221,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
 
     @torch.no_grad()
     def _keys(self, views: list[View]) -> list[Tensor]:
-        features = self._key_features(views)
+        features = self._key_features([self._features.cast(view) for view in views])
         with self.autocast():
             projected = [widened(self.projection_momentum(part)) for part in features]
         return [F.normalize(key, dim=1) for key in projected]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..scoring.devices import device_of, evaluating, move_modules
 from ..scoring.model_access import FSDPModule
 from ..training.loop import TrainingLoop
-from ..training.options import data_parallel_groups, device_of, evaluating, move_modules
+from ..training.options import data_parallel_groups
 
 
 class CreatedModulesLoop(TrainingLoop):
@@ -57,22 +58,18 @@ class CreatedModulesLoop(TrainingLoop):
             add_parameters(optimizer, self._created)
         super().__init__({name: model, **created}, optimizer, device=device, **options)
 
-    def _train_mode(self) -> None:
-        for module in self._modules.values():
-            if not module.training:
-                module.train()
-
     def _evaluating(self) -> AbstractContextManager[None]:
         """Returns the context in which all modules are in evaluation mode."""
         return evaluating(nn.ModuleList(self._modules.values()))
 
     def _step(self, totals: dict[str, Tensor]) -> dict[str, float]:
         for parameter in self._averaged if self._data_parallel_groups else ():
-            if parameter.grad is None:  # collectives need all processes
-                parameter.grad = torch.zeros_like(parameter)
+            held = self._masters.held(parameter)
+            if held.grad is None:  # collectives need all processes
+                held.grad = torch.zeros_like(held)
             for group in self._data_parallel_groups:
-                dist.all_reduce(parameter.grad, group=group)
-            parameter.grad /= self._processes
+                dist.all_reduce(held.grad, group=group)
+            held.grad /= self._processes
         return super()._step(totals)
 
     def most_over_processes(self, count: int) -> int:

@@ -42,13 +42,14 @@ class PooledFeatures:
 
         Views of floats are cast to the dtype of the encoder's parameters.
         """
-        views = [self._cast(view) for view in views]
+        views = [self.cast(view) for view in views]
         whole = None if self._views_apart else joined(views, self._encoder.takes_mask)
         if whole is None:
             return [self._of(view) for view in views]
         return list(self._of(whole).tensor_split(len(views)))
 
-    def _cast(self, view: View) -> View:
+    def cast(self, view: View) -> View:
+        """Returns the view, floats in the dtype of the encoder's parameters."""
         if not view.inputs.is_floating_point():
             return view
         dtypes = (p.dtype for p in self._module.parameters() if p.is_floating_point())

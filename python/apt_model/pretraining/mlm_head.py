@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from apt_kernels import linear_cross_entropy, token_logprobs
 
+from ..scoring.devices import evaluating
 from ..scoring.model_access import as_autocast
-from ..training.options import evaluating
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 INITIAL_DEVIATION = 0.02  # of BERT's weights
@@ -55,16 +55,19 @@ class MLMHead(nn.Module):
         self._backend = backend
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, normalizer: float | Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the logits `(…, V)`; with labels the loss and how many are right, without them.
 
         Args:
-            hidden: `(…, H)`.
+            hidden_states: `(…, H)`.
             labels: `(…)`, -100 where nothing is predicted.
             normalizer: what the sum of losses is divided by; None: the number of labels.
         """
-        features = self.layer_norm(self.activation(self.dense(hidden)))
+        features = self.layer_norm(self.activation(self.dense(hidden_states)))
         if labels is None:
             return self.decoder(features)
         return _cross_entropy(features, self.decoder, labels, normalizer, self._backend)
@@ -84,12 +87,15 @@ class NSPHead(nn.Module):
         self._backend = backend
 
     def forward(
-        self, pooled: Tensor, labels: Tensor | None = None, normalizer: float | Tensor | None = None
+        self,
+        pooled_output: Tensor,
+        labels: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns the logits `(B, 2)`; with labels `(B,)` as `MLMHead` does."""
+        """Returns the logits `(B, 2)` of `(B, H)`; with labels `(B,)` as `MLMHead` does."""
         if labels is None:
-            return self.classifier(pooled)
-        return _cross_entropy(pooled, self.classifier, labels, normalizer, self._backend)
+            return self.classifier(pooled_output)
+        return _cross_entropy(pooled_output, self.classifier, labels, normalizer, self._backend)
 
 
 class GivenHead(nn.Module):
@@ -122,10 +128,13 @@ class GivenHead(nn.Module):
             raise ValueError(f"lm_head makes {tuple(made)[1:]} logits, vocab_size is {vocab_size}")
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, normalizer: float | Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns what `MLMHead` does; labels all count."""
-        logits = self.head(hidden)
+        logits = self.head(hidden_states)
         if labels is None:
             return logits
         count = max(labels.numel(), 1) if normalizer is None else normalizer

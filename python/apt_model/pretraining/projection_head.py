@@ -35,9 +35,9 @@ class ProjectionHead(nn.Module):
                 nn.Linear(hidden_dim, output_dim),
             )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Returns `(B, output_dim)` of `(B, input_dim)`."""
-        return self.net(features)
+        return self.net(x)
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from apt_kernels import sequence_logps
 
+from ..scoring.devices import evaluating
 from ..scoring.model_access import vocabulary_size
 from ..scoring.next_token import NextTokenScorer
 from ..training.config import split_options
 from ..training.loop import TrainingLoop, read_numbers
-from ..training.options import evaluating
 from .batch_checks import check_responses
 from .dpo_config import DPOConfig
 from .pair_batch import PairBatch, make_pair_batch

@@ -13,7 +13,8 @@ from apt_kernels import kl_penalty
 
 from ..scoring.model_access import vocabulary_size
 from ..scoring.next_token import NextTokenScorer
-from ..scoring.output_head import Scoring, TokenScores, ValueHead
+from ..scoring.output_head import Scoring, TokenScores
+from ..scoring.value_head import ValueHead
 from ..training.curves import read_numbers
 from ..training.loop import TrainingLoop
 from ..training.options import evaluating, move_modules

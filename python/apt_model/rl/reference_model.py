@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..scoring.devices import device_of, evaluating
 from ..scoring.model_access import (
     FSDPModule,
     base_model,
@@ -18,7 +19,6 @@ from ..scoring.model_access import (
     without_wrapper,
 )
 from ..scoring.next_token import NextTokenScorer
-from ..training.options import device_of, evaluating
 from ..training.state import snapshot
 from .shared_prefix import SharedPrefix
 

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from apt_kernels import bradley_terry_loss
 
+from ..scoring.devices import evaluating
 from ..scoring.model_access import vocabulary_size, without_wrapper
 from ..training.loop import TrainingLoop, read_numbers
-from ..training.options import evaluating
 from .batch_checks import check_real_rows
 from .pair_batch import PairBatch, make_pair_batch
 from .reward_source import rewards_of

@@ -25,6 +25,7 @@ from .options import (
     read_optimizer,
     read_scheduler,
 )
+from .precision import FIRST_SCALE, FIRST_SCALE_OF_FLOAT16, MasterWeights
 from .state import load_module_state, module_state, random_state, set_random_state, snapshot
 
 STATE = ("modules", "optimizer", "scheduler", "scaler", "random_state", "total_steps", "statistics")
@@ -39,9 +40,11 @@ class TrainingLoop:
 
     Args:
         modules: what is trained, by name. One may be DDP- or FSDP2-wrapped.
-        optimizer: None: AdamW over all parameters that require a gradient.
+        optimizer: None: AdamW over all parameters that require a gradient. Of 16-bit parameters
+            it comes to hold float32 copies (`MasterWeights`).
         learning_rate: of that AdamW.
-        weight_decay: of that AdamW.
+        weight_decay: weight decay of that AdamW.
+        decay_norms_and_biases: whether weight decay moves norms and biases too.
         device: where the modules are moved and the batches too; None: where the modules are.
         gradient_accumulation_steps: into how many micro-batches a training step cuts its batch.
         autocast_dtype: "bf16", "fp16" (with a loss scaler), such a torch.dtype, or None.
@@ -60,6 +63,7 @@ class TrainingLoop:
         *,
         learning_rate: float,
         weight_decay: float = 0.0,
+        decay_norms_and_biases: bool = False,
         device: torch.device | str | None = None,
         gradient_accumulation_steps: int = 1,
         autocast_dtype: torch.dtype | str | None = None,
@@ -75,10 +79,15 @@ class TrainingLoop:
         self.gradient_accumulation_steps = steps
         self.autocast_dtype = read_autocast_dtype(autocast_dtype)
         self.max_grad_norm = read_max_grad_norm(max_grad_norm)
-        self.optimizer = read_optimizer(self._modules, optimizer, learning_rate, weight_decay)
+        self.optimizer = read_optimizer(
+            self._modules, optimizer, learning_rate, weight_decay, decay_norms_and_biases
+        )
+        self._masters = MasterWeights(self.optimizer)
         self.scheduler = read_scheduler(self.optimizer, scheduler)
         self._scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.autocast_dtype is torch.float16
+            self.device.type,
+            FIRST_SCALE_OF_FLOAT16 if self._masters.has_float16 else FIRST_SCALE,
+            enabled=self.autocast_dtype is torch.float16 or self._masters.has_float16,
         )
         self._log = read_log(log)
         self._data_parallel_groups = data_parallel_groups(self._modules.values())
@@ -87,6 +96,8 @@ class TrainingLoop:
         self.is_mid_step = False  # parameters may have changed, the step is not counted
         self.curves = Curves()
         self.with_state: dict[str, Any] = {"curves": self.curves}  # more that a state holds
+        if self._masters:
+            self.with_state["master_weights"] = self._masters
         self._statistics = dict.fromkeys(self.statistics, 0.0)
         self._grad_norm, self._overflowed = 0.0, False
 
@@ -111,11 +122,13 @@ class TrainingLoop:
         totals: dict[str, Tensor] = {}
         try:
             for index, micro_batch in enumerate(micro_batches):
-                with self._gradients_synchronized(index == len(micro_batches) - 1):
+                is_last = index == len(micro_batches) - 1
+                with self._gradients_synchronized(is_last or bool(self._masters)):
                     with self.autocast():
                         loss, metrics = share(micro_batch)
                     # DDP and FSDP average over processes: the shares are of a sum
                     self._scaler.scale(loss * self._processes).backward()
+                self._masters.take_gradients()
                 for name, value in {"loss": loss, **metrics}.items():
                     totals[name] = totals.get(name, 0) + value.detach()
             metrics = self._step(totals)
@@ -145,8 +158,15 @@ class TrainingLoop:
         self.is_mid_step = True
         self._scaler.step(self.optimizer)  # not when it overflowed: then the scale becomes smaller
         self._scaler.update()
+        self._masters.write_back()
         self._grad_norm, self._overflowed = norm, overflowed
         return metrics
+
+    def _train_mode(self) -> None:
+        """Brings all modules into training mode."""
+        for module in self._modules.values():
+            if not module.training:
+                module.train()
 
     def finish_step(self, metrics: Mapping[str, float]) -> None:
         """Counts a training step: scheduler, record, statistics; of the last update's gradient."""

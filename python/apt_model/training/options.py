@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ..scoring.devices import device_of, evaluating, move_modules
 from ..scoring.model_access import FSDPModule
+
+__all__ = ["device_of", "evaluating", "move_modules"]  # also known by this module's name
 
 AUTOCAST_DTYPES = {
     "bf16": torch.bfloat16,
@@ -20,40 +22,8 @@ AUTOCAST_DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+NORM_SUFFIXES = ("Norm", "Norm1d", "Norm2d", "Norm3d")  # of the names of norm layers' classes
 FUSED_OPTIMIZER_DEVICES = ("cpu", "cuda", "xpu")
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Returns where the first parameter (or buffer) of `module` is; the CPU where it has none."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switches `module` to evaluation mode, and afterwards each of its parts back to its own."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def move_modules(modules: Iterable[nn.Module], device: torch.device | str | None) -> torch.device:
-    """Moves the modules, and returns where they are: `device`, or where the first one was."""
-    modules = list(modules)
-    if device is None:
-        return device_of(modules[0])
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    for module in modules:
-        if device_of(module) != device:
-            module.to(device)
-    return device
 
 
 def read_autocast_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -76,6 +46,7 @@ def read_optimizer(
     optimizer: Optimizer | None,
     learning_rate: float,
     weight_decay: float,
+    decay_norms_and_biases: bool = False,
 ) -> Optimizer:
     """Returns the optimizer, checked, or an AdamW over all parameters that require a gradient."""
     parameters = (p for module in modules.values() for p in module.parameters())
@@ -84,15 +55,33 @@ def read_optimizer(
         raise ValueError(f"no parameter of the {' and '.join(modules)} requires a gradient")
     if optimizer is None:
         fused = all(p.device.type in FUSED_OPTIMIZER_DEVICES for p in trained.values())
-        return torch.optim.AdamW(
-            list(trained.values()), lr=learning_rate, weight_decay=weight_decay, fused=fused
-        )
+        spared = set() if decay_norms_and_biases or not weight_decay else _spared(modules.values())
+        decayed = [p for p in trained.values() if id(p) not in spared]
+        others = [p for p in trained.values() if id(p) in spared]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused)
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             f"the optimizer holds no parameter of the {' and '.join(modules)} that requires a "
             "gradient: make it after the model was wrapped"
         )
     return optimizer
+
+
+def _spared(modules: Iterable[nn.Module]) -> set[int]:
+    """Returns the parameters that weight decay leaves alone, by `id`: norms and biases.
+
+    They are the parameters of norm layers, those named `bias`, and all others of fewer than two
+    dimensions (a scale say).
+    """
+    return {
+        id(parameter)
+        for module in modules
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if parameter.dim() < 2 or name == "bias" or type(part).__name__.endswith(NORM_SUFFIXES)
+    }
 
 
 def read_scheduler(optimizer: Optimizer, scheduler: Any) -> Any:

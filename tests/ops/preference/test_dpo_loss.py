@@ -16,9 +16,9 @@ TRL_DPO = {
     "discopop": {"discopop_tau": 0.4}, "sigmoid_norm": {},
 }  # fmt: skip
 FREE = {
-    "cpo sigmoid": {"loss_type": "sigmoid", "beta": 0.7, "label_smoothing": 0.2},
-    "cpo hinge": {"loss_type": "hinge", "beta": 0.7},
-    "cpo ipo": {"loss_type": "ipo", "beta": 0.7},
+    "cpo sigmoid": {"beta": 0.7, "label_smoothing": 0.2, "reference_free": True},
+    "cpo hinge": {"loss_type": "hinge", "beta": 0.7, "reference_free": True},
+    "cpo ipo": {"loss_type": "ipo", "beta": 0.7, "reference_free": True},
     "cpo simpo": {"loss_type": "simpo", "beta": 0.7, "label_smoothing": 0.1, "simpo_gamma": 0.9},
     "orpo": {"loss_type": "orpo", "beta": 0.2},
 }
@@ -231,3 +231,18 @@ def test_a_batch_of_upstream_gradients(reduction):
         one_by_one = torch.autograd.functional.jacobian(loss, chosen)
         at_once = torch.autograd.functional.jacobian(loss, chosen, vectorize=True)
         torch.testing.assert_close(at_once, one_by_one)
+
+
+def test_types_that_compare_with_a_reference_need_one():
+    logps = -torch.rand(2, 5, dtype=torch.float64) - 0.1
+    for loss_type in ("sigmoid", "ipo", "nca_pair", "kto_pair", "aot"):
+        with pytest.raises(ValueError, match=f"{loss_type} compares with a reference"):
+            apt_kernels.dpo_loss(*logps, loss_type=loss_type)
+        free = apt_kernels.dpo_loss(*logps, loss_type=loss_type, reference_free=True)[0]
+        zeros = torch.zeros_like(logps)
+        assert free == apt_kernels.dpo_loss(*logps, *zeros, loss_type=loss_type)[0]
+    for loss_type in ("simpo", "orpo"):
+        assert apt_kernels.dpo_loss(*logps, loss_type=loss_type)[0].isfinite()
+    hidden, ids = torch.randn(4, 3, 8), torch.ones(4, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="ref_chosen_logps: expected"):
+        apt_kernels.linear_dpo_loss(hidden, torch.randn(6, 8), ids, ids)
