@@ -34,21 +34,56 @@ _extension, _extension_error = _load("_C")
 _cuda_extension, _cuda_extension_error = (
     _load("_C_cuda") if _extension else (None, _extension_error)
 )
-_triton, _triton_error = _load("triton")
+_triton, _triton_error = _load("triton")  # the names of its launchers; Triton itself comes later
 
 # (kernel, backend) -> function; (operation, device) -> backends in order of preference
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _BACKENDS: dict[tuple[str, str], tuple[str, ...]] = {}
 _KERNELS_OF: dict[str, tuple[str, ...]] = {}
-# Triton launchers as operators, for torch.compile: it takes them whole. A call without it does not
-# pay for them.
+SCHEMAS: dict[str, str] = {}
+# Operators of the native kernels, and of the Triton launchers for torch.compile, which takes them
+# whole. A call without torch.compile does not pay for the latter.
+_NATIVE_LIBRARY = torch.library.Library("apt", "FRAGMENT")
 _TRITON_LIBRARY = torch.library.Library("apt_triton", "FRAGMENT")
 _TRACED: dict[str, Callable] = {}
 
 
+def define(schema: str) -> None:
+    """Declares a kernel, which all backends call with these arguments in this order.
+
+    Called once by the module of an operation, with a schema of `torch.library`, as
+    `X_fwd(Tensor logits, float temperature) -> Tensor`.
+    """
+    name = schema.partition("(")[0]
+    SCHEMAS[name] = schema
+    _NATIVE_LIBRARY.define(schema)
+    if _has_native(name, "cpu"):
+        # The overload is 1 us faster than its packet.
+        _KERNELS[name, "native"] = getattr(torch.ops.apt, name).default
+    if _triton is not None and name in _triton.LAUNCHERS:
+        _KERNELS[name, "triton"] = _on_first_call(name)
+        _TRITON_LIBRARY.define(schema)
+        _TRITON_LIBRARY.impl(name, _launched(name), "CompositeExplicitAutograd")
+        _TRACED[name] = getattr(torch.ops.apt_triton, name).default
+
+
+def _on_first_call(name: str) -> Callable:
+    """A launcher that takes the place of this function when it is called: Triton loads slowly."""
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        launcher = getattr(_triton, name)
+        if _KERNELS[name, "triton"] is load:
+            _KERNELS[name, "triton"] = launcher
+        return launcher(*arguments, **named)
+
+    return load
+
+
+def _launched(name: str) -> Callable:
+    return lambda *arguments, **named: getattr(_triton, name)(*arguments, **named)
+
+
 def _has_native(kernel: str, device: str) -> bool:
-    if _extension is None or not hasattr(torch.ops.apt, kernel):
-        return False
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"apt::{kernel}", key)
 
@@ -56,37 +91,11 @@ def _has_native(kernel: str, device: str) -> bool:
 def register(operation: str, *kernels: str) -> None:
     """Called once by the module of an operation, with the names of its kernels."""
     _KERNELS_OF[operation] = kernels
-    if _extension is not None:
-        _KERNELS.update(
-            {
-                (k, "native"): getattr(torch.ops.apt, k).default  # 1 us less than its packet
-                for k in kernels
-                if _has_native(k, "cpu")
-            }
-        )
-    if _triton is not None:
-        _KERNELS.update(
-            {(k, "triton"): getattr(_triton, k) for k in kernels if hasattr(_triton, k)}
-        )
-        _TRACED.update({k: _operator(k) for k in kernels if _has_operator(k)})
     for device, order in PREFERENCE.items():
         order = PREFERENCE_OF_OPERATION.get((operation, device), order)
         _BACKENDS[operation, device] = tuple(b for b in order if _available(operation, device, b))
     if INTERPRETING_TRITON and all((k, "triton") in _KERNELS for k in kernels):
         _BACKENDS[operation, "cpu"] += ("triton",)
-
-
-def _has_operator(name: str) -> bool:
-    return hasattr(_triton, name) and _extension is not None and hasattr(torch.ops.apt, name)
-
-
-def _operator(name: str) -> Callable:
-    """The Triton launcher as an operator, of the schema that the native kernel has."""
-    if not hasattr(torch.ops.apt_triton, name):
-        schema = getattr(torch.ops.apt, name).default._schema
-        _TRITON_LIBRARY.define(str(schema).removeprefix("apt::"))
-        _TRITON_LIBRARY.impl(name, getattr(_triton, name), "CompositeExplicitAutograd")
-    return getattr(torch.ops.apt_triton, name).default
 
 
 def _available(operation: str, device: str, backend: str) -> bool:
@@ -147,15 +156,10 @@ def fake(name: str, *only: str) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function: Callable) -> Callable:
-        if (
-            _extension is not None
-            and _has_native(name, "cpu")
-            and "native" in (only or ("native",))
-        ):
-            torch.library.register_fake(f"apt::{name}", function)
-        if _has_operator(name) and "triton" in (only or ("triton",)):
-            _operator(name)
-            torch.library.register_fake(f"apt_triton::{name}", function)
+        if "native" in (only or ("native",)):
+            torch.library.register_fake(f"apt::{name}", function, lib=_NATIVE_LIBRARY)
+        if name in _TRACED and "triton" in (only or ("triton",)):
+            torch.library.register_fake(f"apt_triton::{name}", function, lib=_TRITON_LIBRARY)
         return function
 
     return decorate

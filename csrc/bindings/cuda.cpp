@@ -131,11 +131,15 @@ struct PairTensors {
 std::tuple<Tensor, Tensor, Tensor, Tensor> dpo_loss_fwd_cuda(
     Tensor policy_chosen, Tensor policy_rejected, OptionalTensor ref_chosen,
     OptionalTensor ref_rejected, int64_t loss_type, int64_t reduction, double beta,
-    double label_smoothing, double extra) {
+    double label_smoothing, double discopop_tau, double simpo_gamma) {
   const OnDeviceOf device(policy_chosen);
   const int64_t B = policy_chosen.size(0);
-  const DpoOptions options = {static_cast<DpoLossType>(loss_type),
-                              static_cast<Reduction>(reduction), beta, label_smoothing, extra};
+  const auto type = static_cast<DpoLossType>(loss_type);
+  const double extra = type == DpoLossType::kDiscopop ? discopop_tau
+                       : type == DpoLossType::kSimpo  ? simpo_gamma
+                                                      : 0.0;
+  const DpoOptions options = {type, static_cast<Reduction>(reduction), beta, label_smoothing,
+                              extra};
   const PairTensors out(policy_chosen, B, options.reduction);
   const Tensor chosen_rewards = empty({B}, ScalarType::Float, policy_chosen);
   const Tensor rejected_rewards = empty({B}, ScalarType::Float, policy_chosen);

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apt_kernels import dispatch
 from gpu.cuda_emulation.build import (
     ROOT,
     cache_directory,
@@ -153,29 +154,15 @@ def _torch_libraries() -> list[str]:
     return [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
 
 
-SCHEMAS = """
-import torch
-library = torch.library.Library("{namespace}", "FRAGMENT")
-for schema in (
-    "token_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? mask, Tensor? temperatures, "
-    "float temperature, float softcap, bool return_entropy) -> (Tensor, Tensor, Tensor)",
-    "token_logprobs_bwd(Tensor grad_logps, Tensor? grad_entropy, Tensor logits, Tensor token_ids, "
-    "Tensor? mask, Tensor? temperatures, Tensor lse, Tensor entropy, float temperature, "
-    "float softcap) -> Tensor",
-    "dpo_loss_fwd(Tensor pc, Tensor pr, Tensor? rc, Tensor? rr, int loss_type, int reduction, "
-    "float beta, float label_smoothing, float extra) -> (Tensor, Tensor, Tensor, Tensor)",
-    "bradley_terry_loss_fwd(Tensor chosen, Tensor rejected, Tensor? margins, float margin, "
-    "float center_coef, int reduction) -> (Tensor, Tensor)",
-    "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor? terminated, Tensor? truncated, "
-    "Tensor? bootstrap, Tensor? cu_seqlens, float gamma, float gae_lambda, bool whiten, "
-    "bool time_major) -> (Tensor, Tensor)",
-    "mlm_mask_fwd(Tensor input_ids, Tensor? attention_mask, Tensor? special_tokens_mask, "
-    "Tensor? sample_ids, Tensor? word_ids, int[] special_runs, int mask_token_id, "
-    "int word_count, int chosen_below, int mask_below, int random_below, SymInt seed_low, "
-    "SymInt seed_high, SymInt step, bool at_least_one) -> (Tensor, Tensor, Tensor)",
-):
-    library.define(schema)
-"""
+def _schemas(namespace: str) -> str:
+    """Python code that declares the operators, in a process without our extension."""
+    schemas = [dispatch.SCHEMAS[name] for name in OPERATORS]
+    return (
+        "import torch\n"
+        f"library = torch.library.Library({namespace!r}, 'FRAGMENT')\n"
+        f"for schema in {schemas}:\n"
+        "    library.define(schema)\n"
+    )
 
 
 @needs_stable_abi
@@ -187,7 +174,7 @@ def test_bindings_register_the_cuda_key(nvcc, compiled, tmp_path):
     source = ROOT / "csrc" / "bindings" / "cuda.cpp"
     link_flags = [f.replace("-Wl,", "-Xlinker=", 1) for f in _torch_libraries()]
     _run(nvcc, *SHARED, *include, source, *objects, *link_flags, "-o", extension)
-    code = SCHEMAS.format(namespace="apt") + (
+    code = _schemas("apt") + (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import _C_cuda\n"
         f"for name in {OPERATORS}:\n"
@@ -225,7 +212,7 @@ def test_bindings_pass_on_every_argument(tmp_path):
     )
     library = _link_bindings(source, tmp_path)
     namespace: dict = {}
-    exec(SCHEMAS.format(namespace="apt_emulated"), namespace)
+    exec(_schemas("apt_emulated"), namespace)
     torch.ops.load_library(library)
     for name, check in CHECKS.items():
         if name not in ("wide_strides", "many_pairs"):

@@ -27,7 +27,7 @@ def test_results_do_not_depend_on_the_order_of_threads():
         logps, entropy, lse = kernels.token_logprobs_fwd(logits, ids, None, None, 1.0, 0.0, True)
         saved = (logits, ids, None, None, lse, entropy, 1.0, 0.0)
         grad = kernels.token_logprobs_bwd(logps, entropy, *saved)
-        dpo = kernels.dpo_loss_fwd(*pairs, 0, 1, 0.1, 0.1, 0.0)
+        dpo = kernels.dpo_loss_fwd(*pairs, 0, 1, 0.1, 0.1, 0.05, 0.5)
         results.append((logps, entropy, lse, grad, *dpo))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))

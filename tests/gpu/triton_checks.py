@@ -220,20 +220,20 @@ def dpo_loss(kernels, loss_type, dtype, reduction, B, spread=3.0) -> None:
     generator = _generator(f"{loss_type}{B}")
     logps = [(torch.randn(B, generator=generator) * spread).to(dtype) for _ in range(4)]
     options = {"beta": 0.3, "label_smoothing": 0.0}
-    extra = 0.0
     if loss_type in ("sigmoid", "robust", "exo_pair", "simpo"):
         options["label_smoothing"] = 0.1
     if loss_type == "discopop":
-        options["discopop_tau"] = extra = 0.7
+        options["discopop_tau"] = 0.7
     if loss_type == "simpo":
-        options["simpo_gamma"] = extra = 0.4
+        options["simpo_gamma"] = 0.4
     if loss_type in ("simpo", "orpo"):
         logps[2:] = None, None
     if loss_type == "orpo":
         logps[:2] = [-t.abs() - 0.01 for t in logps[:2]]
     actual = kernels.dpo_loss_fwd(
         *logps, DPO_TYPES[loss_type], REDUCTIONS[reduction], options["beta"],
-        options["label_smoothing"], extra,
+        options["label_smoothing"], options.get("discopop_tau", 0.05),
+        options.get("simpo_gamma", 0.5),
     )  # fmt: skip
 
     def expected(dtype):
@@ -258,6 +258,7 @@ def fine_smoothing(kernels, loss_type) -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = [(torch.randn(64, generator=generator) * spread).requires_grad_() for _ in range(2)]
     options = {"loss_type": loss_type, "label_smoothing": smoothing, "reduction": "none"}
+    options["reference_free"] = True
     public_call(kernels, "dpo_loss", Sample(f"{loss_type} {smoothing}", tuple(pairs), options))
 
 

@@ -328,7 +328,7 @@ def test_zero_rows_launch_nothing(monkeypatch):
     nothing = torch.empty(0, 4)
     assert kernels.sequence_logps_fwd(nothing, nothing.bool(), True)[0].shape == (0,)
     for reduction, shape in ((0, (0,)), (1, ()), (2, ())):
-        loss, *_ = kernels.dpo_loss_fwd(none, none, none, none, 0, reduction, 0.1, 0.0, 0.0)
+        loss, *_ = kernels.dpo_loss_fwd(none, none, none, none, 0, reduction, 0.1, 0.0, 0.05, 0.5)
         assert loss.shape == shape and not loss.any()
         loss, _ = kernels.bradley_terry_loss_fwd(none, none, None, 0.0, 0.0, reduction)
         assert loss.shape == shape and not loss.any()
@@ -363,7 +363,7 @@ def test_launches(monkeypatch):
     kernels.sequence_logps_fwd(torch.randn(4, 9), torch.ones(4, 9).bool(), True)
     kernels.sequence_logps_bwd(torch.ones(4), torch.ones(4, 9).bool())
     many = torch.randn(5000)
-    kernels.dpo_loss_fwd(many, many, many, many, 0, 1, 0.1, 0.0, 0.0)
+    kernels.dpo_loss_fwd(many, many, many, many, 0, 1, 0.1, 0.0, 0.05, 0.5)
     kernels.bradley_terry_loss_fwd(many, many, None, 0.0, 0.0, 1)
     assert names == [
         "_token_logprobs_fwd_kernel",

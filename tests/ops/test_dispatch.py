@@ -106,14 +106,25 @@ def test_without_extension_and_triton_everything_runs_in_pure_pytorch():
 def test_a_triton_that_is_too_old_is_left_out_and_named():
     pytest.importorskip("triton")
     out = _python(
-        "import triton\n"
-        "triton.__version__ = '3.4.0'\n"
+        "from importlib import metadata\n"
+        "metadata.version = lambda name: '3.4.0'\n"
         "import apt_kernels\n"
         "facts = apt_kernels.backends()\n"
         "print(facts['triton'], facts['operations']['gae']['cuda'])\n"
     )
     assert out.startswith("absent: ImportError: Triton 3.5")
     assert "3.4.0" in out and "'triton'" not in out
+
+
+def test_triton_is_not_imported_before_a_launcher_is_asked_for():
+    pytest.importorskip("triton")
+    out = _python(
+        "import sys, apt_kernels\n"
+        "print('triton' in sys.modules, 'numpy' in sys.modules)\n"
+        "apt_kernels.dispatch._triton.dpo_loss_fwd\n"
+        "print('triton' in sys.modules)\n"
+    )
+    assert out.split() == ["False", "True", "True"]
 
 
 @pytest.mark.parametrize("asked, got", [("baseline", "baseline"), ("avx2", "avx2")])

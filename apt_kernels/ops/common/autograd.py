@@ -1,36 +1,86 @@
-"""Gradients of a pair loss that its forward pass formed, given away by the first backward pass."""
+"""What the autograd functions of all operations share: named gradients, and losses that form their
+gradients in the forward pass."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+_ONCE = (
+    "the kernels of apt_kernels compute gradients once; a second derivative (create_graph=True) "
+    "needs backend='reference'"
+)
 
-def keep(ctx, grads: Tensor, *inputs: Tensor | None) -> None:
-    """Until `scaled`: not as saved tensors, as these must not be changed in place.
 
-    A graph that is traced and run again keeps them so.
+def gradients(call_type: type[NamedTuple], **grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What backward returns: a gradient or None for each field of the call, None for the backend.
+
+    A name that is no field adds a gradient at the end, which PyTorch refuses.
+    """
+    slots: dict[str, Tensor | None] = dict.fromkeys(call_type._fields)
+    slots.update(grads)
+    return (*slots.values(), None)
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """Marks a backward pass whose results must not be differentiated again.
+
+    They come with a graph that raises, also where the upstream gradient has none (PyTorch's own
+    `once_differentiable` gives constants there, and a gradient penalty would be wrong in silence).
+    Without `create_graph=True` the mark costs nothing.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        results = found if isinstance(found, tuple) else (found,)
+        given = [g.detach().requires_grad_() for g in results if isinstance(g, Tensor)]
+        raising = iter(torch._C._functions.DelayedError(_ONCE, len(given))(*given))
+        results = tuple(next(raising) if isinstance(g, Tensor) else g for g in results)
+        return results if isinstance(found, tuple) else results[0]
+
+    return once
+
+
+def keep(ctx, formed: Tensor, call: NamedTuple, *inputs: Tensor | None) -> None:
+    """Keeps the gradients that the forward pass of a pair loss formed, until `scaled` takes them.
+
+    They are an attribute of ctx, because saved tensors must not be changed in place. Under
+    torch.compile they are a saved tensor, since such a graph may run again.
+
+    Args:
+        ctx: of the autograd function.
+        formed: gradients of the loss, for an upstream gradient of 1.
+        call: arguments of the kernel, which forms the gradients again for a retained graph.
+        inputs: tensors of `call`; PyTorch then notices where one was changed in place.
     """
     if torch.compiler.is_compiling():
-        ctx.save_for_backward(grads)
+        ctx.save_for_backward(formed)
     else:
-        ctx.grads = grads
+        ctx.formed, ctx.call = formed, call
         ctx.save_for_backward(*inputs)
 
 
-def scaled(ctx, grad_loss: Tensor, again: Callable[..., Tensor]) -> Tensor:
-    """The gradients times the upstream one, in their own memory: a copy costs a third of the call.
+def scaled(ctx, grad_loss: Tensor, form: Callable[[NamedTuple], Tensor]) -> Tensor:
+    """The kept gradients times the upstream gradient, in their own memory.
 
-    A second pass over a retained graph has them from `again(*inputs)`.
+    A copy would cost a third of the call. `form(call)` forms the gradients again for the second
+    pass over a retained graph.
     """
     if torch.compiler.is_compiling():
         return ctx.saved_tensors[0] * grad_loss
-    grads, ctx.grads = ctx.grads, None
-    if grads is None:
-        grads = again(*ctx.saved_tensors)
+    formed, ctx.formed = ctx.formed, None
+    if formed is None:
+        _ = ctx.saved_tensors  # raises where an input was changed in place
+        formed = form(ctx.call)
     try:
-        return grads.mul_(grad_loss)
+        return formed.mul_(grad_loss)
     except RuntimeError:  # a batch of upstream gradients (vmap) does not go into the memory of one
-        return grads * grad_loss
+        return formed * grad_loss

@@ -6,12 +6,24 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch
 from ...reference.numerics import accumulate_dtype
+from .autograd import differentiable_once
 
 FORWARD, BACKWARD = "linear_token_logprobs_fwd", "linear_token_logprobs_bwd"
+dispatch.define(
+    "linear_token_logprobs_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, "
+    "Tensor? mask, Tensor? temperatures, float temperature, float softcap, "
+    "float logit_scale, bool return_entropy, "
+    "bool form_grad_hidden) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+dispatch.define(
+    "linear_token_logprobs_bwd(Tensor grad_logps, Tensor? grad_entropy, Tensor hidden, "
+    "Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor? temperatures, "
+    "Tensor lse, Tensor entropy, float temperature, float softcap, float logit_scale, "
+    "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def check_head(
@@ -149,7 +161,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_logps, grad_entropy):
         if ctx.formed:
             mask, grad_hidden = ctx.saved_tensors

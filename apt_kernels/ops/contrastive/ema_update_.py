@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import checks, dispatch, reference
 
+dispatch.define("ema_update_fwd(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()")
 dispatch.register("ema_update_", "ema_update_fwd")
 
 DTYPES = (*checks.FLOATS, *checks.INTEGERS, torch.bool)

@@ -5,15 +5,28 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from . import similarity
 from .ring.info_nce import InfoNCERing
 from .ring.ring import ring_of
 
 FORWARD, BACKWARD = "info_nce_fwd", "info_nce_bwd"
+dispatch.define(
+    "info_nce_fwd(Tensor query, Tensor key, Tensor? negatives, Tensor? temperatures, "
+    "float temperature, bool normalize, bool symmetric, SymInt label_offset, "
+    "SymInt? self_offset, bool need_slopes, "
+    "Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+dispatch.define(
+    "info_nce_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, Tensor key, "
+    "Tensor? negatives, Tensor? temperatures, float temperature, bool normalize, "
+    "SymInt label_offset, SymInt? self_offset, Tensor row_stats, Tensor column_stats, "
+    "bool need_query, bool need_key, bool need_negatives, "
+    "bool unrounded=False) -> (Tensor, Tensor, Tensor)"
+)
 dispatch.register("info_nce", FORWARD, BACKWARD)
 
 
@@ -168,7 +181,7 @@ class _InfoNCE(torch.autograd.Function):
         return losses, right
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_losses, _):
         query, key, negatives, temperature, slopes, row_stats, column_stats = ctx.saved_tensors
         number, normalize, symmetric, label_offset, backend = ctx.options

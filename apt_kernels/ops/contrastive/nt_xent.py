@@ -5,15 +5,24 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from . import similarity
 from .ring.nt_xent import RECTANGLE, NTXentRing
 from .ring.ring import ring_of
 
 FORWARD, BACKWARD = "nt_xent_fwd", "nt_xent_bwd"
+dispatch.define(
+    "nt_xent_fwd(Tensor z1, Tensor z2, Tensor? temperatures, float temperature, "
+    "bool normalize, bool need_slopes, "
+    "Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+dispatch.define(
+    "nt_xent_bwd(Tensor grad_losses, Tensor z1, Tensor z2, Tensor? temperatures, "
+    "float temperature, bool normalize, Tensor stats, bool unrounded=False) -> Tensor"
+)
 dispatch.register("nt_xent", FORWARD, BACKWARD, *RECTANGLE)
 
 
@@ -129,7 +138,7 @@ class _NTXent(torch.autograd.Function):
         return losses, right
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_losses, _):
         z1, z2, temperature, slopes, stats = ctx.saved_tensors
         number, normalize, backend = ctx.options

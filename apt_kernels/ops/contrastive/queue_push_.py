@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import checks, dispatch, reference
 
+dispatch.define("queue_push_fwd(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys) -> ()")
 dispatch.register("queue_push_", "queue_push_fwd")
 
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from . import similarity
 from .ring.ring import gradients, no_classes, ring_of
 
 FORWARD, BACKWARD = "siglip_loss_fwd", "siglip_loss_bwd"
+dispatch.define(
+    "siglip_loss_fwd(Tensor query, Tensor key, Tensor? temperatures, float temperature, "
+    "Tensor? biases, float logit_bias, bool normalize, SymInt label_offset, "
+    "bool need_slopes, Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+dispatch.define(
+    "siglip_loss_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, "
+    "Tensor key, Tensor? temperatures, float temperature, Tensor? biases, float logit_bias, "
+    "bool normalize, SymInt label_offset, bool need_query, bool need_key, "
+    "bool unrounded=False) -> (Tensor, Tensor)"
+)
 dispatch.register("siglip_loss", FORWARD, BACKWARD)
 
 
@@ -154,7 +165,7 @@ class _SigLIPLoss(torch.autograd.Function):
         return losses, right
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_losses, _):
         query, key, temperature, bias, slopes, bias_slopes = ctx.saved_tensors
         number, bias_number, normalize, label_offset, backend, ranks = ctx.options

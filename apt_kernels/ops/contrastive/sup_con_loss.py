@@ -5,14 +5,25 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from . import similarity
 from .ring.ring import no_classes, ring_of
 
 FORWARD, BACKWARD = "sup_con_loss_fwd", "sup_con_loss_bwd"
+dispatch.define(
+    "sup_con_loss_fwd(Tensor features, Tensor labels, Tensor? classes, Tensor? class_labels, "
+    "Tensor? temperatures, float temperature, bool normalize, SymInt self_offset, "
+    "bool need_slopes, Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+dispatch.define(
+    "sup_con_loss_bwd(Tensor grad_losses, Tensor? grad_class_losses, Tensor features, "
+    "Tensor labels, Tensor? classes, Tensor? class_labels, Tensor? temperatures, "
+    "float temperature, bool normalize, SymInt self_offset, Tensor stats, "
+    "Tensor? class_stats, bool unrounded=False) -> Tensor"
+)
 dispatch.register("sup_con_loss", FORWARD, BACKWARD)
 
 
@@ -142,7 +153,7 @@ class _SupConLoss(torch.autograd.Function):
         return losses, right, anchor
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_losses, *_):
         features, labels, temperature, slopes, stats = ctx.saved_tensors
         number, normalize, backend, ranks = ctx.options

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.logprobs import head_logits
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from ..common.head import (
     check_head,
     fake_gradients,
@@ -23,6 +23,12 @@ from ..common.token_inputs import normalizer_tensor
 
 KERNEL = "linear_cross_entropy_fwd"
 MEAN, SUM = 1, 2  # the argument `reduction` of the kernel
+dispatch.define(
+    "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "Tensor? normalizer, int ignore_index, float label_smoothing, float softcap, "
+    "float logit_scale, int reduction, bool need_hidden, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 dispatch.register("linear_cross_entropy", KERNEL)
 
 
@@ -226,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, _):
         if ctx.wait:
             grads = _gradients_of(

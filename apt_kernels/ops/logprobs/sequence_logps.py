@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
-from ..common.once import differentiable_once
+from ..common.autograd import differentiable_once
 
+dispatch.define("sequence_logps_fwd(Tensor logps, Tensor mask, bool average) -> (Tensor, Tensor)")
+dispatch.define("sequence_logps_bwd(Tensor grad, Tensor mask) -> Tensor")
 dispatch.register("sequence_logps", "sequence_logps_fwd", "sequence_logps_bwd")
 
 

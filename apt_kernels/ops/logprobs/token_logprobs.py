@@ -6,11 +6,20 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 
+dispatch.define(
+    "token_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? mask, Tensor? temperatures, "
+    "float temperature, float softcap, bool return_entropy) -> (Tensor, Tensor, Tensor)"
+)
+dispatch.define(
+    "token_logprobs_bwd(Tensor grad_logps, Tensor? grad_entropy, Tensor logits, "
+    "Tensor token_ids, Tensor? mask, Tensor? temperatures, Tensor lse, Tensor entropy, "
+    "float temperature, float softcap) -> Tensor"
+)
 dispatch.register("token_logprobs", "token_logprobs_fwd", "token_logprobs_bwd")
 
 
@@ -118,7 +127,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_logps, grad_entropy):
         logits, token_ids, mask, temperatures, lse, entropy = ctx.saved_tensors
         temperature, softcap, return_entropy, backend = ctx.options

@@ -22,6 +22,12 @@ from .mlm_mask_arguments import (
 if TYPE_CHECKING:
     from numpy import ndarray
 
+dispatch.define(
+    "mlm_mask_fwd(Tensor input_ids, Tensor? attention_mask, Tensor? special_tokens_mask, "
+    "Tensor? sample_ids, Tensor? word_ids, int[] special_runs, int mask_token_id, "
+    "int word_count, int chosen_below, int mask_below, int random_below, SymInt seed_low, "
+    "SymInt seed_high, SymInt step, bool at_least_one) -> (Tensor, Tensor, Tensor)"
+)
 dispatch.register("mlm_mask", "mlm_mask_fwd")
 
 

@@ -14,6 +14,11 @@ from .gae_arguments import check_bootstrap, check_flags, check_options, check_st
 if TYPE_CHECKING:
     from numpy import ndarray
 
+dispatch.define(
+    "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor? terminated, "
+    "Tensor? truncated, Tensor? bootstrap, Tensor? cu_seqlens, float gamma, "
+    "float gae_lambda, bool whiten, bool time_major) -> (Tensor, Tensor)"
+)
 dispatch.register("gae", "gae_fwd")
 
 

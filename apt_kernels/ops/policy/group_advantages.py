@@ -8,6 +8,9 @@ from torch import Tensor
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
 
+dispatch.define(
+    "group_advantages_fwd(Tensor rewards, int group_size, int kind, float eps) -> Tensor"
+)
 dispatch.register("group_advantages", "group_advantages_fwd")
 
 _KINDS = {"relative": 0, "normalized": 1, "rank": 2, "leave_one_out": 3}

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from ..common.token_inputs import alike, boolean
 
+dispatch.define(
+    "kl_penalty_fwd(Tensor logps, Tensor ref_logps, Tensor? mask, int estimator) -> Tensor"
+)
+dispatch.define(
+    "kl_penalty_bwd(Tensor grad, Tensor logps, Tensor ref_logps, Tensor? mask, "
+    "int estimator) -> Tensor"
+)
 dispatch.register("kl_penalty", "kl_penalty_fwd", "kl_penalty_bwd")
 
 _ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
@@ -66,7 +73,7 @@ class _KlPenalty(torch.autograd.Function):
         return dispatch.kernel("kl_penalty_fwd", backend)(logps, ref_logps, mask, estimator)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         logps, ref_logps, mask = ctx.saved_tensors
         estimator, backend = ctx.options

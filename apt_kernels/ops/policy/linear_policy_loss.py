@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from ..common.head import (
     check_head,
     fake_gradients,
@@ -19,6 +19,15 @@ from ..common.token_inputs import boolean, normalizer_tensor
 from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
 
 KERNEL = "linear_policy_loss_fwd"
+dispatch.define(
+    "linear_policy_loss_fwd(Tensor? upstream, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor token_ids, Tensor mask, Tensor? temperatures, Tensor? old_logps, "
+    "Tensor advantages, Tensor? weights, Tensor? ref_logps, Tensor? normalizer, "
+    "float temperature, float softcap, float logit_scale, int loss_type, int ratio_level, "
+    "int kl_estimator, int aggregation, float clip_low, float clip_high, float dual_clip, "
+    "float tau_pos, float tau_neg, float kl_coef, float entropy_coef, bool need_hidden, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 dispatch.register("linear_policy_loss", KERNEL)
 
 
@@ -157,7 +166,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, _):
         if ctx.wait:
             _, _, *grads = dispatch.kernel(KERNEL, ctx.backend)(

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from ..common.token_inputs import adjacent, alike, boolean, normalizer_tensor
 from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
 
+dispatch.define(
+    "policy_loss_fwd(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor mask, "
+    "Tensor? weights, Tensor? ref_logps, Tensor? entropy, Tensor? normalizer, int loss_type, "
+    "int ratio_level, int kl_estimator, int aggregation, float clip_low, float clip_high, "
+    "float dual_clip, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, "
+    "bool need_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 dispatch.register("policy_loss", "policy_loss_fwd")
 
 
@@ -123,7 +130,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, _):
         grad_logps, grad_entropy, scales = ctx.saved_tensors
         factors = scales * grad_loss  # of the rows

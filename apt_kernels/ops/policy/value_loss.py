@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autograd import differentiable_once
 from ..common.token_inputs import AGGREGATIONS, adjacent, alike, boolean, normalizer_tensor
 
+dispatch.define(
+    "value_loss_fwd(Tensor values, Tensor returns, Tensor mask, Tensor? old_values, "
+    "Tensor? normalizer, int aggregation, "
+    "float clip_range) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 dispatch.register("value_loss", "value_loss_fwd")
 
 
@@ -134,7 +139,7 @@ class _ValueLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, _):
         grad_values, scales = ctx.saved_tensors
         return (grad_values * (scales * grad_loss)).to(ctx.dtype), *[None] * 7

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import checks, dispatch, reference
+from ...codes import REDUCTIONS
 from ...reference.numerics import accumulate_dtype
-from ..common.autograd import keep, scaled
-from ..common.once import differentiable_once
+from ..common.autograd import differentiable_once, gradients, keep, scaled
+from ..common.module import LossModule
 
 KERNEL = "bradley_terry_loss_fwd"
+dispatch.define(
+    "bradley_terry_loss_fwd(Tensor chosen_rewards, Tensor rejected_rewards, "
+    "Tensor? margin_tensor, float margin, float center_coef, int reduction) -> (Tensor, Tensor)"
+)
 dispatch.register("bradley_terry_loss", KERNEL)
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+class BradleyTerryLossCall(NamedTuple):
+    """The arguments of the kernel: contiguous pairs `(B,)` of one dtype, and options as numbers."""
+
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    margin_tensor: Tensor | None
+    margin: float
+    center_coef: float
+    reduction: int
 
 
 def bradley_terry_loss(
@@ -25,10 +41,10 @@ def bradley_terry_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2, reduced.
+    """The loss -log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2.
 
-    One pass forms the loss and the gradients; backward scales them. Sources: Bradley & Terry 1952;
-    Ouyang 2022 (reward models); Touvron 2023 (margins); Eisenstein 2023 (centring).
+    One pass forms the loss and the gradients; the backward pass scales them. Sources: Bradley &
+    Terry 1952; Ouyang 2022 (reward models); Touvron 2023 (margins); Eisenstein 2023 (centring).
 
     Args:
         chosen_rewards: any shape, `(B,)` or `(B, 1)` say; float32, bfloat16, float16 or float64;
@@ -52,7 +68,7 @@ def bradley_terry_loss(
     elif margin is not None:
         checks.finite("margin", margin)
     checks.at_least_zero("center_coef", center_coef)
-    checks.choice("reduction", reduction, _REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     backend = dispatch.choose(
         "bradley_terry_loss", chosen_rewards.device, backend, chosen_rewards.dtype
     )
@@ -64,27 +80,63 @@ def bradley_terry_loss(
             center_coef=center_coef,
             reduction=reduction,
         )
-    chosen, rejected, margins = chosen_rewards, rejected_rewards, None
-    if chosen.dtype != rejected.dtype:
-        dtype = accumulate_dtype(chosen)
-        chosen, rejected = chosen.to(dtype), rejected.to(dtype)
+    shape, dtype = chosen_rewards.shape, chosen_rewards.dtype
+    if rejected_rewards.dtype != dtype:
+        dtype = accumulate_dtype(chosen_rewards)
+        chosen_rewards, rejected_rewards = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
+    margin_tensor = None
     if isinstance(margin, Tensor):
-        margins, margin = margin.to(accumulate_dtype(chosen)).reshape(-1).contiguous(), None
-    several = chosen.dim() != 1
-    loss = _BradleyTerryLoss.apply(
-        (chosen.reshape(-1) if several else chosen).contiguous(),
-        (rejected.reshape(-1) if several else rejected).contiguous(),
-        margins,
-        0.0 if margin is None else float(margin),
-        float(center_coef),
-        _REDUCTIONS[reduction],
-        backend,
+        margin_tensor = margin.to(accumulate_dtype(chosen_rewards)).reshape(-1).contiguous()
+        margin = None
+    if len(shape) != 1:
+        chosen_rewards, rejected_rewards = chosen_rewards.reshape(-1), rejected_rewards.reshape(-1)
+    call = BradleyTerryLossCall(
+        chosen_rewards.contiguous(),
+        rejected_rewards.contiguous(),
+        margin_tensor,
+        margin=0.0 if margin is None else float(margin),
+        center_coef=float(center_coef),
+        reduction=REDUCTIONS[reduction],
     )
-    return loss.reshape(chosen.shape) if several and reduction == "none" else loss
+    loss = _BradleyTerryLoss.apply(*call, backend)
+    return loss.reshape(shape) if len(shape) != 1 and reduction == "none" else loss
 
 
-class BradleyTerryLoss(nn.Module):
-    """`bradley_terry_loss` as a module; its arguments are those of the function."""
+class _BradleyTerryLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *fields, backend = arguments
+        call = BradleyTerryLossCall(*fields)
+        loss, formed = dispatch.kernel(KERNEL, backend)(*call)
+        keep(ctx, formed, call, call.chosen_rewards, call.rejected_rewards, call.margin_tensor)
+        ctx.dtype, ctx.backend = call.chosen_rewards.dtype, backend
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad_loss):
+        kernel = dispatch.kernel(KERNEL, ctx.backend)
+        grads = scaled(ctx, grad_loss, lambda call: kernel(*call)[1])
+        if grads.dtype != ctx.dtype:
+            grads = grads.to(ctx.dtype)
+        grad_chosen, grad_rejected = grads.unbind()
+        return gradients(
+            BradleyTerryLossCall, chosen_rewards=grad_chosen, rejected_rewards=grad_rejected
+        )
+
+
+@dispatch.fake(KERNEL)
+def _(*fields):
+    call = BradleyTerryLossCall(*fields)
+    rewards = call.chosen_rewards
+    dtype = accumulate_dtype(rewards)
+    reduced = call.reduction != REDUCTIONS["none"]
+    loss = rewards.new_empty(() if reduced else rewards.shape, dtype=dtype)
+    return loss, loss.new_empty((2, *rewards.shape))
+
+
+class BradleyTerryLoss(LossModule):
+    """`bradley_terry_loss` as a module. Its arguments are the options of the function."""
 
     def __init__(
         self,
@@ -93,53 +145,15 @@ class BradleyTerryLoss(nn.Module):
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         checks.at_least_zero("center_coef", center_coef)
-        checks.choice("reduction", reduction, _REDUCTIONS)
-        self.margin, self.center_coef = margin, center_coef
-        self.reduction, self.backend = reduction, backend
+        checks.choice("reduction", reduction, REDUCTIONS)
+        super().__init__(
+            margin=margin, center_coef=center_coef, reduction=reduction, backend=backend
+        )
 
     def forward(
         self, chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | None = None
     ) -> Tensor:
         """The loss; `margin` of these pairs, where given, instead of the module's."""
-        return bradley_terry_loss(
-            chosen_rewards,
-            rejected_rewards,
-            margin=self.margin if margin is None else margin,
-            center_coef=self.center_coef,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        return f"margin={self.margin}, center_coef={self.center_coef}, reduction={self.reduction!r}"
-
-
-class _BradleyTerryLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, chosen, rejected, margins, margin, center_coef, reduction, backend):
-        loss, grads = dispatch.kernel(KERNEL, backend)(
-            chosen, rejected, margins, margin, center_coef, reduction
-        )
-        keep(ctx, grads, chosen, rejected, margins)
-        ctx.dtype, ctx.options = chosen.dtype, (margin, center_coef, reduction, backend)
-        return loss
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad_loss):
-        *options, backend = ctx.options
-        kernel = dispatch.kernel(KERNEL, backend)
-        grads = scaled(ctx, grad_loss, lambda *inputs: kernel(*inputs, *options)[1])
-        if grads.dtype != ctx.dtype:
-            grads = grads.to(ctx.dtype)
-        grad_chosen, grad_rejected = grads.unbind()
-        return grad_chosen, grad_rejected, None, None, None, None, None
-
-
-@dispatch.fake(KERNEL)
-def _(chosen, rejected, margins, margin, center_coef, reduction):
-    dtype = accumulate_dtype(chosen)
-    loss = chosen.new_empty(chosen.shape if reduction == 0 else (), dtype=dtype)
-    return loss, loss.new_empty((2, *chosen.shape))
+        options = self.options if margin is None else {**self.options, "margin": margin}
+        return bradley_terry_loss(chosen_rewards, rejected_rewards, **options)

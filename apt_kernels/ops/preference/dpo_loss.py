@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import checks, dispatch, reference
+from ...codes import DPO_LOSS_TYPES, REDUCTIONS
 from ...reference.numerics import accumulate_dtype
-from ..common.autograd import keep, scaled
-from ..common.once import differentiable_once
+from ..common.autograd import differentiable_once, gradients, keep, scaled
+from ..common.module import LossModule
 
 KERNEL = "dpo_loss_fwd"
+dispatch.define(
+    "dpo_loss_fwd(Tensor policy_chosen_logps, Tensor policy_rejected_logps, "
+    "Tensor? ref_chosen_logps, Tensor? ref_rejected_logps, int loss_type, int reduction, "
+    "float beta, float label_smoothing, float discopop_tau, float simpo_gamma) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 dispatch.register("dpo_loss", KERNEL)
 
-# The argument `loss_type` of the kernel, which is elementwise; the types of the second row are the
-# kernel's sigmoid or apo_zero of transformed log-ratios.
-_CODES = {
-    "sigmoid": 0, "robust": 1, "hinge": 2, "ipo": 3, "exo_pair": 4, "nca_pair": 5, "bco_pair": 6,
-    "sppo_hard": 7, "apo_zero": 8, "apo_down": 9, "discopop": 10, "simpo": 11, "orpo": 12,
-    "aot": 0, "aot_unpaired": 0, "sigmoid_norm": 0, "kto_pair": 8,
+# The kernel is elementwise; these types are its sigmoid or apo_zero of transformed log-ratios.
+_TRANSFORMED = {
+    "aot": "sigmoid", "aot_unpaired": "sigmoid", "sigmoid_norm": "sigmoid", "kto_pair": "apo_zero",
 }  # fmt: skip
-_TRANSFORMED = frozenset({"aot", "aot_unpaired", "sigmoid_norm", "kto_pair"})
+_LOSS_TYPES = (*DPO_LOSS_TYPES, *_TRANSFORMED)
 _SMOOTHED = frozenset(
     {"sigmoid", "robust", "exo_pair", "simpo", "aot", "aot_unpaired", "sigmoid_norm"}
 )
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_WITHOUT_REFERENCE = frozenset({"simpo", "orpo"})
 _DEFAULT_TAU, _DEFAULT_GAMMA = 0.05, 0.5
+
+
+class DPOLossCall(NamedTuple):
+    """The arguments of the kernel: contiguous pairs `(B,)` of one dtype, and options as numbers."""
+
+    policy_chosen_logps: Tensor
+    policy_rejected_logps: Tensor
+    ref_chosen_logps: Tensor | None
+    ref_rejected_logps: Tensor | None
+    loss_type: int
+    reduction: int
+    beta: float
+    label_smoothing: float
+    discopop_tau: float
+    simpo_gamma: float
 
 
 def dpo_loss(
@@ -45,32 +66,34 @@ def dpo_loss(
     rejected_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-log sigmoid(beta * (log-ratio of chosen - of rejected)), or another `loss_type`; rewards.
+    """The loss of preference pairs, -log sigmoid(beta * (chosen - rejected)), and their rewards.
 
-    One pass forms the loss, both rewards and the gradients; backward scales them. The formulas of
-    the types, with their sources, are the table of `apt_kernels.reference.dpo_loss`: sigmoid (the
-    default, Rafailov 2023), robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,
-    apo_down, discopop, kto_pair, aot, aot_unpaired, sigmoid_norm, simpo, orpo.
+    chosen and rejected are the log-ratios of the policy to the reference. One pass forms the loss,
+    both rewards and the gradients; the backward pass scales the gradients. `loss_type` replaces the
+    formula. The table of `apt_kernels.reference.dpo_loss` has the formulas and their sources:
+    sigmoid (the default, Rafailov 2023), robust, hinge, ipo, exo_pair, nca_pair, bco_pair,
+    sppo_hard, apo_zero, apo_down, discopop, kto_pair, aot, aot_unpaired, sigmoid_norm, simpo, orpo.
 
     Args:
         policy_chosen_logps: log-probabilities of the chosen answers in nats, summed over tokens
             (averaged for simpo and orpo; below 0 for orpo); any shape, `(B,)` or `(B, 1)` say;
             float32, bfloat16, float16 or float64; any strides; differentiable.
-        policy_rejected_logps: the same of the rejected answers; differentiable.
-        ref_chosen_logps: the reference's (no gradient). simpo and orpo have none; all other types
-            need them, or `reference_free=True`.
-        ref_rejected_logps: the same of the rejected answers; both or neither.
+        policy_rejected_logps: the same for the rejected answers; differentiable.
+        ref_chosen_logps: log-probabilities of the chosen answers under the reference model, without
+            a gradient. All types but simpo and orpo need them, unless `reference_free`.
+        ref_rejected_logps: the same for the rejected answers; both or neither.
         beta: strength of the reference, above 0.
         label_smoothing: probability in [0, 1) that a label is wrong; below 0.5 for robust, above 0
             for exo_pair; 0 for types without smoothing.
         loss_type: one of those above.
-        reference_free: take the reference as 0, whether it is given or not.
+        reference_free: True takes the log-probabilities of the reference as 0, also where they are
+            given.
         reduction: "mean" (0 for no pairs), "sum" or "none" (sorted pairs, for aot, aot_unpaired).
         discopop_tau: for discopop alone; None means 0.05.
         simpo_gamma: for simpo alone; None means 0.5.
         chosen_lengths: tokens of the chosen answers in the shape of the log-probabilities, at
             least 1, for sigmoid_norm (required) and ipo (optional): log-ratios become averages.
-        rejected_lengths: the same of the rejected answers.
+        rejected_lengths: the same for the rejected answers.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
@@ -81,29 +104,40 @@ def dpo_loss(
     Raises:
         ValueError, TypeError: a wrong argument, or an option that the type does not use.
     """
-    _check_options(loss_type, beta, label_smoothing, reduction, discopop_tau, simpo_gamma)
-    checks.flag("reference_free", reference_free)
-    pc, pr = policy_chosen_logps, policy_rejected_logps
-    rc, rr = ref_chosen_logps, ref_rejected_logps
-    _check_pairs(loss_type, pc, pr, rc, rr, reference_free)
+    _check_options(
+        loss_type, beta, label_smoothing, reference_free, reduction, discopop_tau, simpo_gamma
+    )
+    _check_pairs(
+        loss_type,
+        reference_free,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+    )
     if chosen_lengths is not None or rejected_lengths is not None or loss_type == "sigmoid_norm":
-        _check_lengths(loss_type, chosen_lengths, rejected_lengths, pc)
-    backend = dispatch.choose("dpo_loss", pc.device, backend, pc.dtype)
+        _check_lengths(loss_type, chosen_lengths, rejected_lengths, policy_chosen_logps)
+    backend = dispatch.choose(
+        "dpo_loss", policy_chosen_logps.device, backend, policy_chosen_logps.dtype
+    )
     if reference_free:
-        rc = rr = None
-    one_dimension = pc.dim() == 1
-    if not one_dimension:
-        pc, pr, rc, rr = _flat(pc), _flat(pr), _flat(rc), _flat(rr)
+        ref_chosen_logps = ref_rejected_logps = None
+    shape = policy_chosen_logps.shape
+    if len(shape) != 1:
+        policy_chosen_logps = policy_chosen_logps.reshape(-1)
+        policy_rejected_logps = policy_rejected_logps.reshape(-1)
+        ref_chosen_logps, ref_rejected_logps = _flat(ref_chosen_logps), _flat(ref_rejected_logps)
         chosen_lengths, rejected_lengths = _flat(chosen_lengths), _flat(rejected_lengths)
     if backend == "reference":
         results = reference.dpo_loss(
-            pc,
-            pr,
-            rc,
-            rr,
+            policy_chosen_logps,
+            policy_rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
             beta=beta,
             label_smoothing=label_smoothing,
             loss_type=loss_type,
+            reference_free=reference_free,
             reduction=reduction,
             discopop_tau=discopop_tau,
             simpo_gamma=simpo_gamma,
@@ -111,23 +145,27 @@ def dpo_loss(
             rejected_lengths=rejected_lengths,
         )
     else:
-        extra = 0.0
-        if loss_type == "discopop":
-            extra = _DEFAULT_TAU if discopop_tau is None else discopop_tau
-        elif loss_type == "simpo":
-            extra = _DEFAULT_GAMMA if simpo_gamma is None else simpo_gamma
-        options = (
-            _CODES[loss_type], _REDUCTIONS[reduction], float(beta), float(label_smoothing),
-            float(extra), backend,
-        )  # fmt: skip
-        if chosen_lengths is not None or loss_type in _TRANSFORMED:
-            lengths = (chosen_lengths, rejected_lengths)
-            results = _loss_of_transformed(loss_type, pc, pr, rc, rr, lengths, options)
+        call = DPOLossCall(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            loss_type=DPO_LOSS_TYPES[_TRANSFORMED.get(loss_type, loss_type)],
+            reduction=REDUCTIONS[reduction],
+            beta=float(beta),
+            label_smoothing=float(label_smoothing),
+            discopop_tau=_DEFAULT_TAU if discopop_tau is None else float(discopop_tau),
+            simpo_gamma=_DEFAULT_GAMMA if simpo_gamma is None else float(simpo_gamma),
+        )
+        if loss_type in _TRANSFORMED or chosen_lengths is not None:
+            results = _loss_of_transformed(
+                loss_type, call, chosen_lengths, rejected_lengths, backend
+            )
         else:
-            results = _loss(pc, pr, rc, rr, options)
-    if one_dimension:
+            results = _loss(call, backend)
+    if len(shape) == 1:
         return results
-    loss, *rewards = (x.reshape(policy_chosen_logps.shape) if x.dim() else x for x in results)
+    loss, *rewards = (x.reshape(shape) if x.dim() else x for x in results)
     return loss, *rewards
 
 
@@ -139,13 +177,15 @@ def _check_options(
     loss_type: str,
     beta: float,
     label_smoothing: float,
+    reference_free: bool,
     reduction: str,
     discopop_tau: float | None,
     simpo_gamma: float | None,
 ) -> None:
-    checks.choice("loss_type", loss_type, _CODES)
+    checks.choice("loss_type", loss_type, _LOSS_TYPES)
     checks.positive("beta", beta)
-    checks.choice("reduction", reduction, _REDUCTIONS)
+    checks.flag("reference_free", reference_free)
+    checks.choice("reduction", reduction, REDUCTIONS)
     checks.between("label_smoothing", label_smoothing, 0, 1, open_end=True)
     if loss_type == "exo_pair" and not label_smoothing:
         raise ValueError("label_smoothing: expected a number above 0 for exo_pair, got 0")
@@ -167,31 +207,34 @@ def _check_options(
 
 def _check_pairs(
     loss_type: str,
-    pc: Tensor,
-    pr: Tensor,
-    rc: Tensor | None,
-    rr: Tensor | None,
     reference_free: bool,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
 ) -> None:
-    checks.tensor("policy_chosen_logps", pc)
-    checks.pair("policy_rejected_logps", pr, "policy_chosen_logps", pc)
-    has_reference = loss_type not in ("simpo", "orpo")
-    if rc is None and rr is None:
-        if has_reference and not reference_free:
+    like, chosen = "policy_chosen_logps", policy_chosen_logps
+    checks.tensor(like, chosen)
+    checks.pair("policy_rejected_logps", policy_rejected_logps, like, chosen)
+    if ref_chosen_logps is None and ref_rejected_logps is None:
+        if not reference_free and loss_type not in _WITHOUT_REFERENCE:
             raise ValueError(
                 f"ref_chosen_logps: expected the reference's log-probabilities, as {loss_type} "
                 "compares with a reference, or reference_free=True, got None"
             )
         return
-    if not has_reference:
-        checks.unused("ref_chosen_logps", rc, f"{loss_type} has no reference")
-        checks.unused("ref_rejected_logps", rr, f"{loss_type} has no reference")
-    checks.pair("ref_chosen_logps", rc, "policy_chosen_logps", pc, constant_=True)
-    checks.pair("ref_rejected_logps", rr, "policy_chosen_logps", pc, constant_=True)
+    if loss_type in _WITHOUT_REFERENCE:
+        checks.unused("ref_chosen_logps", ref_chosen_logps, f"{loss_type} has no reference")
+        checks.unused("ref_rejected_logps", ref_rejected_logps, f"{loss_type} has no reference")
+    checks.pair("ref_chosen_logps", ref_chosen_logps, like, chosen, constant_=True)
+    checks.pair("ref_rejected_logps", ref_rejected_logps, like, chosen, constant_=True)
 
 
 def _check_lengths(
-    loss_type: str, chosen_lengths: Tensor | None, rejected_lengths: Tensor | None, pc: Tensor
+    loss_type: str,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    policy_chosen_logps: Tensor,
 ) -> None:
     for name, lengths in (
         ("chosen_lengths", chosen_lengths),
@@ -201,56 +244,120 @@ def _check_lengths(
             checks.unused(name, lengths, f"{loss_type} is not normalised by length")
             continue
         checks.tensor(name, lengths, (*checks.INTEGERS, *checks.FLOATS))
-        checks.shape(name, lengths, pc.shape, "that of policy_chosen_logps")
-        checks.same_device(name, lengths, "policy_chosen_logps", pc)
+        checks.shape(name, lengths, policy_chosen_logps.shape, "that of policy_chosen_logps")
+        checks.same_device(name, lengths, "policy_chosen_logps", policy_chosen_logps)
         checks.constant(name, lengths)
 
 
-def _loss(
-    pc: Tensor, pr: Tensor, rc: Tensor | None, rr: Tensor | None, options: tuple
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's loss of contiguous pairs of one dtype."""
-    dtype = pc.dtype
-    if pr.dtype != dtype or (rc is not None and not rc.dtype == rr.dtype == dtype):
-        dtype = accumulate_dtype(pc)
-        pc, pr = pc.to(dtype), pr.to(dtype)
-        rc, rr = (None, None) if rc is None else (rc.to(dtype), rr.to(dtype))
-    if rc is not None:
-        rc, rr = rc.contiguous(), rr.contiguous()
-    return _DpoLoss.apply(pc.contiguous(), pr.contiguous(), rc, rr, *options)
+def _loss(call: DPOLossCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and both rewards by the kernel, which takes contiguous pairs of one dtype."""
+    chosen, rejected = call.policy_chosen_logps, call.policy_rejected_logps
+    ref_chosen, ref_rejected = call.ref_chosen_logps, call.ref_rejected_logps
+    dtype = chosen.dtype
+    if rejected.dtype != dtype or (
+        ref_chosen is not None and not ref_chosen.dtype == ref_rejected.dtype == dtype
+    ):
+        dtype = accumulate_dtype(chosen)
+        chosen, rejected = chosen.to(dtype), rejected.to(dtype)
+        if ref_chosen is not None:
+            ref_chosen, ref_rejected = ref_chosen.to(dtype), ref_rejected.to(dtype)
+    call = call._replace(
+        policy_chosen_logps=chosen.contiguous(),
+        policy_rejected_logps=rejected.contiguous(),
+        ref_chosen_logps=None if ref_chosen is None else ref_chosen.contiguous(),
+        ref_rejected_logps=None if ref_rejected is None else ref_rejected.contiguous(),
+    )
+    return _DPOLoss.apply(*call, backend)
 
 
 def _loss_of_transformed(
     loss_type: str,
-    pc: Tensor,
-    pr: Tensor,
-    rc: Tensor | None,
-    rr: Tensor | None,
-    lengths: tuple[Tensor | None, Tensor | None],
-    options: tuple,
+    call: DPOLossCall,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's sigmoid, ipo or apo_zero of other differences; the rewards stay beta (c, r)."""
-    dtype = accumulate_dtype(pc)
-    pc, pr = pc.to(dtype), pr.to(dtype)
-    rc, rr = (torch.zeros_like(pc), torch.zeros_like(pr)) if rc is None else (rc, rr)
-    c, r = pc - rc.to(dtype), pr - rr.to(dtype)
-    beta = options[2]
-    rewards = (beta * c).detach(), (beta * r).detach()
+    """The kernel's sigmoid, ipo or apo_zero of other log-ratios; rewards are of the given ones."""
+    dtype = accumulate_dtype(call.policy_chosen_logps)
+    policy_chosen, policy_rejected = (
+        t.to(dtype) for t in (call.policy_chosen_logps, call.policy_rejected_logps)
+    )
+    ref_chosen, ref_rejected = (
+        torch.zeros_like(policy_chosen) if t is None else t.to(dtype)
+        for t in (call.ref_chosen_logps, call.ref_rejected_logps)
+    )
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    rewards = (call.beta * chosen).detach(), (call.beta * rejected).detach()
+    mean_rejected = mean_chosen = None
     if loss_type == "kto_pair":  # (S(-b (c - z_r)) + S(b (r - z_c))) / 2, z without gradient
-        count = max(c.numel(), 1)
-        z_c, z_r = ((x.detach().sum() / count).clamp(min=0).expand_as(x) for x in (c, r))
-        return 0.5 * _loss(c, r, z_r, z_c, options)[0], *rewards
-    if loss_type == "aot":
-        c, r = torch.sort(pc - pr).values, torch.sort(rc.to(dtype) - rr.to(dtype)).values
+        count = max(chosen.numel(), 1)
+        mean_rejected, mean_chosen = (
+            (x.detach().sum() / count).clamp(min=0).expand_as(x) for x in (rejected, chosen)
+        )
+    elif loss_type == "aot":
+        chosen = torch.sort(policy_chosen - policy_rejected).values
+        rejected = torch.sort(ref_chosen - ref_rejected).values
     elif loss_type == "aot_unpaired":
-        c, r = torch.sort(c).values, torch.sort(r).values
+        chosen, rejected = torch.sort(chosen).values, torch.sort(rejected).values
     else:
-        c, r = (x / n.clamp(min=1) for x, n in zip((c, r), lengths, strict=True))
-    return _loss(c, r, None, None, options)[0], *rewards
+        chosen = chosen / chosen_lengths.clamp(min=1)
+        rejected = rejected / rejected_lengths.clamp(min=1)
+    call = call._replace(
+        policy_chosen_logps=chosen,
+        policy_rejected_logps=rejected,
+        ref_chosen_logps=mean_rejected,
+        ref_rejected_logps=mean_chosen,
+    )
+    loss = _loss(call, backend)[0]
+    return (0.5 * loss if loss_type == "kto_pair" else loss), *rewards
 
 
-class DPOLoss(nn.Module):
-    """`dpo_loss` as a module; its arguments are the options of the function."""
+class _DPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *fields, backend = arguments
+        call = DPOLossCall(*fields)
+        loss, chosen_rewards, rejected_rewards, formed = dispatch.kernel(KERNEL, backend)(*call)
+        keep(
+            ctx,
+            formed,
+            call,
+            call.policy_chosen_logps,
+            call.policy_rejected_logps,
+            call.ref_chosen_logps,
+            call.ref_rejected_logps,
+        )
+        ctx.dtype, ctx.backend = call.policy_chosen_logps.dtype, backend
+        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
+        ctx.set_materialize_grads(False)  # the rewards' gradients would be zeros, each a tensor
+        return loss, chosen_rewards, rejected_rewards
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad_loss, *_):
+        kernel = dispatch.kernel(KERNEL, ctx.backend)
+        grads = scaled(ctx, grad_loss, lambda call: kernel(*call)[3])
+        if grads.dtype != ctx.dtype:
+            grads = grads.to(ctx.dtype)
+        grad_chosen, grad_rejected = grads.unbind()
+        return gradients(
+            DPOLossCall, policy_chosen_logps=grad_chosen, policy_rejected_logps=grad_rejected
+        )
+
+
+@dispatch.fake(KERNEL)
+def _(*fields):
+    call = DPOLossCall(*fields)
+    pairs = call.policy_chosen_logps
+    dtype = accumulate_dtype(pairs)
+    shapes = (pairs.shape, pairs.shape, (2, *pairs.shape))
+    chosen_rewards, rejected_rewards, formed = (pairs.new_empty(s, dtype=dtype) for s in shapes)
+    loss = pairs.new_empty(pairs.shape if call.reduction == REDUCTIONS["none"] else (), dtype=dtype)
+    return loss, chosen_rewards, rejected_rewards, formed
+
+
+class DPOLoss(LossModule):
+    """`dpo_loss` as a module. Its arguments are the options of the function."""
 
     def __init__(
         self,
@@ -264,18 +371,19 @@ class DPOLoss(nn.Module):
         simpo_gamma: float | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        _check_options(loss_type, beta, label_smoothing, reduction, discopop_tau, simpo_gamma)
-        self.options = {
-            "beta": beta,
-            "label_smoothing": label_smoothing,
-            "loss_type": loss_type,
-            "reference_free": reference_free,
-            "reduction": reduction,
-            "discopop_tau": discopop_tau,
-            "simpo_gamma": simpo_gamma,
-            "backend": backend,
-        }
+        _check_options(
+            loss_type, beta, label_smoothing, reference_free, reduction, discopop_tau, simpo_gamma
+        )
+        super().__init__(
+            beta=beta,
+            label_smoothing=label_smoothing,
+            loss_type=loss_type,
+            reference_free=reference_free,
+            reduction=reduction,
+            discopop_tau=discopop_tau,
+            simpo_gamma=simpo_gamma,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -287,7 +395,7 @@ class DPOLoss(nn.Module):
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, chosen_rewards, rejected_rewards)."""
+        """(loss, chosen_rewards, rejected_rewards); arguments as `apt_kernels.dpo_loss`."""
         return dpo_loss(
             policy_chosen_logps,
             policy_rejected_logps,
@@ -297,41 +405,3 @@ class DPOLoss(nn.Module):
             rejected_lengths=rejected_lengths,
             **self.options,
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
-
-
-class _DpoLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, pc, pr, rc, rr, code, reduction, beta, label_smoothing, extra, backend):
-        options = (code, reduction, beta, label_smoothing, extra)
-        loss, chosen_rewards, rejected_rewards, grads = dispatch.kernel(KERNEL, backend)(
-            pc, pr, rc, rr, *options
-        )
-        keep(ctx, grads, pc, pr, rc, rr)
-        ctx.dtype, ctx.options = pc.dtype, (*options, backend)
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
-        ctx.set_materialize_grads(False)  # the rewards' gradients would be zeros, each a tensor
-        return loss, chosen_rewards, rejected_rewards
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad_loss, *_):
-        *options, backend = ctx.options
-        kernel = dispatch.kernel(KERNEL, backend)
-        grads = scaled(ctx, grad_loss, lambda *inputs: kernel(*inputs, *options)[3])
-        if grads.dtype != ctx.dtype:
-            grads = grads.to(ctx.dtype)
-        grad_chosen, grad_rejected = grads.unbind()
-        return grad_chosen, grad_rejected, None, None, None, None, None, None, None, None
-
-
-@dispatch.fake(KERNEL)
-def _(pc, pr, rc, rr, code, reduction, *options):
-    dtype = accumulate_dtype(pc)
-    chosen_rewards, rejected_rewards, grads = (
-        pc.new_empty(shape, dtype=dtype) for shape in (pc.shape, pc.shape, (2, *pc.shape))
-    )
-    loss = pc.new_empty(pc.shape if reduction == 0 else (), dtype=dtype)
-    return loss, chosen_rewards, rejected_rewards, grads

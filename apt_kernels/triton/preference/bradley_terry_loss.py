@@ -80,18 +80,20 @@ def _bradley_terry_loss_fwd_kernel(
             tl.store(loss_ptr, tl.sum(loss, 0) * scale)
 
 
-def bradley_terry_loss_fwd(chosen, rejected, margins, margin, center_coef, reduction):
+def bradley_terry_loss_fwd(
+    chosen_rewards, rejected_rewards, margin_tensor, margin, center_coef, reduction
+):
     """(loss, grads (2,B)), both float32."""
-    B = chosen.shape[0]
-    empty = {"dtype": torch.float32, "device": chosen.device}
+    B = chosen_rewards.shape[0]
+    empty = {"dtype": torch.float32, "device": chosen_rewards.device}
     grads = torch.empty((2, B), **empty)
     if B == 0:
         return torch.zeros((0,) if reduction == NONE else (), **empty), grads
     loss = torch.empty((B,) if reduction == NONE else (), **empty)
     block, warps = pair_block(B)
-    with rows.device_of(chosen):
+    with rows.device_of(chosen_rewards):
         _bradley_terry_loss_fwd_kernel[(triton.cdiv(B, block),)](
-            chosen, rejected, margins, loss, grads, B, margin, center_coef,
+            chosen_rewards, rejected_rewards, margin_tensor, loss, grads, B, margin, center_coef,
             1.0 / B if reduction == MEAN else 1.0,
             REDUCED=reduction != NONE, BLOCK=block, num_warps=warps,
         )  # fmt: skip

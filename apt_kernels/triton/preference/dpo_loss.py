@@ -182,19 +182,36 @@ def _dpo_loss_fwd_kernel(
             tl.store(loss_ptr, tl.sum(loss, 0) * scale)
 
 
-def _constants(loss_type, smoothing, extra):
-    """What a type takes beside beta and the smoothing: float32 would lose the digits of 1 - 2s."""
+def _constants(loss_type, label_smoothing, discopop_tau, simpo_gamma):
+    """The two numbers of a type beside beta and the smoothing.
+
+    float32 would lose the digits of 1 - 2 * label_smoothing.
+    """
     if loss_type == ROBUST.value:
-        return (1.0 - smoothing) / (1.0 - 2.0 * smoothing), smoothing / (1.0 - 2.0 * smoothing)
+        wrong = 1.0 - 2.0 * label_smoothing
+        return (1.0 - label_smoothing) / wrong, label_smoothing / wrong
     if loss_type == EXO_PAIR.value:
-        return math.log1p(-smoothing), math.log(smoothing)
-    return extra, 0.0
+        return math.log1p(-label_smoothing), math.log(label_smoothing)
+    if loss_type == DISCOPOP.value:
+        return discopop_tau, 0.0
+    return (simpo_gamma, 0.0) if loss_type == SIMPO.value else (0.0, 0.0)
 
 
-def dpo_loss_fwd(pc, pr, rc, rr, loss_type, reduction, beta, label_smoothing, extra):
+def dpo_loss_fwd(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    loss_type,
+    reduction,
+    beta,
+    label_smoothing,
+    discopop_tau,
+    simpo_gamma,
+):
     """(loss, chosen_rewards (B,), rejected_rewards (B,), grads (2,B)), all float32."""
-    B = pc.shape[0]
-    empty = {"dtype": torch.float32, "device": pc.device}
+    B = policy_chosen_logps.shape[0]
+    empty = {"dtype": torch.float32, "device": policy_chosen_logps.device}
     chosen_rewards, rejected_rewards = torch.empty(B, **empty), torch.empty(B, **empty)
     grads = torch.empty((2, B), **empty)
     if B == 0:
@@ -202,10 +219,11 @@ def dpo_loss_fwd(pc, pr, rc, rr, loss_type, reduction, beta, label_smoothing, ex
         return loss, chosen_rewards, rejected_rewards, grads
     loss = torch.empty((B,) if reduction == NONE else (), **empty)
     block, warps = pair_block(B)
-    with rows.device_of(pc):
+    with rows.device_of(policy_chosen_logps):
         _dpo_loss_fwd_kernel[(triton.cdiv(B, block),)](
-            pc, pr, rc, rr, loss, chosen_rewards, rejected_rewards, grads, B, beta,
-            label_smoothing, *_constants(loss_type, label_smoothing, extra),
+            policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, loss,
+            chosen_rewards, rejected_rewards, grads, B, beta, label_smoothing,
+            *_constants(loss_type, label_smoothing, discopop_tau, simpo_gamma),
             1.0 / B if reduction == MEAN else 1.0,
             LOSS=loss_type, REDUCED=reduction != NONE, BLOCK=block, num_warps=warps,
         )  # fmt: skip

@@ -71,10 +71,6 @@ void ema_update_fwd_cpu(at::TensorList targets, at::TensorList sources, double m
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def("ema_update_fwd(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("ema_update_fwd", ema_update_fwd_cpu); }
 
 }  // namespace apt

@@ -81,20 +81,6 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "info_nce_fwd(Tensor query, Tensor key, Tensor? negatives, Tensor? temperatures, "
-      "float temperature, bool normalize, bool symmetric, SymInt label_offset, "
-      "SymInt? self_offset, bool need_slopes, Tensor? before=None) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "info_nce_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, Tensor key, "
-      "Tensor? negatives, Tensor? temperatures, float temperature, bool normalize, "
-      "SymInt label_offset, SymInt? self_offset, Tensor row_stats, Tensor column_stats, "
-      "bool need_query, bool need_key, bool need_negatives, bool unrounded=False) "
-      "-> (Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("info_nce_fwd", info_nce_fwd_cpu);
   m.impl("info_nce_bwd", info_nce_bwd_cpu);

@@ -53,15 +53,6 @@ Tensor nt_xent_bwd_cpu(const Tensor& grad_losses, const Tensor& z1, const Tensor
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "nt_xent_fwd(Tensor z1, Tensor z2, Tensor? temperatures, float temperature, bool normalize, "
-      "bool need_slopes, Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "nt_xent_bwd(Tensor grad_losses, Tensor z1, Tensor z2, Tensor? temperatures, "
-      "float temperature, bool normalize, Tensor stats, bool unrounded=False) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("nt_xent_fwd", nt_xent_fwd_cpu);
   m.impl("nt_xent_bwd", nt_xent_bwd_cpu);

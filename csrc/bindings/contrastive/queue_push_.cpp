@@ -30,10 +30,6 @@ void queue_push_fwd_cpu(const Tensor& queue, const Tensor& pointer, const Tensor
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def("queue_push_fwd(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys) -> ()");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("queue_push_fwd", queue_push_fwd_cpu); }
 
 }  // namespace apt

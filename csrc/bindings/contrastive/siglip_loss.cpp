@@ -59,18 +59,6 @@ std::tuple<Tensor, Tensor> siglip_loss_bwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "siglip_loss_fwd(Tensor query, Tensor key, Tensor? temperatures, float temperature, "
-      "Tensor? biases, float logit_bias, bool normalize, SymInt label_offset, bool need_slopes, "
-      "Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "siglip_loss_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, Tensor key, "
-      "Tensor? temperatures, float temperature, Tensor? biases, float logit_bias, bool normalize, "
-      "SymInt label_offset, bool need_query, bool need_key, bool unrounded=False) "
-      "-> (Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("siglip_loss_fwd", siglip_loss_fwd_cpu);
   m.impl("siglip_loss_bwd", siglip_loss_bwd_cpu);

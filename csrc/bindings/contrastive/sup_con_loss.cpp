@@ -64,18 +64,6 @@ Tensor sup_con_loss_bwd_cpu(const Tensor& grad_losses, const OptionalTensor& gra
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "sup_con_loss_fwd(Tensor features, Tensor labels, Tensor? classes, Tensor? class_labels, "
-      "Tensor? temperatures, float temperature, bool normalize, SymInt self_offset, "
-      "bool need_slopes, Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "sup_con_loss_bwd(Tensor grad_losses, Tensor? grad_class_losses, Tensor features, "
-      "Tensor labels, Tensor? classes, Tensor? class_labels, Tensor? temperatures, "
-      "float temperature, bool normalize, SymInt self_offset, Tensor stats, Tensor? class_stats, "
-      "bool unrounded=False) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("sup_con_loss_fwd", sup_con_loss_fwd_cpu);
   m.impl("sup_con_loss_bwd", sup_con_loss_bwd_cpu);

@@ -32,14 +32,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-      "Tensor? normalizer, int ignore_index, float label_smoothing, float softcap, "
-      "float logit_scale, int reduction, bool need_hidden, bool need_weight, bool need_bias) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("linear_cross_entropy_fwd", linear_cross_entropy_fwd_cpu);
 }

@@ -60,18 +60,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_bwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "linear_token_logprobs_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, "
-      "Tensor? mask, Tensor? temperatures, float temperature, float softcap, float logit_scale, "
-      "bool return_entropy, bool form_grad_hidden) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "linear_token_logprobs_bwd(Tensor grad_logps, Tensor? grad_entropy, Tensor hidden, "
-      "Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor? temperatures, "
-      "Tensor lse, Tensor entropy, float temperature, float softcap, float logit_scale, "
-      "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("linear_token_logprobs_fwd", linear_token_logprobs_fwd_cpu);
   m.impl("linear_token_logprobs_bwd", linear_token_logprobs_bwd_cpu);

@@ -39,11 +39,6 @@ Tensor sequence_logps_bwd_cpu(const Tensor& grad, const Tensor& mask) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def("sequence_logps_fwd(Tensor logps, Tensor mask, bool average) -> (Tensor, Tensor)");
-  m.def("sequence_logps_bwd(Tensor grad, Tensor mask) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("sequence_logps_fwd", sequence_logps_fwd_cpu);
   m.impl("sequence_logps_bwd", sequence_logps_bwd_cpu);

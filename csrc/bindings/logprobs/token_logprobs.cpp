@@ -61,16 +61,6 @@ Tensor token_logprobs_bwd_cpu(const Tensor& grad_logps, const OptionalTensor& gr
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "token_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor? mask, Tensor? temperatures, "
-      "float temperature, float softcap, bool return_entropy) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "token_logprobs_bwd(Tensor grad_logps, Tensor? grad_entropy, Tensor logits, "
-      "Tensor token_ids, Tensor? mask, Tensor? temperatures, Tensor lse, Tensor entropy, "
-      "float temperature, float softcap) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("token_logprobs_fwd", token_logprobs_fwd_cpu);
   m.impl("token_logprobs_bwd", token_logprobs_bwd_cpu);

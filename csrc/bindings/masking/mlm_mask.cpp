@@ -105,14 +105,6 @@ void define_mlm_mask_arrays(pybind11::module_& m) {
         "mlm_mask_fwd of contiguous NumPy arrays; arguments as in torch.ops.apt.");
 }
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "mlm_mask_fwd(Tensor input_ids, Tensor? attention_mask, Tensor? special_tokens_mask, "
-      "Tensor? sample_ids, Tensor? word_ids, int[] special_runs, int mask_token_id, "
-      "int word_count, int chosen_below, int mask_below, int random_below, SymInt seed_low, "
-      "SymInt seed_high, SymInt step, bool at_least_one) -> (Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("mlm_mask_fwd", mlm_mask_fwd_cpu); }
 
 }  // namespace apt

@@ -67,13 +67,6 @@ std::tuple<Tensor, Tensor> gae_fwd_cpu(const Tensor& rewards, const Tensor& valu
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "gae_fwd(Tensor rewards, Tensor values, Tensor? mask, Tensor? terminated, Tensor? truncated, "
-      "Tensor? bootstrap, Tensor? cu_seqlens, float gamma, float gae_lambda, bool whiten, "
-      "bool time_major) -> (Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("gae_fwd", gae_fwd_cpu); }
 
 }  // namespace apt

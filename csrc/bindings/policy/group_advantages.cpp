@@ -19,10 +19,6 @@ Tensor group_advantages_fwd_cpu(const Tensor& rewards, int64_t group_size, int64
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def("group_advantages_fwd(Tensor rewards, int group_size, int kind, float eps) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("group_advantages_fwd", group_advantages_fwd_cpu); }
 
 }  // namespace apt

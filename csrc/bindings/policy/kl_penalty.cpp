@@ -28,13 +28,6 @@ Tensor kl_penalty_bwd_cpu(const Tensor& grad, const Tensor& logps, const Tensor&
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def("kl_penalty_fwd(Tensor logps, Tensor ref_logps, Tensor? mask, int estimator) -> Tensor");
-  m.def(
-      "kl_penalty_bwd(Tensor grad, Tensor logps, Tensor ref_logps, Tensor? mask, int estimator) "
-      "-> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) {
   m.impl("kl_penalty_fwd", kl_penalty_fwd_cpu);
   m.impl("kl_penalty_bwd", kl_penalty_bwd_cpu);

@@ -43,17 +43,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "linear_policy_loss_fwd(Tensor? upstream, Tensor hidden, Tensor weight, Tensor? bias, "
-      "Tensor token_ids, Tensor mask, Tensor? temperatures, Tensor? old_logps, Tensor advantages, "
-      "Tensor? weights, Tensor? ref_logps, Tensor? normalizer, float temperature, float softcap, "
-      "float logit_scale, int loss_type, int ratio_level, int kl_estimator, int aggregation, "
-      "float clip_low, float clip_high, float dual_clip, float tau_pos, float tau_neg, "
-      "float kl_coef, float entropy_coef, bool need_hidden, bool need_weight, bool need_bias) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("linear_policy_loss_fwd", linear_policy_loss_fwd_cpu); }
 
 }  // namespace apt

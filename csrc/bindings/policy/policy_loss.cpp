@@ -39,15 +39,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "policy_loss_fwd(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor mask, "
-      "Tensor? weights, Tensor? ref_logps, Tensor? entropy, Tensor? normalizer, int loss_type, "
-      "int ratio_level, int kl_estimator, int aggregation, float clip_low, float clip_high, "
-      "float dual_clip, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, "
-      "bool need_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("policy_loss_fwd", policy_loss_fwd_cpu); }
 
 }  // namespace apt

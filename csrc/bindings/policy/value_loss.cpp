@@ -30,12 +30,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss_fwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "value_loss_fwd(Tensor values, Tensor returns, Tensor mask, Tensor? old_values, "
-      "Tensor? normalizer, int aggregation, float clip_range) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("value_loss_fwd", value_loss_fwd_cpu); }
 
 }  // namespace apt

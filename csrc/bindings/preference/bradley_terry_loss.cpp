@@ -17,12 +17,6 @@ std::tuple<Tensor, Tensor> bradley_terry_loss_fwd_cpu(const Tensor& chosen, cons
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "bradley_terry_loss_fwd(Tensor chosen, Tensor rejected, Tensor? margins, float margin, "
-      "float center_coef, int reduction) -> (Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("bradley_terry_loss_fwd", bradley_terry_loss_fwd_cpu); }
 
 }  // namespace apt

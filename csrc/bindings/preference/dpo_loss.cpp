@@ -8,9 +8,12 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> dpo_loss_fwd_cpu(
     const Tensor& policy_chosen, const Tensor& policy_rejected, const OptionalTensor& ref_chosen,
     const OptionalTensor& ref_rejected, int64_t loss_type, int64_t reduction, double beta,
-    double label_smoothing, double extra) {
+    double label_smoothing, double discopop_tau, double simpo_gamma) {
   TORCH_CHECK_VALUE(loss_type >= 0 && loss_type < kDpoTypes, "loss_type: expected 0 to ",
                     kDpoTypes - 1);
+  const double extra = DpoType(loss_type) == DpoType::discopop ? discopop_tau
+                       : DpoType(loss_type) == DpoType::simpo  ? simpo_gamma
+                                                               : 0.0;
   const auto options = accumulate_options(policy_chosen);
   const int64_t pairs = policy_chosen.size(0);
   const PairTensors results(pairs, reduction, options);
@@ -25,13 +28,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dpo_loss_fwd_cpu(
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(apt, m) {
-  m.def(
-      "dpo_loss_fwd(Tensor policy_chosen, Tensor policy_rejected, Tensor? ref_chosen, "
-      "Tensor? ref_rejected, int loss_type, int reduction, float beta, float label_smoothing, "
-      "float extra) -> (Tensor, Tensor, Tensor, Tensor)");
-}
 
 TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("dpo_loss_fwd", dpo_loss_fwd_cpu); }
 

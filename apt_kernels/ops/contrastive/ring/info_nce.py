@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .... import dispatch
+from ...common.autograd import differentiable_once
 from .. import similarity
 from .ring import Passenger, gradients, no_classes
 
@@ -50,7 +50,7 @@ class InfoNCERing(torch.autograd.Function):
         return losses, right
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_losses, _):
         query, key, temperature, slopes, row_stats, column_stats = ctx.saved_tensors
         number, normalize, symmetric, backend, ranks = ctx.options

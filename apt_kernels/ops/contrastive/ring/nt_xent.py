@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .... import dispatch
+from ...common.autograd import differentiable_once
 from .. import similarity
 from .ring import Passenger, no_classes
 
@@ -56,7 +56,7 @@ class NTXentRing(torch.autograd.Function):
         return losses, right
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_losses, _):
         z1, z2, temperature, slopes, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad

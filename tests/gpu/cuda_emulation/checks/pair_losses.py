@@ -26,7 +26,7 @@ EXTRA = {"discopop": ("discopop_tau", 0.05), "simpo": ("simpo_gamma", 0.5)}
 def _call(kernels, loss_type, inputs, reduction, beta, smoothing, extra) -> dict[str, Tensor]:
     refs = (*inputs[2:], None, None)[:2]
     codes = LOSS_TYPES.index(loss_type), REDUCTIONS.index(reduction)
-    results = kernels.dpo_loss_fwd(*inputs[:2], *refs, *codes, beta, smoothing, extra)
+    results = kernels.dpo_loss_fwd(*inputs[:2], *refs, *codes, beta, smoothing, extra, extra)
     return dict(zip(("loss", "chosen_rewards", "rejected_rewards", "grads"), results, strict=True))
 
 
