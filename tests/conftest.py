@@ -15,8 +15,6 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-if os.environ.get("APT_TEST_ONEDNN") == "0":
-    torch.backends.mkldnn.set_flags(_enabled=False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The registry's samples once more on the backends that need a process of their own.
 
-The instruction sets below the processor's best, products without oneDNN's kernels, Triton's
-kernels under its interpreter, and the CUDA sources under the emulation of tests/gpu: each is chosen
-by environment variables that are read when modules are imported.
+The instruction sets below the processor's best, Triton's kernels under its interpreter, and the
+CUDA sources under the emulation of tests/gpu: each is chosen by environment variables that are read
+when modules are imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import apt_kernels
 RUNS = {
     "avx2": {"APT_KERNELS_ISA": "avx2", "APT_TEST_BACKEND": "native"},
     "baseline": {"APT_KERNELS_ISA": "baseline", "APT_TEST_BACKEND": "native"},
-    "blas": {"APT_TEST_ONEDNN": "0", "APT_TEST_BACKEND": "native"},
+    "avx512": {"APT_KERNELS_ISA": "avx512", "APT_TEST_BACKEND": "native"},
+    "avx512_bf16": {"APT_KERNELS_ISA": "avx512_bf16", "APT_TEST_BACKEND": "native"},
     "triton": {"TRITON_INTERPRET": "1", "APT_TEST_BACKEND": "triton"},
     "triton_compiled": {"TRITON_INTERPRET": "1", "APT_TEST_BACKEND": "triton"},
     "cuda_emulation": {"APT_TEST_CUDA_EMULATION": "1", "APT_TEST_BACKEND": "cuda_emulation"},
@@ -31,10 +32,12 @@ RUNS = {
 def test_registry_samples(name):
     if name in ("avx2", "baseline") and "avx" not in apt_kernels.backends()["native"]:
         pytest.skip("this processor has one instruction set only")
+    if name.startswith("avx512") and "avx512" not in apt_kernels.backends()["native"]:
+        pytest.skip("this processor has no AVX-512")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += [str(Path(__file__).with_name("test_ops.py")), "-k", "values_and_gradients"]
-    if name == "blas":  # products by PyTorch's BLAS, where others are faster but not to be had
-        command[-1] += " and (linear or info_nce or nt_xent or siglip or sup_con)"
+    if name.startswith("avx512"):  # bfloat16 products as floats, and by vectors instead of tiles
+        command[-1] += " and bfloat16 and (linear or info_nce or nt_xent or siglip or sup_con)"
     if name == "triton":  # the others in tests/gpu/test_triton_interpreter.py, on smaller calls
         command[-1] += " and (bradley_terry_loss or dpo_loss) and not linear"
     if name == "triton_compiled":  # its launchers as operators of torch.compile

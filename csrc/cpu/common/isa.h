@@ -7,6 +7,11 @@ enum class Isa { baseline, avx2, avx512 };
 Isa isa();
 const char* isa_name();
 
+// How the processor multiplies bfloat16 best: as floats, by vectors of pairs (AVX512-BF16) or by
+// tiles of them (AMX).
+enum class PairProducts { none, vectors, tiles };
+PairProducts pair_products();
+
 }  // namespace apt
 
 // Declares a kernel of one signature in the namespace of every instruction set.

@@ -3,26 +3,37 @@
 //   dots          c = left right^T
 //   add_to_left   out [m, width] (+)= c right
 //   add_to_right  out [n, width] (+)= c^T left
-// One type for each way of multiplying: BlasProducts here, those by oneDNN's kernels in
-// packed_products.h. Each has Scalar, the type of the coefficients and sums; Element, that of the
+// One type for each way of multiplying: Products of float and double here, of bfloat16 in
+// bfloat16_products.h. Each has Scalar, the type of the coefficients and sums; Element, that of the
 // rows; Block, rows in the forms its products read; Scratch; kTileColumns, the size of right blocks
-// that multiplies fastest.
+// that multiplies fastest. A row of dots, and of sums for the left, has the same bits however many
+// rows there are.
 #pragma once
 #include <algorithm>
 
-#include "common/blas.h"
+#include "common/micro_kernels.h"
 #include "common/parallel.h"
-#include "common/simd.h"
+#include "common/transpose.h"
 #include "common/workspace.h"
 
 namespace apt::APT_ISA {
+
+void multiply(const PanelProduct<float>& p);
+void multiply(const PanelProduct<double>& p);
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Of the rows [left, left + rows) of one block and [right, right + columns) of another; a begin
-// other than 0 is even.
+// Blocks are cut at multiples of this: of every panel, and of the words of bfloat16 products.
+#if defined(__aarch64__)
+constexpr int64_t kCut = 96;
+#else
+constexpr int64_t kCut = 32;
+#endif
+
+// Of the rows [left, left + rows) of one block and [right, right + columns) of another, both cut at
+// multiples of kCut.
 template <class A>
 struct Coefficients {
   A* data;
@@ -30,66 +41,162 @@ struct Coefficients {
   A* operator[](int64_t r) const { return data + r * stride; }
 };
 
-// The right block of dots; one of whose rows sums are taken.
+// The right block of dots, the left one; one of whose rows sums are taken.
 struct Uses {
-  bool right_of_dots, sums;
+  bool right_of_dots, left_of_dots, sums;
 };
 
-// Rows side by side: in their own memory, where room() lets them be written, or where they lie.
+// Where a stride is a multiple of kConflict bytes, the rows of a strip share too few places in the
+// first cache. A line more puts them apart.
+constexpr int64_t kConflict = 1024, kLine = 64;
 template <class E>
-struct RowBlock {
-  int64_t longest, width, stride;
-  const E* rows = nullptr;
-  Workspace<E> own;
-  RowBlock(int64_t most, int64_t w, int64_t s) : longest(most), width(w), stride(s) {}
-  E* room() {
-    if (own.size() == 0) own.allocate(longest * stride);
-    return own.data();
-  }
+constexpr int64_t apart(int64_t stride) {
+  constexpr int64_t size = sizeof(E);
+  return stride * size % kConflict ? stride : stride + kLine / size;
+}
+
+// Calls done(first, count) for the rows of a product that are complete.
+template <class Done>
+RowsDone rows_done(const Done& done) {
+  return {[](const void* state, int64_t first, int64_t count) {
+            (*static_cast<const Done*>(state))(first, count);
+          },
+          &done};
+}
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
 };
 
-template <class A>
-struct BlasProducts {
-  using Scalar = A;
-  using Element = A;
-  static constexpr DType kType = sizeof(A) == 8 ? DType::f64 : DType::f32;
-  // Measured, 1 core with 1 MiB of L2: products of 256 rows and 512 columns reach 96 % of the
-  // BLAS' peak, a call with 15261 columns 51 %.
-  static constexpr int64_t kTileColumns = 512;
+// A vector of T as words of float, of which `count` matter; the others are 0.
+template <class T>
+VecU float_words(const T* p, int64_t count) {
+  return bit_cast<VecU>(count >= kLanes ? load(p) : load_partial(p, count, 0.f));
+}
 
-  struct Block : RowBlock<A> {
-    Block(int64_t most, int64_t w, Uses) : RowBlock<A>(most, w, w) {}
-    void use(const A* data, int64_t) { this->rows = data; }
-    Matrix part(int64_t begin, int64_t size) const {
-      return {const_cast<A*>(this->rows) + begin * this->width,
-              kType,
-              size,
-              this->width,
-              this->width,
-              1};
+constexpr int64_t kPackGrain = 64;  // rows whose packing is worth a thread
+
+template <class S>
+struct Products {
+  using Scalar = S;
+  using Element = S;
+  static constexpr int64_t kTileColumns = 256;
+  static constexpr int64_t kPanel = kPanelVectors * kLanes * int64_t(sizeof(float)) / sizeof(S);
+
+  struct Block {
+    int64_t longest, width, stride;  // stride: of rows in room()
+    const S* rows = nullptr;         // of the left one
+    int64_t rows_stride = 0;
+    // [longest / kPanel][width][kPanel] and [width / kPanel][longest][kPanel]
+    Workspace<S> columns, panels;
+    Block(int64_t most, int64_t w, Uses uses)
+        : longest(most),
+          width(w),
+          stride(apart<S>(w)),
+          columns(uses.right_of_dots ? round_up(most, kPanel) * w : 0),
+          panels(uses.sums ? round_up(w, kPanel) * most : 0),
+          left_(uses.left_of_dots) {}
+    S* room() {
+      if (own_.size() == 0) own_.allocate(longest * stride);
+      return own_.data();
     }
+    // n rows of S, or of a type that is converted to it.
+    template <class T>
+    void use(const T* data, int64_t n, int64_t data_stride) {
+      parallel_for(round_up(n, kCut) / kCut, kPackGrain / kCut, [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * kCut, size = std::min(end * kCut, n) - first;
+        if (columns.size()) pack_columns(data, data_stride, first, size);
+        if (panels.size()) pack_panels(data, data_stride, first, size);
+      });
+      if (left_) use_rows(data, n, data_stride);
+    }
+
+   private:
+    template <class T>
+    void use_rows(const T* data, int64_t n, int64_t data_stride) {
+      if constexpr (std::is_same_v<T, S>)
+        if (data == own_.data() || data_stride == apart<S>(data_stride)) {
+          rows = data, rows_stride = data_stride;
+          return;
+        }
+      rows = room(), rows_stride = stride;
+      parallel_for(n, kPackGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r)
+          convert(data + r * data_stride, width, own_.data() + r * stride);
+      });
+    }
+
+    template <class T>
+    void pack_columns(const T* data, int64_t data_stride, int64_t first, int64_t size) {
+      S* out = columns.data();
+      const auto at = [&](int64_t r, int64_t c) {
+        return out + (r / kPanel * width + c) * kPanel + r % kPanel;
+      };
+      if constexpr (std::is_same_v<S, float>) {
+        transpose_words(
+            size, round_up(size, kPanel), width,
+            [&](int64_t r, int64_t c, int64_t count) {
+              const T* p = data + (first + r) * data_stride + c;
+              __builtin_prefetch(p + kLanes * data_stride);
+              return float_words(p, count);
+            },
+            [&](int64_t r, int64_t c, VecU words) {
+              std::memcpy(at(first + r, c), &words, sizeof words);
+            });
+      } else {
+        for (int64_t r = first; r < first + round_up(size, kPanel); ++r)
+          for (int64_t c = 0; c < width; ++c)
+            *at(r, c) = r < first + size ? data[r * data_stride + c] : S(0);
+      }
+    }
+
+    template <class T>
+    void pack_panels(const T* data, int64_t data_stride, int64_t first, int64_t size) {
+      for (int64_t r = first; r < first + size; ++r)
+        for (int64_t c = 0; c < width; c += kPanel) {
+          S* to = panels.data() + (c / kPanel * longest + r) * kPanel;
+          const int64_t count = std::min(kPanel, width - c);
+          convert(data + r * data_stride + c, count, to);
+          std::fill(to + count, to + kPanel, S(0));
+        }
+    }
+
+    template <class T>
+    static void convert(const T* in, int64_t size, S* out) {
+      if constexpr (std::is_same_v<T, S>) {
+        std::copy_n(in, size, out);
+      } else {
+        int64_t i = 0;
+        for (; i + kLanes <= size; i += kLanes) store(out + i, load(in + i));
+        for (; i < size; ++i) out[i] = to_float(in[i]);
+      }
+    }
+
+    bool left_;
+    Workspace<S> own_;
   };
   struct Scratch {
     Scratch(int64_t, int64_t) {}
   };
 
-  static Matrix matrix(const Coefficients<A>& c) {
-    return {c.data, kType, c.rows, c.columns, c.stride, 1};
+  // done(first, count) is called for rows of c as they are complete.
+  template <class Done = Nothing>
+  static void dots(const Coefficients<S>& c, const Block& left, const Block& right,
+                   const Done& done = {}) {
+    multiply({c.rows, c.columns, left.width, left.rows + c.left * left.rows_stride,
+              left.rows_stride, 1, right.columns.data() + c.right * right.width,
+              right.width * kPanel, c.data, c.stride, false, rows_done(done)});
   }
-  static void dots(const Coefficients<A>& c, const Block& left, const Block& right,
-                   bool accumulate) {
-    multiply(matrix(c), left.part(c.left, c.rows), transposed(right.part(c.right, c.columns)),
-             accumulate);
-  }
-  static void add_to_left(A* out, const Coefficients<A>& c, const Block& right, Scratch&,
+  static void add_to_left(S* out, const Coefficients<S>& c, const Block& right, Scratch&,
                           bool accumulate) {
-    multiply({out, kType, c.rows, right.width, right.width, 1}, matrix(c),
-             right.part(c.right, c.columns), accumulate);
+    multiply({c.rows, right.width, c.columns, c.data, c.stride, 1,
+              right.panels.data() + c.right * kPanel, right.longest * kPanel, out, right.width,
+              accumulate});
   }
-  static void add_to_right(A* out, const Coefficients<A>& c, const Block& left, Scratch&,
+  static void add_to_right(S* out, const Coefficients<S>& c, const Block& left, Scratch&,
                            bool accumulate) {
-    multiply({out, kType, c.columns, left.width, left.width, 1}, transposed(matrix(c)),
-             left.part(c.left, c.rows), accumulate);
+    multiply({c.columns, left.width, c.rows, c.data, 1, c.stride,
+              left.panels.data() + c.left * kPanel, left.longest * kPanel, out, left.width,
+              accumulate});
   }
   static void finish() {}
 };

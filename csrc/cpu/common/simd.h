@@ -27,6 +27,7 @@ constexpr int kLanes = 4;
 #endif
 
 using VecF = float __attribute__((vector_size(kLanes * 4)));
+using VecD = double __attribute__((vector_size(kLanes * 4)));
 using VecI = int32_t __attribute__((vector_size(kLanes * 4)));
 using VecU = uint32_t __attribute__((vector_size(kLanes * 4)));
 using VecU16 = uint16_t __attribute__((vector_size(kLanes * 2)));

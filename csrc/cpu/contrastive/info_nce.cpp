@@ -104,7 +104,7 @@ void forward(const InfoNCE& a) {
     rows.read(a.before);
     other.read(a.before + behind_rows);
   }
-  for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
+  for_each_product<P>(s, norms, false, [&](const Tile<A>& tile, Worker<P>& w) {
     tile.along(s.self_offset, [](int64_t, int64_t, A& d) { d = -kInf; });
     for_positives(s, tile, [&](int64_t i, int64_t j, A& d) {
       rows.positive[i] = d;
@@ -147,7 +147,7 @@ void backward(const InfoNCE& a) {
   const SoftmaxWeights<A> column_side(s, s.triangle ? nullptr : column_weights, column_stats,
                                       s.columns.count);
   if (grad_rows || grad_columns) {
-    for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
+    for_each_product<P>(s, norms, true, [&](const Tile<A>& tile, Worker<P>& w) {
       coefficients(s, tile, row_side, s.triangle ? row_side : column_side);
       if (grad_rows) P::add_to_left(grad_rows.row(tile.row), tile, w.right, w.scratch, true);
       if (s.triangle && !tile.diagonal)

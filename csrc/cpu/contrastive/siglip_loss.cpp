@@ -85,7 +85,7 @@ void forward(const SigLIP& a) {
   const Similarity& s = a.similarity;
   RowSums<A> rows(s.rows.count);
   if (a.before) rows.read(a.before);
-  for_each_product<P>(s, Norms<A>(s), [&](const Tile<A>& tile, Worker<P>&) {
+  for_each_product<P>(s, Norms<A>(s), false, [&](const Tile<A>& tile, Worker<P>&) {
     tile.along(s.label_offset, [&](int64_t i, int64_t, A& d) {
       rows.positive[i] = d;
       d = -kInf;
@@ -140,7 +140,7 @@ void backward(const SigLIP& a) {
   Gradient<A> grad_rows(s.rows, a.grad_rows, s.unrounded);
   Gradient<A> grad_columns(s.columns, a.grad_columns, s.unrounded);
   Workspace<A> positives(s.rows.count);
-  for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
+  for_each_product<P>(s, norms, true, [&](const Tile<A>& tile, Worker<P>& w) {
     coefficients(a, tile, w, positives.data());
     if (grad_rows) P::add_to_left(grad_rows.row(tile.row), tile, w.right, w.scratch, true);
     if (grad_columns) P::add_to_right(grad_columns.row(tile.column), tile, w.left, w.scratch, true);

@@ -60,10 +60,11 @@ void load_row(const T* x, int64_t width, A factor, A* out) {
 // [width, count] is passed transposed.
 constexpr int64_t kRowsTogether = 16;
 
-// `count` rows from `first` on, times their factors (null: 1), as [count, width]. A row of factor 0
-// is 0 whatever it holds.
+// `count` rows from `first` on, times their factors (null: 1), so far apart. A row of factor 0 is 0
+// whatever it holds.
 template <class A>
-void load_rows(const Rows& rows, int64_t first, int64_t count, const A* factors, A* out) {
+void load_rows(const Rows& rows, int64_t first, int64_t count, const A* factors, A* out,
+               int64_t stride) {
   with_type(rows.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t done = 0; done < count;) {
@@ -72,20 +73,25 @@ void load_rows(const Rows& rows, int64_t first, int64_t count, const A* factors,
       const int64_t together = step == 1 ? 1 : std::min({kRowsTogether, count - done, end - row});
       const T* x = static_cast<const T*>(rows.data[part]) +
                    (row - part * rows.first_count) * rows.row_stride[part];
-      A* to = out + done * rows.width;
+      A* to = out + done * stride;
       if (step == 1) {
         load_row(x, rows.width, factors ? factors[row] : A(1), to);
       } else {
         for (int64_t c = 0; c < rows.width; ++c)
           for (int64_t r = 0; r < together; ++r)
-            to[r * rows.width + c] = A(to_float(x[r * rows.row_stride[part] + c * step])) *
-                                     (factors ? factors[row + r] : A(1));
+            to[r * stride + c] = A(to_float(x[r * rows.row_stride[part] + c * step])) *
+                                 (factors ? factors[row + r] : A(1));
       }
       for (int64_t r = 0; factors && r < together; ++r)
-        if (factors[row + r] == 0) std::fill_n(to + r * rows.width, rows.width, A(0));
+        if (factors[row + r] == 0) std::fill_n(to + r * stride, rows.width, A(0));
       done += together;
     }
   });
+}
+
+template <class A>
+void load_rows(const Rows& rows, int64_t first, int64_t count, const A* factors, A* out) {
+  load_rows(rows, first, count, factors, out, rows.width);
 }
 
 template <class A>

@@ -6,27 +6,30 @@
 #include <memory>
 #include <vector>
 
-#include "common/packed_products.h"
+#include "common/bfloat16_products.h"
 #include "contrastive/similarity_rows.h"
 
 namespace apt::APT_ISA {
 
 // Rows are loaded in blocks; tiles of two blocks are cut into squares that stay in the L2 cache.
-constexpr int64_t kLargestBlock = 512, kSmallestBlock = 64, kSquare = 256;  // rows
+constexpr int64_t kSquare = round_up(256, kCut), kLargestBlock = 2 * kSquare;  // rows
+constexpr int64_t kSmallestBlock = 64;
 constexpr int64_t kBlocksPerThread = 4;
 
-// Blocks of nearly equal length: a last block of a row or two would be summed in another order.
+// Blocks of equal length but the last, cut where products may be.
 struct Blocks {
-  int64_t total, count;
+  int64_t total, size, count;
   Blocks(int64_t rows, int64_t threads, int64_t largest = kLargestBlock) : total(rows) {
-    const int64_t wanted = threads > 1 ? kBlocksPerThread * threads : 1;
-    count = std::max((rows + largest - 1) / largest,
-                     std::min(wanted, (rows + kSmallestBlock - 1) / kSmallestBlock));
+    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t wanted =
+        std::min(threads > 1 ? kBlocksPerThread * threads : 1, ceil_div(rows, kSmallestBlock));
+    const int64_t least = std::max({ceil_div(rows, largest), wanted, int64_t{1}});
+    size = round_up(std::max<int64_t>(ceil_div(rows, least), 1), kCut);
+    count = ceil_div(rows, size);
   }
-  // Even, as pairs of bfloat16 rows are multiplied together.
-  int64_t begin(int64_t i) const { return i == count ? total : total * i / count / 2 * 2; }
+  int64_t begin(int64_t i) const { return std::min(total, i * size); }
   int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
-  int64_t longest() const { return count ? std::min(total, total / count + 3) : 0; }
+  int64_t longest() const { return std::min(total, size); }
 };
 
 // Calls body(worker, i, j) for all pairs of blocks (i <= j in a triangle) in rounds, in none of
@@ -77,29 +80,29 @@ struct Tile : Coefficients<A> {
 // `n` rows from `first` on as unit rows. A row without a direction is zero, whatever it holds.
 template <class Block, class A>
 void load_block(const Rows& from, int64_t first, int64_t n, const A* inverse, Block& block) {
-  load_rows(from, first, n, inverse, block.room());
-  block.use(block.room(), n);
+  load_rows(from, first, n, inverse, block.room(), block.stride);
+  block.use(block.room(), n, block.stride);
 }
 
 #if defined(__AVX512F__)
 // bfloat16 as they came, with the factors of unit rows: where they lie, or copied.
 inline void load_block(const Rows& from, int64_t first, int64_t n, const float* inverse,
-                       PackedBFloat16Products::Block& block) {
+                       BFloat16Products::Block& block) {
   const auto row = [&](int64_t i) {
     const int64_t part = i >= from.first_count;
     return static_cast<const uint16_t*>(from.data[part]) +
            (i - part * from.first_count) * from.row_stride[part];
   };
   const int64_t part = first >= from.first_count, last = first + n - 1;
-  const bool side_by_side = part == (last >= from.first_count) && from.column_stride[part] == 1 &&
-                            from.row_stride[part] == block.stride && block.stride == block.width;
-  if (side_by_side && !std::count(inverse + first, inverse + first + n, 0.f))
-    return block.use(row(first), n, inverse + first);
+  const bool one_matrix = part == (last >= from.first_count) && from.column_stride[part] == 1 &&
+                          from.row_stride[part] % 2 == 0;
+  if (one_matrix && !std::count(inverse + first, inverse + first + n, 0.f))
+    return block.use(row(first), n, from.row_stride[part], inverse + first);
   for (int64_t r = 0; r < n; ++r) {
     const uint16_t* x = row(first + r);
     const int64_t step = from.column_stride[first + r >= from.first_count];
     uint16_t* to = block.room() + r * block.stride;
-    to[block.stride - 1] = 0;
+    std::fill(to + block.width, to + block.stride, 0);
     if (step == 1) {
       std::memcpy(to, x, size_t(block.width) * sizeof *to);
     } else {
@@ -107,7 +110,7 @@ inline void load_block(const Rows& from, int64_t first, int64_t n, const float* 
     }
     if (inverse[first + r] == 0) std::fill_n(to, block.stride, 0);
   }
-  block.use(block.room(), n, inverse + first);
+  block.use(block.room(), n, block.stride, inverse + first);
 }
 #endif
 
@@ -116,17 +119,18 @@ template <class P>
 struct Worker {
   using A = typename P::Scalar;
   static constexpr int64_t kArrays = 10;
-  int64_t stride, length;
+  int64_t stride, tile_stride, length;  // stride: columns of the longest tile, in whole vectors
   typename P::Block left, right;
   typename P::Scratch scratch;
   Workspace<A> tile, arrays;
-  Worker(int64_t rows, int64_t columns, int64_t width)
+  Worker(int64_t rows, int64_t columns, int64_t width, bool sums)
       : stride(round_up(std::min(columns, kSquare), Lanes<A>::kCount)),
+        tile_stride(apart<A>(stride)),
         length(std::max(stride, round_up(std::min(rows, kSquare), Lanes<A>::kCount))),
-        left(rows, width, {false, true}),
-        right(columns, width, {true, true}),
-        scratch(length, length),
-        tile(length * stride),
+        left(rows, width, {false, true, sums}),
+        right(columns, width, {true, false, sums}),
+        scratch(sums ? length : 0, sums ? length : 0),
+        tile(length * tile_stride),
         arrays(kArrays * length) {}
   A* array(int64_t k) { return arrays.data() + k * length; }
 };
@@ -148,26 +152,28 @@ class Norms {
   bool triangle_;
 };
 
-// Calls body(tile, worker) for all tiles of dot products, in the rounds of for_each_pair.
+// Calls body(tile, worker) for all tiles of dot products, in the rounds of for_each_pair. sums: it
+// adds to the left or to the right.
 template <class P, class A = typename P::Scalar, class Body>
-void for_each_product(const Similarity& s, const Norms<A>& norms, const Body& body) {
+void for_each_product(const Similarity& s, const Norms<A>& norms, bool sums, const Body& body) {
   const Blocks rows(s.rows.count, max_threads()), columns(s.columns.count, max_threads());
   std::vector<std::unique_ptr<Worker<P>>> workers(max_threads());
   for_each_pair(rows.count, columns.count, s.triangle, [&](int64_t id, int64_t i, int64_t j) {
     if (!workers[id])
-      workers[id] = std::make_unique<Worker<P>>(rows.longest(), columns.longest(), s.rows.width);
+      workers[id] =
+          std::make_unique<Worker<P>>(rows.longest(), columns.longest(), s.rows.width, sums);
     Worker<P>& w = *workers[id];
     load_block(s.rows, rows.begin(i), rows.length(i), norms.rows(), w.left);
     load_block(s.columns, columns.begin(j), columns.length(j), norms.columns(), w.right);
     const Blocks down(rows.length(i), 1, kSquare), across(columns.length(j), 1, kSquare);
     for (int64_t r = 0; r < down.count; ++r)
       for (int64_t c = s.triangle && i == j ? r : 0; c < across.count; ++c) {
-        const Tile<A> tile{{w.tile.data(), w.stride, down.length(r), across.length(c),
+        const Tile<A> tile{{w.tile.data(), w.tile_stride, down.length(r), across.length(c),
                             down.begin(r), across.begin(c)},
                            rows.begin(i) + down.begin(r),
                            columns.begin(j) + across.begin(c),
                            s.triangle && i == j && r == c};
-        P::dots(tile, w.left, w.right, false);
+        P::dots(tile, w.left, w.right);
         for (int64_t k = 0; k < tile.rows; ++k)
           std::fill(tile[k] + tile.columns, tile[k] + w.stride, A(-kInf));
         body(tile, w);
@@ -182,15 +188,14 @@ constexpr int64_t kSmallestBFloat16Work = int64_t{1} << 22;
 // Calls body with the kind of products that suits the rows.
 template <class Body>
 void with_products(const Similarity& s, const Body& body) {
-  if (s.wide) return body(BlasProducts<double>{});
+  if (s.wide) return body(Products<double>{});
 #if defined(__AVX512F__)
   const bool bfloat16 = s.rows.dtype == DType::bf16 && s.columns.dtype == DType::bf16;
-  if (bfloat16 && has_packed_products(DType::bf16) &&
+  if (bfloat16 && pair_products() != PairProducts::none &&
       double(s.rows.count) * s.columns.count * s.rows.width >= kSmallestBFloat16Work)
-    return body(PackedBFloat16Products{});
-  if (has_packed_products(DType::f32)) return body(PackedFloatProducts{});
+    return body(BFloat16Products{});
 #endif
-  body(BlasProducts<float>{});
+  body(Products<float>{});
 }
 
 }  // namespace apt::APT_ISA

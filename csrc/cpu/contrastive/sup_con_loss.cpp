@@ -135,7 +135,7 @@ void forward(const SupCon& a) {
     positives.number[i] +=
         labels.counts[int64_t(labels.rows[i])] - (itself >= 0 && itself < s.columns.count);
   }
-  for_each_product<P>(s, Norms<A>(s), [&](const Tile<A>& tile, Worker<P>& w) {
+  for_each_product<P>(s, Norms<A>(s), false, [&](const Tile<A>& tile, Worker<P>& w) {
     tile.along(s.self_offset, [](int64_t, int64_t, A& d) { d = -kInf; });
     const bool both = s.triangle && !tile.diagonal;
     const auto add = both ? add_positives<true, A> : add_positives<false, A>;
@@ -198,7 +198,7 @@ void backward(const SupCon& a) {
   const Weights<A> rows(s, a.grad_losses, a.stats, s.rows.count);
   const Weights<A> other(s, a.grad_column_losses, a.column_stats, s.triangle ? 0 : s.columns.count);
   Gradient<A> grad_rows(s.rows, a.grad_rows, s.unrounded);
-  for_each_product<P>(s, norms, [&](const Tile<A>& tile, Worker<P>& w) {
+  for_each_product<P>(s, norms, true, [&](const Tile<A>& tile, Worker<P>& w) {
     coefficients(a, tile, w, labels, rows, s.triangle ? rows : other);
     P::add_to_left(grad_rows.row(tile.row), tile, w.right, w.scratch, true);
     if (s.triangle && !tile.diagonal)

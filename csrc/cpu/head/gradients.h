@@ -6,14 +6,14 @@ namespace apt::APT_ISA {
 
 // Sums of the columns of tile [rows, width] onto (or, first, into) out.
 template <class A>
-void add_column_sums(const A* tile, int64_t rows, int64_t width, bool first, A* out) {
+void add_column_sums(const Coefficients<A>& tile, bool first, A* out) {
   constexpr int64_t kStep = 16;
-  for (int64_t v = 0; v < width; v += kStep) {
-    const int64_t n = std::min(kStep, width - v);
+  for (int64_t v = 0; v < tile.columns; v += kStep) {
+    const int64_t n = std::min(kStep, tile.columns - v);
     A even[kStep] = {}, odd[kStep] = {};
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
       A* sums = r % 2 ? odd : even;
-      for (int64_t i = 0; i < n; ++i) sums[i] += tile[r * width + v + i];
+      for (int64_t i = 0; i < n; ++i) sums[i] += tile[r][v + i];
     }
     for (int64_t i = 0; i < n; ++i) out[v + i] = (first ? A(0) : out[v + i]) + (even[i] + odd[i]);
   }
@@ -43,9 +43,9 @@ class HeadGradients {
         functions_(functions),
         group_(std::min(tiles.group_rows(), row_count)),
         panels_(kSame || !head_.grad_weight || row_count <= group_ ? 1 : tiles.tiles_per_worker()),
-        hidden_(group_, tiles.features, {false, head_.grad_weight != nullptr}),
-        weights_(tiles.weight_blocks({!stored, head_.grad_hidden != nullptr})),
-        tile_(stored ? 0 : tiles.workers * std::min(kRowBlock, row_count) * tiles.columns),
+        hidden_(group_, tiles.features, {false, !stored, head_.grad_weight != nullptr}),
+        weights_(tiles.weight_blocks({!stored, false, head_.grad_hidden != nullptr})),
+        tile_(stored ? 0 : tiles.workers * std::min(kRowBlock, row_count) * tiles.stride),
         grad_weight_(head_.grad_weight && !kSame ? tiles.workers * tiles.columns * tiles.features
                                                  : 0),
         grad_bias_(head_.grad_bias && !kSame ? head_.vocab : 0),
@@ -88,25 +88,27 @@ class HeadGradients {
     const int64_t width = tiles_.width(tile);
     Block& weight = weights_[worker];
     if (!stored || head_.grad_hidden) tiles_.load_weight(tile, weight);
-    if (stored && head_.grad_hidden) read_ahead(weight.rows, width * weight.stride);
     if (head_.grad_weight && kSame && !group.first)
       read_ahead(grad_weight(worker, tile), width * tiles_.features);
     for (int64_t row = 0; row < group.size; row += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, group.size - row);
-      A* x = stored ? stored + tiles_.begin(tile) * group.size + row * width
-                    : tile_.data() + worker * std::min(kRowBlock, group_) * tiles_.columns;
-      const Coefficients<A> c = stored ? Coefficients<A>{x, width, rows, width, row, 0}
-                                       : tiles_.logits(hidden_, row, rows, weight, tile, x);
-      for (int64_t r = 0; r < rows; ++r) {
+      A* x = stored ? stored + (tile * group.size + row) * tiles_.stride
+                    : tile_.data() + worker * std::min(kRowBlock, group_) * tiles_.stride;
+      const Coefficients<A> c{x, tiles_.stride, rows, width, row, 0};
+      const auto write_row = [&](int64_t r) {
         RowTerms t = terms(group.start + row + r);
         for (double* term : {&t.grad, &t.pick, &t.uniform, &t.grad_entropy})
           *term *= head_.logit_scale;  // by which all gradients are multiplied
         functions_.write_gradient(c[r], width, t, head_.softcap, tiles_.picked(tile, t.token));
-      }
+      };
+      if (stored)
+        for (int64_t r = 0; r < rows; ++r) write_row(r);
+      else
+        tiles_.logits(hidden_, row, rows, weight, tile, x, write_row);
       const bool first = group.first && row == 0;
       if (head_.grad_weight)
         P::add_to_right(grad_weight(worker, tile), c, hidden_, scratch, !first);
-      if (head_.grad_bias) add_column_sums(x, rows, width, first, grad_bias() + tiles_.begin(tile));
+      if (head_.grad_bias) add_column_sums(c, first, grad_bias() + tiles_.begin(tile));
       if (head_.grad_hidden) P::add_to_left(partial(worker, row), c, weight, scratch, !first_tile);
     }
     if (head_.grad_weight && !kSame && group.last)

@@ -24,11 +24,12 @@ class HeadStatistics {
         functions_(functions),
         group_(group),
         wanted_(wanted),
-        weights_(tiles.weight_blocks({true, wanted.gradient})),
-        tile_(tiles.workers * std::min(kRowBlock, group) * tiles.columns),
+        weights_(tiles.weight_blocks({true, false, wanted.gradient})),
+        tile_(tiles.workers * std::min(kRowBlock, group) * tiles.stride),
         weighted_(wanted.gradient ? tiles.workers * group * tiles.features : 0),
-        stats_(tiles.workers * group),
-        sums_(tiles.workers * group),
+        shifts_(wanted.gradient ? tiles.workers * group : 0),
+        stats_(tiles.count * group),
+        sums_(wanted.sum_logits ? tiles.count * group : 0),
         largest_(wanted.first_largest ? tiles.workers * group : 0),
         tokens_(group) {}
 
@@ -37,8 +38,7 @@ class HeadStatistics {
   template <class Terms>
   void run(const Block& hidden, int64_t size, const Terms& terms, A* stored) {
     tiles_.each_worker([&](int64_t worker, int64_t begin, int64_t end) {
-      std::fill_n(stats_.data() + worker * group_, size, empty_row());
-      std::fill_n(sums_.data() + worker * group_, size, 0.0);
+      if (wanted_.gradient) std::fill_n(shifts_.data() + worker * group_, size, -double(kInf));
       if (wanted_.first_largest)
         std::fill_n(largest_.data() + worker * group_, size, Largest{A(-kInf), 0});
       typename P::Scratch scratch(wanted_.gradient ? std::min(kRowBlock, size) : 0, tiles_.columns);
@@ -48,11 +48,12 @@ class HeadStatistics {
         tiles_.load_weight(tile, weight);
         for (int64_t row = 0; row < size; row += kRowBlock) {
           const int64_t rows = std::min(kRowBlock, size - row);
-          A* x = stored ? stored + tiles_.begin(tile) * size + row * width
-                        : tile_.data() + worker * std::min(kRowBlock, group_) * tiles_.columns;
-          const Coefficients<A> c = tiles_.logits(hidden, row, rows, weight, tile, x);
-          for (int64_t r = 0; r < rows; ++r)
-            use_row(worker, tile, row + r, terms(row + r), c[r], width);
+          A* x = stored ? stored + (tile * size + row) * tiles_.stride
+                        : tile_.data() + worker * std::min(kRowBlock, group_) * tiles_.stride;
+          const Coefficients<A> c =
+              tiles_.logits(hidden, row, rows, weight, tile, x, [&](int64_t r) {
+                use_row(worker, tile, row + r, terms(row + r), x + r * tiles_.stride, width);
+              });
           if (wanted_.gradient)
             P::add_to_left(weighted(worker, row), c, weight, scratch, tile != begin);
         }
@@ -62,12 +63,15 @@ class HeadStatistics {
 
   RowStats stats(int64_t row) const {
     RowStats total = empty_row();
-    for (int64_t w = 0; w < tiles_.workers; ++w) merge(total, stats_.data()[w * group_ + row]);
+    for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+      const TileStats& part = stats_.data()[tile * group_ + row];
+      merge(total, {part.shift, part.sum_exp, part.sum_zexp});
+    }
     return total;
   }
   double sum_logits(int64_t row) const {
     double total = 0;
-    for (int64_t w = 0; w < tiles_.workers; ++w) total += sums_.data()[w * group_ + row];
+    for (int64_t tile = 0; tile < tiles_.count; ++tile) total += sums_.data()[tile * group_ + row];
     return total;
   }
   // The first column of the largest logit; 0 where all are excluded.
@@ -92,9 +96,9 @@ class HeadStatistics {
     const A at_token = A(one * functions_.slope(token_logit(row), terms.temperature, softcap_));
     for (int64_t j = 0; j < d; ++j) scratch[j] = at_token * arithmetic_value(token[j]);
     for (int64_t w = 0; w < tiles_.workers; ++w) {
-      const RowStats& part = stats_.data()[w * group_ + row];
-      if (part.shift == -kInf) continue;
-      const A factor = A(std::exp(part.shift - total.shift) / total.sum_exp);
+      const double shift = shifts_.data()[w * group_ + row];
+      if (shift == -kInf) continue;
+      const A factor = A(std::exp(shift - total.shift) / total.sum_exp);
       const A* sum = weighted(w, row);
       for (int64_t j = 0; j < d; ++j) scratch[j] += factor * sum[j];
     }
@@ -103,6 +107,12 @@ class HeadStatistics {
   }
 
  private:
+  // RowStats of one tile, which are exact in A. They go on in the order of the tiles: whoever
+  // computes them, and beside whichever rows, the row has the same bits.
+  struct TileStats {
+    A shift, sum_exp, sum_zexp;
+  };
+  static_assert(sizeof(TileStats) == kTileStatistics * sizeof(A));
   struct Largest {
     A logit;
     int64_t column;
@@ -110,26 +120,27 @@ class HeadStatistics {
 
   void use_row(int64_t worker, int64_t tile, int64_t row, const RowTerms& terms, A* x,
                int64_t width) {
-    RowStats& stats = stats_.data()[worker * group_ + row];
-    const double before = stats.shift;
+    RowStats stats = empty_row();
     const int64_t picked = tiles_.picked(tile, terms.token);
     if (picked >= 0) tokens_.data()[row] = x[picked];
     functions_.add(stats, x, width, terms.temperature, softcap_);
+    stats_.data()[tile * group_ + row] = {A(stats.shift), A(stats.sum_exp), A(stats.sum_zexp)};
     if (wanted_.first_largest) find_largest(worker, tile, row, x, width);
-    if (wanted_.sum_logits)
-      sums_.data()[worker * group_ + row] += functions_.sum(x, width, softcap_);
+    if (wanted_.sum_logits) sums_.data()[tile * group_ + row] = functions_.sum(x, width, softcap_);
     if (!wanted_.gradient) return;
     if (stats.shift == -kInf) {
       std::fill_n(x, width, A(0));
       return;
     }
-    if (before != stats.shift && before != -kInf) {
-      const A scale = A(std::exp(before - stats.shift));
+    double& shift = shifts_.data()[worker * group_ + row];
+    if (!(stats.shift <= shift + kSlack)) {
+      const A scale = A(shift == -kInf ? 1 : std::exp(shift - stats.shift));
       A* sum = weighted(worker, row);
-      for (int64_t j = 0; j < tiles_.features; ++j) sum[j] *= scale;
+      for (int64_t j = 0; scale != 1 && j < tiles_.features; ++j) sum[j] *= scale;
+      shift = stats.shift;
     }
     RowTerms relative = terms;  // -e^(z - shift) z'
-    relative.lse = stats.shift;
+    relative.lse = shift;
     relative.grad = 1;
     relative.uniform = relative.pick = 0;
     functions_.write_gradient(x, width, relative, softcap_, -1);
@@ -153,8 +164,9 @@ class HeadStatistics {
   Wanted wanted_;
   std::deque<Block> weights_;  // of the workers
   Workspace<A> tile_, weighted_;
-  Workspace<RowStats> stats_;   // [workers, group]
-  Workspace<double> sums_;      // [workers, group]
+  Workspace<double> shifts_;    // [workers, group]: of `weighted`
+  Workspace<TileStats> stats_;  // [tiles, group]
+  Workspace<double> sums_;      // [tiles, group]
   Workspace<Largest> largest_;  // [workers, group]
   Workspace<A> tokens_;         // [group]
 };

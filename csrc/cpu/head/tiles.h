@@ -6,15 +6,18 @@
 #pragma once
 #include <deque>
 
-#include "common/packed_products.h"
+#include "common/bfloat16_products.h"
 #include "head/head.h"
 #include "head/rows.h"
 
 namespace apt::APT_ISA {
 
 constexpr int64_t kRowBlock = 256;  // rows of a tile
-// Rows are taken in groups: of each, a thread holds at most this much of the hidden's gradient.
+// Rows are taken in groups: of each, a thread holds at most this much of the hidden's gradient,
+// and all threads together of the statistics of tiles.
 constexpr int64_t kGroupBytes = int64_t{8} << 20;
+// A small vocabulary is cut into smaller tiles, so that many threads have work.
+constexpr int64_t kLeastTiles = 32, kLeastTileColumns = 64;
 
 template <class T>
 void to_arithmetic(const T* in, float* out, int64_t size) {
@@ -53,6 +56,8 @@ void to_elements(const T* in, E* out, int64_t size) {
   }
 }
 
+constexpr int64_t kTileStatistics = 3;  // numbers of a row of a tile
+
 template <class T, class P>
 class Tiles {
  public:
@@ -61,19 +66,25 @@ class Tiles {
   using Block = typename P::Block;
   static constexpr bool kSame = std::is_same_v<T, A>;  // gradients are summed where they belong
   const LinearHead& head;
-  int64_t features, workers, columns, count;  // columns of a tile, number of tiles
+  int64_t features, workers;
+  // Of a tile, and how many there are: by the vocabulary alone, as sums of rows go on tile by tile.
+  int64_t columns, stride, count;
 
   explicit Tiles(const LinearHead& h) : head(h), features(h.features), workers(max_threads()) {
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    const int64_t wanted = ceil_div(ceil_div(h.vocab, P::kTileColumns), workers) * workers;
-    columns = ceil_div(ceil_div(h.vocab, wanted), int64_t{16}) * 16;
+    const int64_t least = std::min(kLeastTiles, ceil_div(h.vocab, kLeastTileColumns));
+    const int64_t wanted = std::max(ceil_div(h.vocab, kTileColumns), least);
+    columns = round_up(ceil_div(h.vocab, wanted), kCut);
+    stride = apart<A>(columns);
     count = ceil_div(h.vocab, columns);
   }
   int64_t tiles_per_worker() const { return (count + workers - 1) / workers; }
   int64_t begin(int64_t tile) const { return tile * columns; }
   int64_t width(int64_t tile) const { return std::min(columns, head.vocab - begin(tile)); }
   int64_t group_rows() const {
-    return std::max<int64_t>(kRowBlock, kGroupBytes / int64_t(sizeof(A)) / features);
+    return std::max<int64_t>(
+        kRowBlock,
+        kGroupBytes / (int64_t(sizeof(A)) * std::max(features, kTileStatistics * count)));
   }
   int64_t picked(int64_t tile, int64_t token) const {
     const int64_t at = token - begin(tile);
@@ -98,74 +109,67 @@ class Tiles {
   }
   void load_weight(int64_t tile, Block& block) const {
     const T* source = static_cast<const T*>(head.weight) + begin(tile) * features;
-    use_rows(source, width(tile), block);
+    block.use(elements(source), width(tile), features);
   }
 
   // The hidden states of some rows (ascending) side by side: where they lie, or copied.
   void gather(const int64_t* rows, int64_t size, Block& block) const {
     const T* hidden = static_cast<const T*>(head.hidden);
     if (size == 0 || rows[size - 1] - rows[0] == size - 1)
-      return use_rows(hidden + (size ? rows[0] : 0) * features, size, block);
-    copy_rows(size, block, [&](int64_t i) { return hidden + rows[i] * features; });
-  }
-
-  // out [rows, width(tile)] for the rows of `hidden` from `row` on.
-  Coefficients<A> logits(const Block& hidden, int64_t row, int64_t rows, const Block& weight,
-                         int64_t tile, A* out) const {
-    const Coefficients<A> c{out, width(tile), rows, width(tile), row, 0};
-    if (head.bias) {  // goes in first: the product is added to it
-      const T* bias = static_cast<const T*>(head.bias) + begin(tile);
-      for (int64_t v = 0; v < c.columns; ++v) out[v] = arithmetic_value(bias[v]);
-      for (int64_t r = 1; r < rows; ++r) std::copy_n(out, c.columns, c[r]);
-    }
-    P::dots(c, hidden, weight, head.bias != nullptr);
-    if (head.logit_scale != 1)
-      for (int64_t i = 0; i < rows * c.columns; ++i) out[i] *= A(head.logit_scale);
-    return c;
-  }
-
- private:
-  void use_rows(const T* source, int64_t size, Block& block) const {
-    if constexpr (sizeof(T) == sizeof(Element))
-      if (block.stride == features)
-        return block.use(reinterpret_cast<const Element*>(source), size);
-    copy_rows(size, block, [&](int64_t i) { return source + i * features; });
-  }
-  template <class Source>
-  void copy_rows(int64_t size, Block& block, const Source& source) const {
+      return block.use(elements(hidden + (size ? rows[0] : 0) * features), size, features);
     Element* room = block.room();
     parallel_for(size, 16, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         Element* row = room + i * block.stride;
         std::fill(row + features, row + block.stride, Element{});
-        to_elements(source(i), row, features);
+        to_elements(hidden + rows[i] * features, row, features);
       }
     });
-    block.use(room, size);
+    block.use(room, size, block.stride);
+  }
+
+  // out [rows, width(tile)] for the rows of `hidden` from `row` on. use(r) sees each of them as
+  // soon as it is complete.
+  template <class Use>
+  Coefficients<A> logits(const Block& hidden, int64_t row, int64_t rows, const Block& weight,
+                         int64_t tile, A* out, const Use& use) const {
+    const Coefficients<A> c{out, stride, rows, width(tile), row, 0};
+    A bias[kTileColumns];
+    for (int64_t v = 0; head.bias && v < c.columns; ++v)
+      bias[v] = arithmetic_value((static_cast<const T*>(head.bias) + begin(tile))[v]);
+    P::dots(c, hidden, weight, [&](int64_t first, int64_t done) {
+      for (int64_t r = first; r < first + done; ++r) {
+        for (int64_t v = 0; head.bias && v < c.columns; ++v) c[r][v] += bias[v];
+        for (int64_t v = 0; head.logit_scale != 1 && v < c.columns; ++v)
+          c[r][v] *= A(head.logit_scale);
+        use(r);
+      }
+    });
+    return c;
+  }
+
+ private:
+  static constexpr int64_t kTileColumns = round_up(P::kTileColumns, kCut);
+  static const auto* elements(const T* p) {
+    if constexpr (sizeof(T) == sizeof(Element)) {
+      return reinterpret_cast<const Element*>(p);
+    } else {
+      return p;
+    }
   }
 };
 
-// Fewer rows do not repay the packing of the weight.
-constexpr int64_t kLeastPackedRows = 4;
-
-// Calls body(T{}, P{}): how a head is stored and how it is best multiplied by that many rows.
+// Calls body(T{}, P{}): how a head is stored and how it is best multiplied.
 template <class Body>
-void with_head_products(DType dtype, [[maybe_unused]] int64_t rows, const Body& body) {
-  if (dtype == DType::f64) return body(double{}, BlasProducts<double>{});
+void with_head_products(DType dtype, const Body& body) {
+  if (dtype == DType::f64) return body(double{}, Products<double>{});
 #if defined(__AVX512F__)
-  if (rows >= kLeastPackedRows) {
-    if (dtype == DType::bf16 && has_packed_products(DType::bf16))
-      return body(BFloat16{}, PackedBFloat16Products{});
-    if (has_packed_products(DType::f32)) {
-      if (dtype == DType::f32) return body(float{}, PackedFloatProducts{});
-      if (dtype == DType::bf16) return body(BFloat16{}, PackedFloatProducts{});
-      return body(Half{}, PackedFloatProducts{});
-    }
-  }
+  if (dtype == DType::bf16 && pair_products() != PairProducts::none)
+    return body(BFloat16{}, BFloat16Products{});
 #endif
-  if (dtype == DType::f32) return body(float{}, BlasProducts<float>{});
-  if (dtype == DType::bf16) return body(BFloat16{}, BlasProducts<float>{});
-  body(Half{}, BlasProducts<float>{});
+  if (dtype == DType::f32) return body(float{}, Products<float>{});
+  if (dtype == DType::bf16) return body(BFloat16{}, Products<float>{});
+  body(Half{}, Products<float>{});
 }
 
 }  // namespace apt::APT_ISA

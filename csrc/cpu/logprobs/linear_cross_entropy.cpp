@@ -100,7 +100,7 @@ int64_t linear_cross_entropy_fwd(LinearCrossEntropy& a) {
     if (a.labels[row] < 0 || a.labels[row] >= a.head.vocab) return row;
     rows.push_back(row);
   }
-  with_head_products(a.head.dtype, int64_t(rows.size()), [&](auto stored, auto products) {
+  with_head_products(a.head.dtype, [&](auto stored, auto products) {
     forward<decltype(stored), decltype(products)>(a, rows);
   });
   return -1;

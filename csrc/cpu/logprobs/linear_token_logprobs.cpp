@@ -55,7 +55,7 @@ void forward(const LinearTokenLogprobs& a, const std::vector<int64_t>& rows) {
   const int64_t group = std::min(tiles.group_rows(), count), d = a.head.features;
   T* gradient = static_cast<T*>(a.head.grad_hidden);
   HeadStatistics<T, P> statistics(tiles, functions, group, {gradient != nullptr, false, false});
-  typename P::Block hidden(group, d, {false, false});
+  typename P::Block hidden(group, d, {false, true, false});
   for (int64_t start = 0; start < count; start += group) {
     const int64_t size = std::min(group, count - start);
     tiles.gather(rows.data() + start, size, hidden);
@@ -107,7 +107,7 @@ int64_t linear_token_logprobs_fwd(const LinearTokenLogprobs& a) {
   const std::vector<int64_t> rows = counting_rows(a);
   for (const int64_t row : rows)
     if (a.token_ids[row] < 0 || a.token_ids[row] >= a.head.vocab) return row;
-  with_head_products(a.head.dtype, int64_t(rows.size()), [&](auto stored, auto products) {
+  with_head_products(a.head.dtype, [&](auto stored, auto products) {
     forward<decltype(stored), decltype(products)>(a, rows);
   });
   return -1;
@@ -115,7 +115,7 @@ int64_t linear_token_logprobs_fwd(const LinearTokenLogprobs& a) {
 
 void linear_token_logprobs_bwd(const LinearTokenLogprobs& a) {
   const std::vector<int64_t> rows = counting_rows(a);
-  with_head_products(a.head.dtype, int64_t(rows.size()), [&](auto stored, auto products) {
+  with_head_products(a.head.dtype, [&](auto stored, auto products) {
     backward<decltype(stored), decltype(products)>(a, rows);
   });
 }

@@ -35,36 +35,42 @@ struct MaskedSum {
 constexpr int64_t kBlock = 16 * kLanes;
 
 template <class T>
-int64_t add_blocks(MaskedSum& row, const T* x, const bool* mask, int64_t length) {
-  int64_t i = 0;
-  for (; i + kBlock <= length; i += kBlock) {
-    VecF sums[2] = {};
-    VecI tokens{};
-    for (int64_t j = 0; j < kBlock; j += 2 * kLanes)
-      for (int u = 0; u < 2; ++u) {
-        const VecI counts = load_mask(mask + i + j + u * kLanes);
-        sums[u] += select(counts, load(x + i + j + u * kLanes), VecF{});
-        tokens -= counts;
-      }
-    row.sum += sum(sums[0]) + double(sum(sums[1]));
-    for (int lane = 0; lane < kLanes; ++lane) row.tokens += tokens[lane];
-  }
-  return i;
-}
-int64_t add_blocks(MaskedSum&, const double*, const bool*, int64_t) { return 0; }
-
-double to_number(double x) { return x; }
-template <class T>
-float to_number(T x) {
-  return to_float(x);
+void add_block(MaskedSum& row, const T* x, const bool* mask) {
+  VecF sums[2] = {};
+  VecI tokens{};
+  for (int64_t j = 0; j < kBlock; j += 2 * kLanes)
+    for (int u = 0; u < 2; ++u) {
+      const VecI counts = load_mask(mask + j + u * kLanes);
+      sums[u] += select(counts, load(x + j + u * kLanes), VecF{});
+      tokens -= counts;
+    }
+  row.sum += sum(sums[0]) + double(sum(sums[1]));
+  for (int lane = 0; lane < kLanes; ++lane) row.tokens += tokens[lane];
 }
 
+// Blocks begin at the first token that counts, and a last one is filled up: padding on either side
+// does not change how the others are added.
 template <class T>
 MaskedSum masked_sum(const T* x, int64_t stride, const bool* mask, int64_t length) {
   MaskedSum row;
-  int64_t i = stride == 1 ? add_blocks(row, x, mask, length) : 0;
-  for (; i < length; ++i) {
-    if (mask[i]) row.sum += to_number(x[i * stride]);
+  for (int64_t i = std::find(mask, mask + length, true) - mask; i < length; i += kBlock) {
+    const int64_t size = std::min(kBlock, length - i);
+    if (stride == 1 && size == kBlock) {
+      add_block(row, x + i, mask + i);
+      continue;
+    }
+    float part[kBlock] = {};
+    bool counts[kBlock] = {};
+    for (int64_t j = 0; j < size; ++j) part[j] = to_float(x[(i + j) * stride]);
+    std::copy_n(mask + i, size, counts);
+    add_block(row, part, counts);
+  }
+  return row;
+}
+MaskedSum masked_sum(const double* x, int64_t stride, const bool* mask, int64_t length) {
+  MaskedSum row;
+  for (int64_t i = 0; i < length; ++i) {
+    if (mask[i]) row.sum += x[i * stride];
     row.tokens += mask[i];
   }
   return row;

@@ -157,7 +157,7 @@ int64_t linear_policy_loss_fwd(const LinearPolicyLoss& a) {
     if (a.token_ids[row] < 0 || a.token_ids[row] >= a.head.vocab) return row;
     rows.push_back(row);
   }
-  with_head_products(a.head.dtype, int64_t(rows.size()), [&](auto stored, auto products) {
+  with_head_products(a.head.dtype, [&](auto stored, auto products) {
     forward<decltype(stored), decltype(products)>(a, rows);
   });
   return -1;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,7 +337,7 @@ for loss in (lambda a, b: info_nce(a, b, symmetric=True), nt_xent):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_tiles():
     """Eager needs 67 MB a matrix of info_nce and 268 MB one of nt_xent, several times."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": root}
     run = subprocess.run(
         [sys.executable, "-c", MEMORY], cwd=root, env=environment, capture_output=True, text=True
