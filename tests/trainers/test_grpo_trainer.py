@@ -328,7 +328,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     assert_same_parameters(resumed.policy_model, parameters_of(trainer.policy_model))
     assert_same_parameters(resumed.value_head, parameters_of(trainer.value_head))
     assert_same_parameters(resumed.ref_policy_model, parameters_of(trainer.ref_policy_model))
-    assert resumed._kl.value == trainer._kl.value != 0.1
+    assert resumed._kl_coef.value == trainer._kl_coef.value != 0.1
     assert never_stopped[0]["kl_divergence"] > 0 and len(set(m["mean_reward"] for m in
                                                              never_stopped)) == 3  # fmt: skip
 
@@ -375,12 +375,12 @@ def test_target_kl_adapts_the_weight():
             tiny_model(), config={"target_kl": target}, ref_policy_model=tiny_model(1)
         )
         loss = trainer.train_step(**sampled())
-        assert trainer._kl.value == pytest.approx(0.1 * factor)
+        assert trainer._kl_coef.value == pytest.approx(0.1 * factor)
         assert loss["kl_divergence"] > 0
     kl = loss["kl_divergence"]
     near = GRPOTrainer(tiny_model(), config={"target_kl": kl / 1.1}, ref_policy_model=tiny_model(1))
     near.train_step(**sampled())
-    assert near._kl.value == pytest.approx(0.1 * 1.01)
+    assert near._kl_coef.value == pytest.approx(0.1 * 1.01)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -448,6 +448,170 @@ def test_rewards_of_texts():
     assert prompts[0] == " ".join(map(str, ids[0, :PROMPT].tolist()))
     assert responses[0] == " ".join(map(str, ids[0, PROMPT : int(mask[0].sum())].tolist()))
     assert metrics["mean_reward"] == (mask.sum(-1) - PROMPT).float().mean().item()
+
+
+# Rewards that are left out, cut responses, rows
+
+
+@pytest.mark.parametrize("kind", ["relative", "normalized", "rank"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_row_without_reward_has_no_part_in_its_group(kind, steps):
+    """As if the row had never been sampled; a group of one that is left says nothing."""
+    batch = sampled(rows=12)
+    left_out = [1, 4, 5, 6]
+    rewards = [None if i in left_out else r for i, r in enumerate(batch["rewards"].tolist())]
+    policy, plain = tiny_model(), tiny_model()
+    options = {"advantage_type": kind, "aggregation": "token_mean", "learning_rate": 0.01}
+    trainer = GRPOTrainer(
+        policy, config=options, ref_policy_model=tiny_model(1), gradient_accumulation_steps=steps
+    )
+    old = torch.full((12, 8), -4.0, dtype=torch.float64)
+    metrics = trainer.train_step(**{**batch, "rewards": rewards}, old_log_probs=old)
+    kept = [i for i in range(12) if i not in left_out]
+    groups = [[0, 2, 3], [7], [8, 9, 10, 11]]
+    advantages = torch.cat([paper_advantages(batch["rewards"][g], len(g), kind) for g in groups])
+    whole = GRPOTrainer(plain, config=options, ref_policy_model=tiny_model(1))
+    ids, mask = batch["responses"][kept], batch["response_masks"][kept]
+    loss, _ = whole.compute_policy_loss(ids, mask, advantages, old[kept])
+    assert metrics["total_loss"] == pytest.approx(loss.item(), abs=1e-7)  # a list is float32
+    whole.optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    whole.optimizer.step()
+    assert_same_parameters(policy, parameters_of(plain), 1e-6)
+    assert metrics["mean_reward"] == pytest.approx(batch["rewards"][kept].mean().item())
+    variances = [batch["rewards"][g].var().item() if len(g) > 1 else 0.0 for g in groups]
+    assert metrics["group_variance"] == pytest.approx(sum(variances) / 3)
+    assert trainer.curves.columns["abstained"].tolist() == [4.0]
+
+
+def test_a_batch_without_any_reward():
+    """An error as long as nothing was ever rewarded: else a warning, and nothing is learned."""
+    answers = []
+    policy = tiny_model()
+    start = parameters_of(policy)
+    trainer = GRPOTrainer(policy, lambda ids, masks: answers.pop(), config={"kl_coef": 1.0},
+                          ref_policy_model=tiny_model(1))  # fmt: skip
+    answers.append([None] * 8)
+    with pytest.raises(RuntimeError, match="all 8 rewards of a batch are None: expected a number"):
+        trainer.train_step(BATCH["responses"])
+    answers += [[None] * 8, [1.0] * 8]
+    trainer.compute_rewards(BATCH["responses"])
+    with pytest.warns(UserWarning, match="all 8 rewards of a batch are None: nothing is learned"):
+        metrics = trainer.train_step(BATCH["responses"])
+    assert metrics["total_loss"] == metrics["mean_reward"] == metrics["kl_divergence"] == 0.0
+    assert_same_parameters(policy, start)
+
+
+def cut_batch():
+    """Rows 0, 3 and 6 end with the end token 2, the others are cut."""
+    batch = sampled()
+    ids = batch["responses"].clone()
+    ids[ids == 2] = 3
+    ids[torch.arange(8), batch["response_masks"].sum(1) - 1] = 9
+    for row in (0, 3, 6):
+        ids[row, batch["response_masks"][row].sum() - 1] = 2
+    return {**batch, "responses": ids}
+
+
+def test_cut_responses():
+    batch, results = cut_batch(), {}
+    finished = torch.tensor([i in (0, 3, 6) for i in range(8)])
+    config = {"learning_rate": 0.01, "aggregation": "token_mean"}
+    for choice in ("keep", "mask", "penalty"):
+        trainer = GRPOTrainer(tiny_model(), config={**config, "cut_responses": choice,
+                              "cut_penalty": 0.7}, eos_token_id=2)  # fmt: skip
+        old = torch.full((8, 8), -4.0, dtype=torch.float64)
+        results[choice] = trainer.train_step(**batch, old_log_probs=old)
+        assert trainer.curves.columns["cut_share"].tolist() == [5 / 8]
+    plain = GRPOTrainer(tiny_model(), config=config)
+    ids, masks, rewards = batch["responses"], batch["response_masks"], batch["rewards"]
+
+    def loss(rewards, rows):
+        advantages = paper_advantages(rewards, 4)[rows]
+        return plain.compute_policy_loss(ids[rows], masks[rows], advantages, old[rows])[0].item()
+
+    expected = {
+        "keep": loss(rewards, finished | True),
+        "mask": loss(rewards, finished),
+        "penalty": loss(rewards - 0.7 * ~finished, finished | True),
+    }
+    for choice, value in expected.items():
+        assert results[choice]["total_loss"] == pytest.approx(value, abs=1e-9), choice
+        assert results[choice]["mean_reward"] == pytest.approx(rewards.mean().item())
+    told = GRPOTrainer(tiny_model(), config={**config, "cut_responses": "mask"}, eos_token_id=50)
+    step = {**batch, "old_log_probs": old, "finished": finished}
+    assert told.train_step(**step)["total_loss"] == pytest.approx(expected["mask"], abs=1e-9)
+    with pytest.raises(ValueError, match="cut_responses='mask' needs what ends a response"):
+        GRPOTrainer(tiny_model(), config={"cut_responses": "mask"})
+
+
+def test_all_responses_are_cut():
+    policy = tiny_model()
+    start = parameters_of(policy)
+    trainer = GRPOTrainer(policy, config={"cut_responses": "mask", "aggregation": "dr_grpo"},
+                          eos_token_id=60, ref_policy_model=tiny_model(1))  # fmt: skip
+    ids = BATCH["responses"].clamp(max=59)
+    metrics = trainer.train_step(ids, rewards=BATCH["rewards"])
+    assert metrics["total_loss"] == 0.0 and trainer.curves.columns["cut_share"].tolist() == [1.0]
+    assert_same_parameters(policy, start)
+
+
+def test_the_reward_is_told_rows_and_ends():
+    """The same prompt may stand in several rows: each response is known by its position."""
+    seen = []
+
+    def reward(ids, masks, response_token_mask, rows, finished):
+        seen.append((rows.tolist(), finished))
+        last = (response_token_mask * torch.arange(ids.shape[1])).argmax(1)
+        ended = ids[torch.arange(len(ids)), last] == 2
+        assert torch.equal(finished, ended)
+        return {"rewards": rows.double(), "parts": {"a": rows.tolist(), "b": [None] * len(rows)}}
+
+    config = {"group_size": 2, "max_new_tokens": 4}
+    trainer = GRPOTrainer(tiny_llama(), reward, config=config)
+    same = PROMPTS[:1].repeat(3, 1)
+    metrics = trainer.train_step_from_prompts(same, rows=torch.tensor([7, 3, 5]))
+    assert seen[0][0] == [7, 7, 3, 3, 5, 5] and metrics["mean_reward"] == 5.0
+    assert metrics["reward_a"] == 5.0 and metrics["reward_b"] == 0.0
+    assert metrics["cut_share"] == 1 - seen[0][1].double().mean().item()
+    assert metrics["abstained"] == 0.0
+    measured = trainer.eval_step(same, rows=[1, 2, 6])
+    assert seen[1][0] == [1, 2, 6] and measured["mean_reward"] == measured["reward_a"] == 3.0
+    assert 0 <= measured["cut_share"] <= 1
+    with pytest.raises(ValueError, match=r"rows: expected \(6,\) integers, got \(4,\)"):
+        trainer.train_step_from_prompts(same, rows=[1, 2])
+
+
+def test_a_stop_string_ends_a_response():
+    class Letters:
+        eos_token_id = None
+
+        def decode(self, ids, skip_special_tokens):
+            return "".join(chr(0x430 + i) for i in ids)
+
+    trainer = GRPOTrainer(
+        tiny_model(), lambda ids, masks: ids[:, 0], tokenizer=Letters(),
+        stop_strings=[chr(0x430 + i) for i in range(0, 61, 2)], max_new_tokens=12,
+    )  # fmt: skip
+    metrics = trainer.train_step_from_prompts(PROMPTS)
+    assert metrics["response_length"] < 6 and metrics["cut_share"] < 0.5
+
+
+def test_the_first_token_after_left_padding_does_not_count():
+    """A first token has no log-probability, also where a response mask marks every real token."""
+    batch = sampled()
+    ids, mask = shifted_left(batch["responses"], batch["response_masks"], 2)
+    policy = tiny_model()
+    trainer = GRPOTrainer(policy, config={"aggregation": "token_mean"})
+    advantages = torch.ones(8, dtype=torch.float64)
+    old = torch.full((8, ids.shape[1] - 1), -3.0, dtype=torch.float64)
+    loss, _ = trainer.compute_policy_loss(ids, mask, advantages, old, response_token_mask=mask)
+    terms = []
+    for row, real in zip(batch["responses"], batch["response_masks"], strict=True):
+        ratio = torch.exp(paper_logps(policy, row[real.bool()], 1) + 3)
+        terms.append(-torch.minimum(ratio, ratio.clamp(0.8, 1.2)))
+    assert loss.item() == pytest.approx(torch.cat(terms).mean().item(), abs=1e-9)
 
 
 # On-line steps
@@ -579,6 +743,7 @@ CONFIG_ERRORS = [
     ({"loss_type": "ppo"}, "loss_type"), ({"aggregation": "mean"}, "aggregation"),
     ({"ratio_level": "word"}, "ratio_level"), ({"dual_clip": 0.5}, "dual_clip"),
     ({"sampling_temperature": 0}, "sampling_temperature"), ({"max_new_tokens": 0}, "max_new"),
+    ({"cut_responses": "drop"}, "cut_responses"), ({"cut_penalty": -1}, "cut_penalty"),
     ({"kl_estimator": "k9"}, "kl_estimator"), ({"grup_size": 4}, r"'grup_size'.*group_size"),
 ]  # fmt: skip
 

@@ -228,8 +228,15 @@ def test_the_parts_make_the_step():
     of_policy = parts.get_log_probs(parts.policy_model, ids, masks)
     torch.testing.assert_close(logps, (of_policy * tokens[:, 1:]).detach(), rtol=0, atol=1e-12)
     ref = parts.get_log_probs(parts.ref_policy_model, ids, masks).detach()
-    kl = parts.compute_kl_penalty(logps, ref, tokens[:, 1:])
+    kl = parts.compute_kl_penalty(ids, masks, logps, response_token_mask=tokens)
+    assert kl.shape == ids.shape and not kl[:, 0].any()
+    assert torch.equal(parts.compute_kl_penalty(ids, masks, F.pad(logps, (1, 0), value=7),
+                                                response_token_mask=tokens), kl)  # fmt: skip
+    kl = kl[:, 1:]
     torch.testing.assert_close(kl, (logps - ref) * tokens[:, 1:], rtol=0, atol=1e-12)
+    every = parts.compute_kl_penalty(ids, masks, of_policy.detach())[:, 1:]
+    torch.testing.assert_close(every, (of_policy - ref).detach() * masks[:, 1:] * masks[:, :-1],
+                               rtol=0, atol=1e-12)  # fmt: skip
     rewards = parts.compute_rewards(ids, masks)
     assert rewards.mean().item() == expected["mean_reward"]
     placed = torch.zeros_like(kl)
@@ -314,6 +321,75 @@ def test_the_losses_are_the_kernels():
     assert metrics["explained_variance"] == pytest.approx(explained, abs=1e-9)
 
 
+@pytest.mark.parametrize("case", ["mask", "penalty", "abstain", "nothing"])
+def test_cut_responses_and_rows_that_abstain(case):
+    """Rows 0 and 2 are finished. What is left out is as if it had never been sampled."""
+    finished = torch.tensor([True, False, True, False])
+    left_out = {"mask": ~finished, "abstain": ~finished, "nothing": finished | True}.get(case)
+
+    def told(prompts, masks, *rest):
+        ids, masks, tokens = fixed_rollout(prompts, masks, *rest)
+        known = {"responses": ids, "response_masks": masks, "token_mask": tokens}
+        return {**known, "finished": finished}
+
+    def exact(ids, masks):  # in float32, as which a list of numbers is read
+        return (ids * masks).double().sum(1) / 128
+
+    def only_some(ids, masks):
+        rewards = exact(ids, masks).tolist()
+        if case != "abstain":
+            return rewards
+        return [r if end else None for r, end in zip(rewards, finished)]
+
+    options = {"ppo_epochs": 1, "batch_size": 4, "learning_rate": 0.01, "eos_token_id": 2}
+    choice = {"mask": "mask", "nothing": "mask", "penalty": "penalty"}.get(case, "keep")
+    if case == "nothing":
+        finished[:] = False
+    policy = tiny_model()
+    start = parameters_of(policy)
+    trainer = trainer_of(policy, tiny_model(1), only_some, rollout=told, cut_responses=choice,
+                         cut_penalty=0.25, **options)  # fmt: skip
+    metrics = trainer.train_step(PROMPTS, MASKS)
+    assert metrics["cut_share"] == 1 - finished.double().mean().item()
+    assert metrics["abstained"] == (2.0 if case == "abstain" else 0.0)
+    if case == "nothing":
+        assert metrics["ppo_loss"] == metrics["value_loss"] == 0.0
+        return assert_same_parameters(policy, start)
+    assert metrics["response_length"] == 15 / 4
+
+    def of_some(prompts, masks, *rest):
+        order = MASKS.argsort(dim=1, stable=True)
+        whole = fixed_rollout(PROMPTS.gather(1, order), MASKS.gather(1, order), *rest)
+        return tuple(part[finished] for part in whole)
+
+    def penalized(ids, masks):
+        return exact(ids, masks) - 0.25 * ~finished
+
+    plain = tiny_model()
+    if left_out is None:
+        other = trainer_of(plain, tiny_model(1), penalized, rollout=fixed_rollout, **options)
+        expected = other.train_step(PROMPTS, MASKS)
+        assert metrics["mean_reward"] == pytest.approx(expected["mean_reward"] + 0.125)
+    else:
+        other = trainer_of(plain, tiny_model(1), exact, rollout=of_some, **options)
+        expected = other.train_step(PROMPTS[finished], MASKS[finished])
+    for key in RETURNED[2:] + ["explained_variance"]:
+        assert metrics[key] == pytest.approx(expected[key], abs=1e-9), key
+    assert_same_parameters(policy, parameters_of(plain), 1e-9)
+
+
+def test_rows_are_told():
+    seen = []
+
+    def of_rows(ids, masks, rows):
+        seen.append(rows.tolist())
+        return rows.double()
+
+    trainer = trainer_of(tiny_model(), reward_model=of_rows, rollout=fixed_rollout)
+    metrics = trainer.train_step(PROMPTS, MASKS, rows=torch.tensor([4, 0, 9, 1]))
+    assert seen == [[4, 0, 9, 1]] and metrics["mean_reward"] == 3.5
+
+
 def test_sampling_and_masks():
     policy = tiny_llama()
     trainer = trainer_of(policy)
@@ -345,7 +421,7 @@ def test_target_kl_adapts_the_weight():
             tiny_model(), tiny_model(1), target_kl=target, kl_estimator="k3", max_new_tokens=4
         )
         assert trainer.train_step(PROMPTS, MASKS)["kl_coef"] == 0.1
-        assert trainer._kl.value == pytest.approx(0.1 * factor)
+        assert trainer._kl_coef.value == pytest.approx(0.1 * factor)
 
 
 def make_resumable(seed):

@@ -1,9 +1,12 @@
 """Sampling: the policy's own distribution, with and without a KV cache, padding and end tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from apt_model.rl.rollout import Rollout, Sampler, read_end_tokens
+from apt_model.rl.response_end import StopRules, read_end_tokens
+from apt_model.rl.rollout import Rollout, Sampler
 from apt_model.scoring.next_token import NextTokenScorer
 from support.tiny_models import VOCABULARY, TinyCausalModel, TinyModelWithHead, tiny_llama
 
@@ -35,8 +38,9 @@ def calm_llama():
 MODELS = {"llama": calm_llama, "plain": tiny_model, "head": lambda: tiny_model(TinyModelWithHead)}
 
 
-def sampler(model, **options):
-    return Sampler(NextTokenScorer(model), torch.device("cpu"), **options)
+def sampler(model, eos_token_id=None, stop_strings=(), tokenizer=None, **options):
+    rules = StopRules(read_end_tokens(model, eos_token_id, tokenizer), stop_strings, tokenizer)
+    return Sampler(NextTokenScorer(model), torch.device("cpu"), rules=rules, **options)
 
 
 def logits_of(model, ids):
@@ -144,11 +148,72 @@ def test_lora_policies_sample_with_their_adapter():
 
 
 def test_end_tokens():
+    """Those of the tokenizer, of the generation settings and of the configuration, lists too."""
     model = tiny_llama()
-    assert read_end_tokens(model, None) == [2]
+    assert read_end_tokens(model) == [2]
     model.generation_config.eos_token_id = [4, 5]
-    assert read_end_tokens(model, None) == [4, 5] and read_end_tokens(model, 9) == [9]
-    assert read_end_tokens(tiny_model(), None) == []
+    assert read_end_tokens(model) == [4, 5, 2] and read_end_tokens(model, 9) == [9]
+    tokenizer = SimpleNamespace(eos_token_id=7)
+    assert read_end_tokens(model, None, tokenizer) == [4, 5, 2, 7]
+    assert read_end_tokens(model, [], tokenizer) == []
+    model.config.eos_token_id = [6, 7]
+    model.generation_config.eos_token_id = None
+    assert read_end_tokens(model, None, tokenizer) == [6, 7]
+    assert read_end_tokens(model, None, SimpleNamespace(eos_token_id=None)) == [6, 7]
+    assert read_end_tokens(tiny_model()) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_response_is_known_as_finished_or_cut(name):
+    rollout = sampler(MODELS[name](), eos_token_id=[END, 7])(PROMPT, None, 6, copies=100)
+    last = [row[kept.bool()][-1] for row, kept in zip(rollout.responses, rollout.token_mask)]
+    assert rollout.finished.tolist() == [int(token) in (END, 7) for token in last]
+    assert 0 < rollout.finished.sum() < 100
+    endless = sampler(MODELS[name](), eos_token_id=[])(PROMPT, None, 2, copies=3)
+    assert not endless.finished.any()
+
+
+class Letters:
+    """Token i is a Cyrillic letter; 60 is the special token <|stop|>."""
+
+    all_special_tokens = ("<|stop|>",)
+    eos_token_id = END
+
+    def convert_tokens_to_ids(self, text):
+        return {"<|stop|>": 60}[text]
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join("<|stop|>" if i == 60 else chr(0x430 + i) for i in ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_response_ends_with_a_stop_string(name):
+    model, letters = MODELS[name](), Letters()
+    torch.manual_seed(0)
+    free = sampler(model, eos_token_id=[])(PROMPT, None, 12, 3.0, copies=40)
+    texts = [letters.decode(row[3:].tolist()) for row in free.responses]
+    stops = [texts[0][3:5], texts[1][5], "<|stop|>"]
+    sample = sampler(model, [], stops, letters, pad_token_id=1)
+    assert sample.rules.tokens == [60] and sample.rules.strings == stops[:2]
+    torch.manual_seed(0)
+    rollout = sample(PROMPT, None, 12, 3.0, copies=40)
+    for row, kept, finished, text in zip(
+        rollout.responses, rollout.token_mask, rollout.finished, texts, strict=True
+    ):
+        found = [text.index(stop) + len(stop) for stop in stops if stop in text]
+        written = letters.decode(row[kept.bool()].tolist())
+        assert written == (text[: min(found)] if found else text)
+        assert bool(finished) == bool(found)
+        assert (row[3 + len(written.replace("<|stop|>", "!")) :] == 1).all()
+    assert 2 <= rollout.finished.sum() < 40
+
+
+def test_stop_strings_that_cannot_be():
+    with pytest.raises(ValueError, match="stop_strings: expected texts, not empty"):
+        StopRules([], [""], Letters())
+    with pytest.raises(ValueError, match="expected a tokenizer too"):
+        StopRules([], ["END"])
+    assert StopRules([], "END", Letters()).strings == ["END"] and not StopRules([])
 
 
 def test_the_room_for_a_response():
@@ -191,9 +256,11 @@ def test_no_position_beyond_the_model_s():
     prompts = torch.randint(3, VOCABULARY, (2, 30))
     mask = torch.ones_like(prompts)
     mask[1, :25] = 0
-    for max_length, lengths in ((32, [2, 2]), (31, [1, 2])):
+    for max_length, lengths in ((32, [2, 2]), (31, [1, 2]), (None, [2, 2]), (500, [2, 2])):
         rollout = sampler(model, max_length=max_length, eos_token_id=[])(prompts, mask, 16)
         assert rollout.token_mask.sum(1).tolist() == lengths
+    with pytest.raises(ValueError, match=r"has 32 tokens, no room .* within the model's 32 pos"):
+        sampler(model)(torch.randint(3, VOCABULARY, (1, 32)), None, 16)
 
 
 @pytest.mark.parametrize("kind", [lambda *a: Rollout(*a), lambda *a: a, lambda *a: {
@@ -214,3 +281,8 @@ def test_rollouts_that_cannot_be_used():
         sampler(tiny_model(), rollout=lambda *a: None)(PROMPT, None, 1)
     with pytest.raises(ValueError, match="the rollout's token_mask must be"):
         sampler(tiny_model(), rollout=lambda *a: (PROMPT, PROMPT, PROMPT[:, :1]))(PROMPT, None, 1)
+    with pytest.raises(ValueError, match=r"the rollout's finished must be \(1,\), got \(2,\)"):
+        sampler(tiny_model(), rollout=lambda *a: {
+            "responses": PROMPT, "response_masks": PROMPT, "token_mask": PROMPT,
+            "finished": [True, False],
+        })(PROMPT, None, 1)  # fmt: skip

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from apt_kernels import PolicyLoss, group_advantages, policy_loss
+from apt_kernels import PolicyLoss
 
 from ..training.config import check_count, check_flag, check_number
+from .cut_responses import check_cut_responses
 
 ADVANTAGES = ("relative", "normalized", "rank")
 
@@ -41,8 +40,12 @@ class GRPOConfig:
             the rows times `max_new_tokens`, so that padding does not change it.
         sampling_temperature: of the responses; log-probabilities are of that distribution.
         max_new_tokens: of a response.
-        max_length: of prompt and response; None: unlimited.
+        max_length: of prompt and response; None: as many as the model has positions.
         weight_decay: of the AdamW that is made without an optimizer.
+        cut_responses: of responses that did not end by themselves: "keep" learns from them as from
+            others, "mask" learns nothing from them (their rewards stay in their groups), "penalty"
+            takes `cut_penalty` from their rewards.
+        cut_penalty: see `cut_responses`.
     """
 
     group_size: int = 4
@@ -68,6 +71,8 @@ class GRPOConfig:
     max_new_tokens: int = 128
     max_length: int | None = None
     weight_decay: float = 0.0
+    cut_responses: str = "keep"
+    cut_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         self.validate()
@@ -93,9 +98,11 @@ class GRPOConfig:
         check_flag(self, "use_critic")
         if self.target_kl is not None and self.kl_coef == 0:
             raise ValueError("GRPOConfig.target_kl adapts kl_coef, which must not be 0 then")
-        PolicyLoss(**self._options(0.0))
+        check_cut_responses(self)
+        PolicyLoss(kl_coef=self.kl_coef, **self.surrogate())
 
-    def _options(self, kl_coef: float) -> dict[str, Any]:
+    def surrogate(self) -> dict[str, Any]:
+        """Returns the options of `apt_kernels.policy_loss`, but for the weight of the KL term."""
         clipped = self.loss_type in ("clip", "cispo")
         high = self.clip_range if self.clip_high is None else self.clip_high
         return {
@@ -105,29 +112,7 @@ class GRPOConfig:
             "ratio_level": self.ratio_level,
             "sapo_temperature_pos": self.sapo_temperature_pos,
             "sapo_temperature_neg": self.sapo_temperature_neg,
-            "kl_coef": kl_coef,
             "kl_estimator": self.kl_estimator,
             "entropy_coef": self.entropy_coef,
             "aggregation": self.aggregation,
         }
-
-    def loss(
-        self, logps: Tensor, old_logps: Tensor | None, advantages: Tensor, mask: Tensor,
-        *, kl_coef: float, **options: Any,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Returns `policy_loss` of these options; the weight of the KL term is not theirs."""
-        own = self._options(kl_coef)
-        return policy_loss(logps, old_logps, advantages, mask, **own, **options)
-
-    def advantages(self, rewards: Tensor, group_size: int) -> Tensor:
-        """Returns the advantages `(N,)` within groups, divided by the temperature."""
-        return group_advantages(rewards, group_size, self.advantage_type) / self.temperature
-
-    def denominator(self, tokens: Tensor) -> Tensor | None:
-        """Returns what the aggregation divides by, for tokens `(N, T)` that count; None: by 1."""
-        if self.aggregation == "token_sum":
-            return None
-        if self.aggregation == "token_mean":
-            return tokens.sum()
-        rows = tokens.any(-1).sum()
-        return rows * self.max_new_tokens if self.aggregation == "dr_grpo" else rows

@@ -20,7 +20,8 @@ from ..training.loop import TrainingLoop
 from ..training.options import evaluating, move_modules
 from .kl_control import KLCoefficient
 from .reference_model import ReferenceModel
-from .reward_source import RewardSource
+from .response_end import StopRules, read_end_tokens
+from .reward_source import Rewards, RewardSource
 from .rollout import Rollout, Sampler
 from .sequence_batch import SequenceBatch, make_sequence_batch
 
@@ -36,14 +37,17 @@ class PolicyTrainer(TrainingLoop):
         ref_policy_model: a model; "copy": the PEFT adapter disabled, else a frozen copy of the
             policy; None: nothing.
         optimizer: None: AdamW. The value head's parameters are added to one that is given.
-        config: checked; has learning_rate, weight_decay, max_grad_norm, max_length, kl_coef and
-            target_kl.
+        config: checked; has learning_rate, weight_decay, max_grad_norm, max_length, kl_coef,
+            target_kl, cut_responses and cut_penalty.
         device: None: where the policy is.
         value_head: whether there is one.
         temperature: of the distribution that is sampled and scored.
         rollout: samples instead of the policy, see `Sampler`.
-        eos_token_id: what ends a response; None: what the model's configuration says.
-        pad_token_id: what follows it.
+        eos_token_id: one or several tokens that end a response; None: all that the tokenizer, the
+            model's generation settings and its configuration name.
+        stop_strings: texts that end a response too; they need the tokenizer.
+        tokenizer: of the policy, as those of Hugging Face.
+        pad_token_id: what follows the end of a response.
         use_hidden_states: False: always form the logits.
         backend: of the kernels.
         **options: `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`, as
@@ -63,6 +67,8 @@ class PolicyTrainer(TrainingLoop):
         *,
         rollout: Callable[..., Any] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        tokenizer: Any = None,
         pad_token_id: int = 0,
         use_hidden_states: bool = True,
         backend: str | None = None,
@@ -104,18 +110,25 @@ class PolicyTrainer(TrainingLoop):
             self.with_state["reference"] = self._reference
         elif config.target_kl is not None:
             raise ValueError("target_kl needs a reference: pass ref_policy_model")
-        self._kl = KLCoefficient(config.kl_coef, config.target_kl)
-        self.with_state["kl_coefficient"] = self._kl
+        self._kl_coef = KLCoefficient(config.kl_coef, config.target_kl)
+        self.with_state["kl_coefficient"] = self._kl_coef
         self._temperature = temperature
         self._remembered: tuple[Rollout | None, float] = (None, temperature)
         self._vocabulary_size = vocabulary_size(policy_model)
+        end_tokens = read_end_tokens(policy_model, eos_token_id, tokenizer)
+        self._ends = StopRules(end_tokens, stop_strings, tokenizer)
+        if config.cut_responses != "keep" and not self._ends:
+            raise ValueError(
+                f"cut_responses={config.cut_responses!r} needs what ends a response: no end token "
+                "is known, pass eos_token_id or stop_strings"
+            )
         self._sampler = Sampler(
             self._policy,
             self.device,
             max_length=config.max_length,
             vocabulary_size=self._vocabulary_size,
             rollout=rollout,
-            eos_token_id=eos_token_id,
+            rules=self._ends,
             pad_token_id=pad_token_id,
         )
 
@@ -138,37 +151,87 @@ class PolicyTrainer(TrainingLoop):
         responses: Tensor,
         response_masks: Tensor | None = None,
         response_token_mask: Tensor | None = None,
+        **known: Any,
     ) -> Tensor:
-        """Returns the reward model's rewards, `(B,)`.
+        """Returns the reward model's rewards, `(B,)`, 0 where a row abstains.
 
         Args:
             responses: `(B, S)`.
             response_masks: `(B, S)`, 1 = real token; None: all are.
             response_token_mask: `(B, S)`, 1 = token of the response; None: all real ones but the
                 first are.
+            **known: `rows` and `finished`, as `make_sequence_batch`.
         """
         given = {} if response_token_mask is None else {"response_token_mask": response_token_mask}
-        return self._rewards_of(self._batch(responses, response_masks, **given))
+        return self._rewards_of(self._batch(responses, response_masks, **given, **known)).values
 
-    def _rewards_of(self, batch: SequenceBatch) -> Tensor:
+    def _rewards_of(self, batch: SequenceBatch) -> Rewards:
         if self._rewards is None:
             raise ValueError("there are neither rewards nor a reward model: pass one of them")
-        return self._rewards(batch.input_ids, batch.real, batch.counted.long())
+        return self._rewards(
+            batch.input_ids,
+            batch.real,
+            batch.counted.long(),
+            batch.columns.get("rows"),
+            batch.columns["finished"],
+        )
+
+    def _add_rewards(self, batch: SequenceBatch, rewards: Rewards) -> dict[str, Tensor]:
+        """Gives the batch its scores, and what is learned from where a row abstains.
+
+        Returns:
+            Shares of what was measured: they add up over the processes.
+        """
+        columns = batch.columns
+        columns["scores"] = rewards.values
+        if self.config.cut_responses == "penalty":
+            cut = ~columns["finished"]
+            columns["scores"] = rewards.values - self.config.cut_penalty * cut
+        if rewards.abstains is not None:
+            columns["abstains"] = rewards.abstains
+            learned = ~rewards.abstains
+            columns["learned"] = columns.get("learned", learned) & learned
+        return self._measured(batch, rewards)
+
+    def _measured(self, batch: SequenceBatch, rewards: Rewards) -> dict[str, Tensor]:
+        """Returns shares of the means over all processes: they add up."""
+        cut = ~batch.columns["finished"]
+        named = {"mean_reward": rewards, **{f"reward_{k}": r for k, r in rewards.parts.items()}}
+        rewarded = [cut.new_tensor(batch.rows, dtype=torch.long)]
+        for given in named.values():
+            all_rows = given.abstains is None
+            rewarded.append(rewarded[0] if all_rows else (~given.abstains).sum())
+        rows, *counts = self.count_over_processes(torch.stack(rewarded)).clamp(min=1)
+        abstained = 0 if rewards.abstains is None else rewards.abstains.sum()
+        return {
+            **{k: r.values.sum() / n for (k, r), n in zip(named.items(), counts, strict=True)},
+            "abstained": cut.new_zeros((), dtype=torch.double) + abstained,
+            "cut_share": cut.sum().double() / rows,
+            "response_length": batch.response_tokens.sum().double() / rows,
+        }
 
     def _batch(
         self, responses: Tensor, response_masks: Tensor | None = None, **tokens: Any
     ) -> SequenceBatch:
-        if not tokens.keys() & {"response_token_mask", "prompt_lengths"}:
-            sampled, _ = self._remembered
-            if sampled is not None and responses is sampled.responses:
-                tokens = {**tokens, "response_token_mask": sampled.token_mask}
-        return make_sequence_batch(
+        """Returns the checked batch, with the column `finished`, on the trainer's device."""
+        sampled, _ = self._remembered
+        if sampled is not None and responses is sampled.responses:
+            if not tokens.keys() & {"response_token_mask", "prompt_lengths"}:
+                tokens["response_token_mask"] = sampled.token_mask
+            tokens.setdefault("finished", sampled.finished)
+        batch = make_sequence_batch(
             responses,
             response_masks,
             **tokens,
             device=self.device,
             vocabulary_size=self._vocabulary_size,
         )
+        columns = batch.columns
+        if "finished" not in columns:
+            columns["finished"] = self._ends.finished(batch.input_ids, batch.counted)
+        if self.config.cut_responses == "mask":
+            columns["learned"] = columns["finished"]
+        return batch
 
     def _remember(self, rollout: Rollout, temperature: float) -> None:
         """The tokens of the prompts and the temperature are known where these responses return."""
@@ -184,6 +247,20 @@ class PolicyTrainer(TrainingLoop):
     ) -> Rollout:
         with self.autocast():
             return self._sampler(prompts, masks, max_new_tokens, self._temperature, copies)
+
+    def _batch_of(
+        self, rollout: Rollout, rows: Tensor | Sequence[int] | None, copies: int = 1
+    ) -> SequenceBatch:
+        """Returns a rollout as a batch; `rows` are of its prompts, each sampled `copies` times."""
+        known: dict[str, Any] = {"finished": rollout.finished}
+        if rows is not None:
+            known["rows"] = torch.as_tensor(rows).repeat_interleave(copies)
+        return self._batch(
+            rollout.responses,
+            rollout.response_masks,
+            response_token_mask=rollout.token_mask,
+            **known,
+        )
 
     def _score(
         self, batch: SequenceBatch, how: Scoring, *, compared: bool
@@ -211,6 +288,8 @@ class PolicyTrainer(TrainingLoop):
         prompt_masks: Tensor | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
+        *,
+        rows: Tensor | Sequence[int] | None = None,
     ) -> dict[str, float]:
         """Returns what responses to the prompts of all processes are worth, in evaluation mode.
 
@@ -219,26 +298,24 @@ class PolicyTrainer(TrainingLoop):
             prompt_masks: `(B, P)`, 1 = real token; None: all are.
             max_new_tokens: instead of the configuration's.
             temperature: of the distribution; 0: always the likeliest token.
+            rows: `(B,)`, the positions of the prompts among the rows of the data, for rewards that
+                read them.
 
         Returns:
-            `mean_reward`, `response_length` in tokens and, where there is a reference,
-            `sequence_kl`: log policy - log reference of the response, in nats.
+            `mean_reward` of the responses that do not abstain, and `reward_…` of each function
+            where several are added, `abstained` (how many), `cut_share`, `response_length` in
+            tokens and, where there is a reference, `sequence_kl`: log policy - log reference of
+            the response, in nats.
         """
         room = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
         with self.autocast():
             rollout = self._sampler(prompts, prompt_masks, room, temperature)
-        batch = self._batch(
-            rollout.responses, rollout.response_masks, response_token_mask=rollout.token_mask
-        )
-        rows = self.count_over_processes(batch.rows)
-        measured = {
-            "mean_reward": self._rewards_of(batch).sum() / rows,
-            "response_length": batch.tokens.sum() / rows,
-        }
+        batch = self._batch_of(rollout, rows)
+        measured = self._measured(batch, self._rewards_of(batch))
         if self._reference is not None:
             scored = self._score_in_parts(batch, batch.rows)
             differences = kl_penalty(scored["old_logps"], scored["ref_logps"], "k1")
-            measured["sequence_kl"] = differences.sum() / rows
+            measured["sequence_kl"] = differences.sum() / self.count_over_processes(batch.rows)
         return read_numbers(measured, self._data_parallel_groups)
 
     @torch.no_grad()

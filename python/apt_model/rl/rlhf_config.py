@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from apt_kernels import PolicyLoss, ValueLoss, gae, kl_penalty, policy_loss, value_loss
+from apt_kernels import PolicyLoss, ValueLoss, gae, kl_penalty
 
-from ..scoring.output_head import TokenScores
 from ..training.config import check_count, check_flag, check_number
-from .sequence_batch import SequenceBatch
+from .cut_responses import check_cut_responses
 
 
 @dataclass
@@ -39,6 +37,10 @@ class RLHFConfig:
         temperature: of the distribution that is sampled and trained.
         max_new_tokens: of a response in `train_step`.
         weight_decay: of the AdamW that is made without an optimizer.
+        cut_responses: of responses that did not end by themselves: "keep" learns from them as from
+            others, "mask" learns nothing from them, "penalty" takes `cut_penalty` from their
+            rewards, before `reward_scale`.
+        cut_penalty: see `cut_responses`.
     """
 
     ppo_epochs: int = 4
@@ -61,6 +63,8 @@ class RLHFConfig:
     temperature: float = 1.0
     max_new_tokens: int = 128
     weight_decay: float = 0.0
+    cut_responses: str = "keep"
+    cut_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         self.validate()
@@ -81,49 +85,9 @@ class RLHFConfig:
         check_flag(self, "whiten_advantages")
         if self.target_kl is not None and self.kl_coef == 0:
             raise ValueError("RLHFConfig.target_kl adapts kl_coef, which must not be 0 then")
+        check_cut_responses(self)
         nothing = torch.zeros(0, 0)
         gae(nothing, nothing, gamma=self.gamma, gae_lambda=self.gae_lambda)
         kl_penalty(nothing, nothing, self.kl_estimator)
         PolicyLoss(clip_low=self.clip_epsilon, dual_clip=self.dual_clip)
         ValueLoss(self.value_clip)
-
-    def loss(
-        self, scores: TokenScores, batch: SequenceBatch, tokens: Tensor | int,
-        backend: str | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Returns the loss of PPO and metrics: the batch's share of those of all `tokens`.
-
-        Args:
-            scores: of the policy, with entropies and values.
-            batch: with the columns old_logps, advantages, returns and old_values.
-            tokens: how many response tokens all shares together have.
-            backend: of the kernels.
-        """
-        columns, mask = batch.columns, batch.tokens
-        loss, of_policy = policy_loss(
-            scores.logps,
-            columns["old_logps"],
-            columns["advantages"],
-            mask,
-            clip_low=self.clip_epsilon,
-            clip_high=self.clip_epsilon,
-            dual_clip=self.dual_clip,
-            entropy=scores.entropy,
-            entropy_coef=self.entropy_coef,
-            normalizer=tokens,
-            backend=backend,
-        )
-        of_values, _ = value_loss(
-            scores.values,
-            columns["returns"],
-            mask,
-            old_values=None if self.value_clip is None else columns["old_values"],
-            clip_range=self.value_clip,
-            normalizer=tokens,
-            backend=backend,
-        )
-        loss = loss + self.value_loss_coef * of_values
-        weight = mask.sum().double() / tokens
-        means = {k: of_policy[k] * weight for k in ("entropy", "clip_fraction", "approx_kl")}
-        metrics = {"ppo_loss": loss, "policy_loss": of_policy["policy_loss"]}
-        return loss, {**metrics, "value_loss": of_values, **means}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from apt_kernels import gae, kl_penalty, value_loss
+from apt_kernels import gae, kl_penalty, policy_loss, value_loss
 
-from ..scoring.output_head import Scoring
+from ..scoring.output_head import Scoring, TokenScores
 from ..training.config import split_options
 from ..training.curves import read_numbers
 from .all_processes import rows_of_all
@@ -31,10 +33,18 @@ class RLHFTrainer(PolicyTrainer):
         optimizer: None: AdamW. The value head's parameters are added to one that is given.
         config: None, a mapping or an `RLHFConfig`.
         device: None: where the policy is.
-        **options: fields of the configuration, which replace its own; `rollout`, `eos_token_id`,
-            `pad_token_id`, `use_hidden_states`, `backend`, as `PolicyTrainer`;
-            `gradient_accumulation_steps`, `autocast_dtype`, `scheduler` (one step of it a training
-            step), `log`, as `TrainingLoop` has them.
+        rollout: samples instead of the policy, as `Sampler`.
+        eos_token_id: what ends a response, as `PolicyTrainer`.
+        stop_strings: texts that end a response too.
+        tokenizer: of the policy; needed for those texts, and its end token ends a response.
+        pad_token_id: what follows the end of a response.
+        use_hidden_states: False: always form the logits.
+        backend: of the kernels.
+        gradient_accumulation_steps: into how many parts a step cuts its batch.
+        autocast_dtype: "bf16", "fp16" or None.
+        scheduler: a torch scheduler, or what makes one of an optimizer; one step a training step.
+        log: called with every step's record, or a TensorBoard writer.
+        **options: fields of `RLHFConfig`, which replace those of `config`.
     """
 
     monitored = ("mean_reward", "mean_kl", "ppo_loss", "entropy")
@@ -48,6 +58,18 @@ class RLHFTrainer(PolicyTrainer):
         optimizer: Optimizer | None = None,
         config: RLHFConfig | Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
+        *,
+        rollout: Callable[..., Any] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        tokenizer: Any = None,
+        pad_token_id: int = 0,
+        use_hidden_states: bool = True,
+        backend: str | None = None,
+        gradient_accumulation_steps: int = 1,
+        autocast_dtype: torch.dtype | str | None = None,
+        scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+        log: Callable[[dict[str, float]], Any] | Any = None,
         **options: Any,
     ) -> None:
         config, options = split_options(config, RLHFConfig, options, RLHFTrainer)
@@ -60,6 +82,17 @@ class RLHFTrainer(PolicyTrainer):
             device,
             value_head=True,
             temperature=config.temperature,
+            rollout=rollout,
+            eos_token_id=eos_token_id,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            pad_token_id=pad_token_id,
+            use_hidden_states=use_hidden_states,
+            backend=backend,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            autocast_dtype=autocast_dtype,
+            scheduler=scheduler,
+            log=log,
             **options,
         )
 
@@ -94,12 +127,35 @@ class RLHFTrainer(PolicyTrainer):
         result = rollout.responses, rollout.response_masks, batch.columns["old_logps"]
         return (*result, rollout.token_mask) if return_token_mask else result
 
+    @torch.no_grad()
     def compute_kl_penalty(
-        self, log_probs: Tensor, ref_log_probs: Tensor, masks: Tensor | None = None
-    ) -> Tensor:
-        """Returns the estimate of KL(policy || reference) at each token, `(B, T)`, 0 if masked."""
+        self, responses: Tensor, response_masks: Tensor | None, policy_log_probs: Tensor,
+        **tokens: Any,
+    ) -> Tensor:  # fmt: skip
+        """Returns the estimate of KL(policy || reference) at each token, `(B, S)`.
+
+        It is 0 at padding and at prompts, as far as they are known, and at the first token, of
+        which no model says anything.
+
+        Args:
+            responses: `(B, S)`, prompts included.
+            response_masks: `(B, S)`, 1 = real token; None: all are.
+            policy_log_probs: `(B, S-1)` of all tokens but the first, as `generate_responses`
+                returns them; or `(B, S)`, whose first column is not read.
+            **tokens: as `ppo_step`.
+        """
+        batch = self._batch(responses, response_masks, **tokens)
+        if isinstance(policy_log_probs, Tensor) and policy_log_probs.shape == responses.shape:
+            policy_log_probs = policy_log_probs[:, 1:]
+        logps = checked_logps("policy_log_probs", policy_log_probs, batch)
+        scored = self._score_in_parts(
+            batch, self.config.batch_size, self._temperature_of(responses)
+        )
+        return F.pad(self._token_kl(logps, scored["ref_logps"], batch.response_tokens), (1, 0))
+
+    def _token_kl(self, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
         return kl_penalty(
-            log_probs, ref_log_probs, self.config.kl_estimator, mask=masks, backend=self._backend
+            logps, ref_logps, self.config.kl_estimator, mask=mask, backend=self._backend
         )
 
     def compute_advantages(
@@ -166,56 +222,60 @@ class RLHFTrainer(PolicyTrainer):
         self.finish_step(metrics)
         return {name: value for name, value in metrics.items() if name != "loss"}
 
-    def train_step(self, prompts: Tensor, prompt_masks: Tensor | None = None) -> dict[str, float]:
+    def train_step(
+        self,
+        prompts: Tensor,
+        prompt_masks: Tensor | None = None,
+        *,
+        rows: Tensor | Sequence[int] | None = None,
+    ) -> dict[str, float]:
         """Samples a response to each prompt, scores it and makes the epochs of PPO.
 
         Args:
             prompts: `(B, P)`; padding may be on either side.
             prompt_masks: `(B, P)`, 1 = real token; None: all are.
+            rows: `(B,)`, the positions of the prompts among the rows of the data, for rewards that
+                read them.
 
         Returns:
             `mean_reward`, `mean_kl` (to the reference, in nats a token), `ppo_loss, policy_loss,
             value_loss, entropy`, means over all updates; also `sequence_kl` (in nats a response),
-            `response_length, kl_coef, learning_rate` and the others of `ppo_step`.
+            `response_length, cut_share` (of responses that did not end by themselves), `abstained`
+            (how many have no reward), `reward_…` of each function where several are added,
+            `kl_coef, learning_rate` and the others of `ppo_step`.
 
         Raises:
             ValueError: an argument, a reward or a prompt does not fit; no parameter was changed.
             FloatingPointError: a loss or a gradient is not finite; that update was not made.
         """
         rollout = self._sample(prompts, prompt_masks, self.config.max_new_tokens)
-        batch = self._batch(
-            rollout.responses, rollout.response_masks, response_token_mask=rollout.token_mask
-        )
-        rewards = self._rewards_of(batch)
-        measured = self._compare_with_reference(batch, rewards)
+        batch = self._batch_of(rollout, rows)
+        measured = self._add_rewards(batch, self._rewards_of(batch))
+        measured |= self._compare_with_reference(batch)
         if rollout.logps is not None:
             batch.columns["old_logps"] = checked_logps("the rollout's logps", rollout.logps, batch)
         updates = self._ppo(batch, self._temperature)
         metrics = {**read_numbers(measured, self._data_parallel_groups), **updates}
-        metrics["kl_coef"] = self._kl.value
-        self._kl.follow(metrics["mean_kl"])
+        metrics["kl_coef"] = self._kl_coef.value
+        self._kl_coef.follow(metrics["mean_kl"])
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.finish_step(metrics)
         return {**{k: v for k, v in metrics.items() if k != "loss"}, "learning_rate": rate}
 
     @torch.no_grad()
-    def _compare_with_reference(self, batch: SequenceBatch, rewards: Tensor) -> dict[str, Tensor]:
+    def _compare_with_reference(self, batch: SequenceBatch) -> dict[str, Tensor]:
         """Gives the batch its advantages and returns; returns shares of what was measured."""
-        tokens = batch.tokens
         columns = self._score_in_parts(batch, self.config.batch_size)
-        kl = self.compute_kl_penalty(columns["old_logps"], columns["ref_logps"], tokens)
-        token_rewards = at_last_token(self.config.reward_scale * rewards, tokens)
-        token_rewards = token_rewards - self._kl.value * kl
+        every, tokens = batch.response_tokens, batch.tokens
+        kl = self._token_kl(columns["old_logps"], columns["ref_logps"], every)
+        token_rewards = at_last_token(self.config.reward_scale * columns["scores"], every)
+        token_rewards = token_rewards - self._kl_coef.value * kl
         columns["advantages"], columns["returns"] = self.compute_advantages(
             token_rewards, columns["old_values"], tokens
         )
-        rows = self.count_over_processes(batch.rows)
-        length = tokens.sum().double()
         return {
-            "mean_reward": rewards.sum() / rows,
-            "mean_kl": kl.sum() / self.count_over_processes(length),
-            "sequence_kl": kl.sum() / rows,
-            "response_length": length / rows,
+            "mean_kl": kl.sum() / self.count_over_processes(every.sum().double()),
+            "sequence_kl": kl.sum() / self.count_over_processes(batch.rows),
         }
 
     def _ppo(self, batch: SequenceBatch, temperature: float) -> dict[str, float]:
@@ -233,14 +293,47 @@ class RLHFTrainer(PolicyTrainer):
         return {**means, "explained_variance": float(before["explained_variance"])}
 
     def _update(self, batch: SequenceBatch, temperature: float) -> dict[str, float]:
-        tokens = self.count_over_processes(batch.tokens.sum().double())
+        tokens = self.count_over_processes(batch.tokens.sum().double()).clamp(min=1)
         how = Scoring(temperature, True, self.value_head)
 
         def share(part: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
             scores, _ = self._score(part, how, compared=False)
-            return self.config.loss(scores, part, tokens, self._backend)
+            return self._share(scores, part, tokens)
 
         return self.update(batch.chunk(self.gradient_accumulation_steps), share, finish=False)
+
+    def _share(
+        self, scores: TokenScores, batch: SequenceBatch, tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of PPO and metrics: the batch's share of those of all `tokens`."""
+        config, columns, mask = self.config, batch.columns, batch.tokens
+        loss, of_policy = policy_loss(
+            scores.logps,
+            columns["old_logps"],
+            columns["advantages"],
+            mask,
+            clip_low=config.clip_epsilon,
+            clip_high=config.clip_epsilon,
+            dual_clip=config.dual_clip,
+            entropy=scores.entropy,
+            entropy_coef=config.entropy_coef,
+            normalizer=tokens,
+            backend=self._backend,
+        )
+        of_values, _ = value_loss(
+            scores.values,
+            columns["returns"],
+            mask,
+            old_values=None if config.value_clip is None else columns["old_values"],
+            clip_range=config.value_clip,
+            normalizer=tokens,
+            backend=self._backend,
+        )
+        loss = loss + config.value_loss_coef * of_values
+        weight = mask.sum().double() / tokens
+        means = {k: of_policy[k] * weight for k in ("entropy", "clip_fraction", "approx_kl")}
+        metrics = {"ppo_loss": loss, "policy_loss": of_policy["policy_loss"]}
+        return loss, {**metrics, "value_loss": of_values, **means}
 
 
 def create_rlhf_trainer(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from ..scoring.model_access import FSDPModule, base_model, has_adapter, without_
 from ..scoring.next_token import NextTokenScorer
 from ..training.options import evaluating
 from .batch_checks import check_real_rows, check_vocabulary, checked_ids, checked_mask
+from .response_end import FoundEnds, StopRules, read_end_tokens
 
 
 @dataclass
@@ -26,12 +28,14 @@ class Rollout:
         response_masks: `(N, S)`, 1 = real token.
         token_mask: `(N, S)`, 1 = token of the response, its end token included.
         logps: `(N, S-1)`, log-probabilities where they were sampled, or None.
+        finished: `(N,)`, whether the response ended by itself; False: it was cut. None: not known.
     """
 
     responses: Tensor
     response_masks: Tensor
     token_mask: Tensor
     logps: Tensor | None = None
+    finished: Tensor | None = None
 
 
 class Sampler:
@@ -40,12 +44,13 @@ class Sampler:
     Args:
         policy: the scorer of the policy.
         device: where the prompts are moved.
-        max_length: of prompt and response together, in tokens; None: unlimited.
+        max_length: of prompt and response together, in tokens; None: as many as the model has
+            positions, also where it has fewer.
         vocabulary_size: of the policy, or None.
         rollout: called as `rollout(prompts, prompt_masks, max_new_tokens, temperature)` with
             left-padded prompts; returns a `Rollout`, its fields as a mapping or as a tuple (a
-            server's answer, say; `logps` may be left out).
-        eos_token_id: one or several that end a response; None: what the model's configuration says.
+            server's answer, say; `logps` and `finished` may be left out).
+        rules: what ends a response.
         pad_token_id: what follows an end.
     """
 
@@ -57,7 +62,7 @@ class Sampler:
         max_length: int | None = None,
         vocabulary_size: int | None = None,
         rollout: Callable[..., Any] | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
+        rules: StopRules | None = None,
         pad_token_id: int = 0,
     ) -> None:
         if rollout is not None and not callable(rollout):
@@ -67,8 +72,9 @@ class Sampler:
         self._max_length = max_length
         self._vocabulary_size = vocabulary_size
         self._rollout = rollout
-        self._end = read_end_tokens(policy.model, eos_token_id)
+        self.rules = StopRules(read_end_tokens(policy.model)) if rules is None else rules
         self._pad = pad_token_id
+        self._positions = _positions_of(policy.model)
 
     @torch.no_grad()
     def __call__(
@@ -99,18 +105,20 @@ class Sampler:
         room = int(rooms.max())
         model = self._policy.model
         generator = _generator(model)
+        ends = FoundEnds(self.rules, len(ids), ids.device)
         with evaluating(model):
             if generator is not None:
-                new = self._generate(generator, ids, mask, room, temperature)
+                new = self._generate(generator, ids, mask, room, temperature, ends)
             else:
-                new = self._without_cache(ids, mask, room, temperature)
-        real = self._until_end(new) & (torch.arange(new.shape[1], device=new.device) < rooms)
-        columns = int(real.any(0).sum())
-        new, real = new.masked_fill(~real, self._pad)[:, :columns], real[:, :columns]
+                new = self._without_cache(ids, mask, room, temperature, ends)
+        lengths, finished = ends.lengths(new, rooms.squeeze(1))
+        new = new[:, : int(lengths.max())]
+        real = torch.arange(new.shape[1], device=new.device) < lengths.unsqueeze(1)
         return Rollout(
-            torch.cat([ids, new], 1),
+            torch.cat([ids, new.masked_fill(~real, self._pad)], 1),
             torch.cat([mask, real.long()], 1),
             torch.cat([torch.zeros_like(mask), real.long()], 1),
+            finished=finished,
         )
 
     def _left_padded(self, prompts: Tensor, prompt_masks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -119,10 +127,10 @@ class Sampler:
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         check_real_rows("prompt_masks", mask.cpu())  # sampling waits for the device anyway
         longest = int(mask.sum(-1).max())
-        if self._max_length is not None and longest >= self._max_length:
+        limit, whose = self._limit()
+        if limit is not None and longest >= limit:
             raise ValueError(
-                f"a prompt has {longest} tokens, no room for a response within max_length="
-                f"{self._max_length}"
+                f"a prompt has {longest} tokens, no room for a response within {whose}"
             )
         order = mask.long().argsort(dim=-1, stable=True)[:, -longest:]
         mask = mask.gather(1, order)
@@ -139,36 +147,50 @@ class Sampler:
         """
         lengths = mask.sum(-1, keepdim=True)
         rooms = torch.full_like(lengths, max_new_tokens)
-        if self._max_length is None:
+        limit, _ = self._limit()
+        if limit is None:
             return rooms
-        rooms = rooms.clamp(max=self._max_length - lengths)
-        config = getattr(base_model(self._policy.model), "config", None)
-        known = getattr(config, "max_position_embeddings", None)
-        known = known if self._policy.takes_positions and isinstance(known, int) else 0
-        return rooms.clamp(max=max(known, self._max_length) - int(lengths.max()))
+        rooms = rooms.clamp(max=limit - lengths)
+        known = self._positions or 0
+        known = known if self._policy.takes_positions else 0
+        return rooms.clamp(max=max(known, limit) - int(lengths.max()))
+
+    def _limit(self) -> tuple[int | None, str]:
+        """Returns how many tokens prompt and response may have, and what says so."""
+        if self._max_length is None and self._positions is None:
+            return None, ""
+        if self._positions is None or (self._max_length or math.inf) <= self._positions:
+            return self._max_length, f"max_length={self._max_length}"
+        return self._positions, f"the model's {self._positions} positions"
 
     def _generate(
-        self, generator: nn.Module, ids: Tensor, mask: Tensor, room: int, temperature: float
-    ) -> Tensor:
-        from transformers import GenerationConfig
+        self, generator: nn.Module, ids: Tensor, mask: Tensor, room: int, temperature: float,
+        ends: FoundEnds,
+    ) -> Tensor:  # fmt: skip
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         settings = GenerationConfig(  # the policy's own distribution: nothing cut
             max_new_tokens=room,
             do_sample=temperature > 0,
             **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-            eos_token_id=self._end or None,
+            eos_token_id=self.rules.tokens or None,
             pad_token_id=self._pad,
             use_cache=True,
         )
-        sharded = isinstance(self._policy.model, FSDPModule)
+        width = ids.shape[1]
+        stop = lambda ids, scores, **more: ends.stopped_by_text(ids[:, width:])  # noqa: E731
+        more = {"synced_gpus": True} if isinstance(self._policy.model, FSDPModule) else {}
+        if self.rules.strings:
+            more["stopping_criteria"] = StoppingCriteriaList([stop])
         with _generation_config(generator, settings):
             output = generator.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings,
-                **({"synced_gpus": True} if sharded else {}),
-            )  # fmt: skip
-        return output[:, ids.shape[1] :]
+                input_ids=ids, attention_mask=mask, generation_config=settings, **more
+            )
+        return output[:, width:]
 
-    def _without_cache(self, ids: Tensor, mask: Tensor, room: int, temperature: float) -> Tensor:
+    def _without_cache(
+        self, ids: Tensor, mask: Tensor, room: int, temperature: float, ends: FoundEnds
+    ) -> Tensor:
         width = ids.shape[1]
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         sharded = isinstance(self._policy.model, FSDPModule)  # then all make the same calls
@@ -179,17 +201,10 @@ class Sampler:
             token = drawn if temperature > 0 else logits.argmax(-1)
             ids = torch.cat([ids, token.unsqueeze(1)], 1)
             mask = torch.cat([mask, (~ended).long().unsqueeze(1)], 1)
-            ended = ended | self._is_end(token)
+            ended = ended | self.rules.is_end(token) | ends.stopped_by_text(ids[:, width:])
             if not sharded and bool(ended.all()):
                 break
         return ids[:, width:]
-
-    def _is_end(self, tokens: Tensor) -> Tensor:
-        return torch.isin(tokens, torch.tensor(self._end, dtype=torch.long, device=tokens.device))
-
-    def _until_end(self, new: Tensor) -> Tensor:
-        ends = self._is_end(new).long()
-        return ends.cumsum(-1) - ends == 0
 
     def _read(self, result: Any, rows: int) -> Rollout:
         if isinstance(result, Mapping):
@@ -199,7 +214,7 @@ class Sampler:
         if not isinstance(result, Rollout):
             raise TypeError(
                 "rollout must return a Rollout, a mapping or a tuple of responses, response_masks, "
-                f"token_mask and maybe logps, got {type(result).__name__}"
+                f"token_mask and maybe logps and finished, got {type(result).__name__}"
             )
         ids = checked_ids("the rollout's responses", result.responses, self._device)
         if len(ids) != rows:
@@ -210,20 +225,22 @@ class Sampler:
                 ("response_masks", result.response_masks), ("token_mask", result.token_mask),
             )
         ]  # fmt: skip
-        return Rollout(ids, *masks, result.logps)
+        finished = result.finished
+        if finished is not None:
+            finished = torch.as_tensor(finished).to(self._device) != 0
+            if finished.shape != (rows,):
+                raise ValueError(
+                    f"the rollout's finished must be ({rows},), got {tuple(finished.shape)}"
+                )
+        return Rollout(ids, *masks, result.logps, finished)
 
 
-def read_end_tokens(model: nn.Module, given: int | Sequence[int] | None) -> list[int]:
-    """Returns the tokens that end a response: those given, or those of the model's settings."""
-    if given is None:
-        inner = base_model(model)
-        for name in ("generation_config", "config"):
-            given = getattr(getattr(inner, name, None), "eos_token_id", None)
-            if given is not None:
-                break
-    if given is None:
-        return []
-    return [given] if isinstance(given, int) else [int(token) for token in given]
+def _positions_of(model: nn.Module) -> int | None:
+    """Returns how many positions the configuration of a model has, None where it says nothing."""
+    config = getattr(base_model(model), "config", None)
+    nested = getattr(config, "get_text_config", None)
+    known = getattr(nested() if callable(nested) else config, "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else None
 
 
 def _generator(model: nn.Module) -> nn.Module | None:

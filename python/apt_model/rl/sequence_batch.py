@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,8 @@ class SequenceBatch:
         input_ids: `(N, S)`, 0 at padding.
         attention_mask: `(N, S)`, 1 = real token, or None where all are.
         counted: `(N, S)`, True at the tokens of responses.
-        columns: more of each row, `(N, …)`, by name.
+        columns: more of each row, `(N, …)`, by name. "learned" is False where nothing is to be
+            learned of a row.
     """
 
     input_ids: Tensor
@@ -50,9 +50,16 @@ class SequenceBatch:
         return torch.ones_like(self.input_ids) if mask is None else mask
 
     @property
-    def tokens(self) -> Tensor:
-        """`(N, S-1)`: which log-probabilities count."""
+    def response_tokens(self) -> Tensor:
+        """`(N, S-1)`: which log-probabilities are of responses."""
         return self.counted[:, 1:]
+
+    @property
+    def tokens(self) -> Tensor:
+        """`(N, S-1)`: which log-probabilities count: of the responses that are learned from."""
+        learned = self.columns.get("learned")
+        tokens = self.response_tokens
+        return tokens if learned is None else tokens & learned.unsqueeze(1)
 
     def sequences(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Returns ids, attention mask and counted tokens, as scorers take them."""
@@ -81,6 +88,8 @@ def make_sequence_batch(
     response_token_mask: Tensor | None = None,
     prompt_lengths: int | Sequence[int] | Tensor | None = None,
     old_log_probs: Tensor | None = None,
+    rows: Tensor | Sequence[int] | None = None,
+    finished: Tensor | Sequence[bool] | None = None,
     device: torch.device | str = "cpu",
     vocabulary_size: int | None = None,
 ) -> SequenceBatch:
@@ -95,6 +104,9 @@ def make_sequence_batch(
         response_token_mask: `(N, S)`, 1 = token of the response; None: all real ones are.
         prompt_lengths: `(N,)` or a number: how many real tokens the prompts have, instead.
         old_log_probs: `(N, S-1)`, at sampling time: the column `old_logps`, where given.
+        rows: `(N,)`, the position of each one's prompt among the rows of the data: the column
+            `rows`, where given.
+        finished: `(N,)`, whether each response ended by itself: the column `finished`, where given.
         device: where everything is moved.
         vocabulary_size: ids beyond it are an error (on the CPU: elsewhere looking would wait).
 
@@ -123,7 +135,21 @@ def make_sequence_batch(
     batch = SequenceBatch(ids, None if mask is None else mask.long(), counted)
     if old_log_probs is not None:
         batch.columns["old_logps"] = checked_logps("old_log_probs", old_log_probs, batch)
+    if rows is not None:
+        batch.columns["rows"] = _of_each("rows", rows, batch).long()
+    if finished is not None:
+        batch.columns["finished"] = _of_each("finished", finished, batch) != 0
     return batch
+
+
+def _of_each(name: str, values: Any, batch: SequenceBatch) -> Tensor:
+    """Returns one integer or bool a sequence, `(N,)`, where the batch is."""
+    values = torch.as_tensor(values).flatten()
+    if values.is_floating_point() or len(values) != batch.rows:
+        raise ValueError(
+            f"{name}: expected ({batch.rows},) integers, got {tuple(values.shape)} {values.dtype}"
+        )
+    return values.to(batch.input_ids.device)
 
 
 def checked_logps(name: str, logps: Tensor, batch: SequenceBatch) -> Tensor:
@@ -142,28 +168,6 @@ def checked_logps(name: str, logps: Tensor, batch: SequenceBatch) -> Tensor:
             f"{name} must be finite, got {float(logps[row, token])} in row {row}, place {token}"
         )
     return logps
-
-
-def complete_rows(rows: int, size: int) -> int:
-    """Returns how many of `rows` are in complete groups; warns of the others.
-
-    Raises:
-        ValueError: not even one group is complete.
-    """
-    complete = rows - rows % size
-    if complete == 0:
-        raise ValueError(f"{rows} rows are fewer than one group of {size}")
-    if complete < rows:
-        warnings.warn(
-            f"{rows - complete} of {rows} rows are an incomplete group of {size}: dropped",
-            stacklevel=4,
-        )
-    return complete
-
-
-def group_variances(rewards: Tensor, size: int) -> Tensor:
-    """Returns the unbiased variance of each group of `size` rewards; 0 for groups of one."""
-    return rewards.view(-1, size).var(dim=1, correction=min(1, size - 1))
 
 
 def at_last_token(rewards: Tensor, tokens: Tensor) -> Tensor:
