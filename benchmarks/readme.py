@@ -8,6 +8,7 @@ The README shows of every shape the most that was measured, docs/benchmarks.md e
 from __future__ import annotations
 
 import csv
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from apt_kernels.registry import OPS, Op
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
 RESULTS = ROOT / "benchmarks" / "results" / "kernels-cpu.csv"
 
 
@@ -46,7 +48,7 @@ def measured_table(whole: bool = False, path: Path = RESULTS) -> str:
     """Median milliseconds, and how many times as long the others take: installed / huge pages."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    shown = rows if whole else plots.last_passes(rows)
+    shown = rows if whole else [r for r in plots.last_passes(rows) if _headline(r)]
     keys = dict.fromkeys((r["operation"], r["shape"], r["dtype"], r["pass"]) for r in shown)
     cell = {
         (r["operation"], r["shape"], r["dtype"], r["pass"], r["variant"], r["pages"]): r
@@ -86,6 +88,45 @@ def measured_table(whole: bool = False, path: Path = RESULTS) -> str:
         "huge pages (`THP_MEM_ALLOC_ENABLE=1`); × is the time divided by ours; MiB is the peak "
         "beyond inputs and results, ours and eager's.",
     ]
+    return "\n".join(lines)
+
+
+# The rows of the README: one for each kind of work.
+HEADLINES = (
+    ("token_logprobs", "1024 x 32000"),
+    ("linear_token_logprobs", "1024 x 576 x 49152"),
+    ("linear_cross_entropy", "2048 x 768 x 30522, 15 % labelled, eager on all rows"),
+    ("linear_policy_loss", "1024 x 576 x 49152"),
+    ("policy_loss", "64 x 2048"),
+    ("gae", "256 x 1024"),
+    ("nt_xent", "2 x 4096 views, D = 128"),
+    ("mlm_mask", "256 x 512"),
+)
+
+
+def _headline(row: dict[str, str]) -> bool:
+    chosen = (row["operation"], row["shape"]) in HEADLINES
+    return chosen and row["dtype"] in ("float32", "int64")
+
+
+def operations_page() -> str:
+    """docs/operations.md: the signature and the docstring of every operation."""
+    lines = [
+        "# Operations",
+        "",
+        "Written by `benchmarks/readme.py` from the signatures and docstrings. The rules that hold",
+        "for every operation: a mask is named by what True means, and True counts; masked slots may",
+        "hold anything and get exactly no gradient; results are float32 (float64 for float64",
+        "inputs); gradients are computed once. `bits` on the CPU: `token_logprobs`,",
+        '`linear_token_logprobs`, `sequence_logps` and `linear_cross_entropy(reduction="none")`',
+        "give a row the same bits in any batch, beside any padding, with any number of threads.",
+        "",
+    ]
+    for name, op in sorted(OPS.items()):
+        signature = str(inspect.signature(op.function)).replace("torch.Tensor", "Tensor")
+        signature = re.sub(r"\b(torch|apt_kernels)\.[\w.]*\.", "", signature).replace("'", "")
+        lines += [f"## `{name}`", "", "```python", f"{name}{signature}", "```", ""]
+        lines += ["```text", inspect.getdoc(op.function), "```", ""]
     return "\n".join(lines)
 
 
@@ -131,6 +172,7 @@ def main() -> None:
         text = f"{before}{begin}\n{table()}\n{end}{after}"
     README.write_text(text)
     BENCHMARKS.write_text(benchmarks_page())
+    OPERATIONS.write_text(operations_page())
 
 
 if __name__ == "__main__":

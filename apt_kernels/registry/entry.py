@@ -80,3 +80,11 @@ class Op:
     benchmarks: tuple[Benchmark, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     summary: str = ""
+
+    def sample(self, name: str, dtype: torch.dtype = torch.float32) -> Sample:
+        """One call by the name that a failing test shows."""
+        for sample in self.samples(dtype):
+            if sample.name == name:
+                return sample
+        names = ", ".join(s.name for s in self.samples(dtype))
+        raise ValueError(f"name: expected a sample of {self.name} ({names}), got {name!r}")
