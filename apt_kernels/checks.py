@@ -6,7 +6,7 @@ devices, never values, so they cost no synchronisation and torch.compile traces 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ def between(name: str, value: Any, low: float, high: float, *, open_end: bool = 
         raise ValueError(f"{name}: expected a number in [{low}, {high}{end}, got {value}")
 
 
-def choice(name: str, value: Any, options: Sequence[str]) -> None:
+def choice(name: str, value: Any, options: Collection[str]) -> None:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: expected one of {list(options)}, got {value!r}")
 

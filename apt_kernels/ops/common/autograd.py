@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def differentiable_once(backward: Callable) -> Callable:
     return once
 
 
-def keep(ctx, formed: Tensor, call: NamedTuple, *inputs: Tensor | None) -> None:
+def keep(ctx: Any, formed: Tensor, call: NamedTuple, *inputs: Tensor | None) -> None:
     """Keeps the gradients that the forward pass of a pair loss formed, until `scaled` takes them.
 
     They are an attribute of ctx, because saved tensors must not be changed in place. Under
@@ -59,7 +59,7 @@ def keep(ctx, formed: Tensor, call: NamedTuple, *inputs: Tensor | None) -> None:
         ctx: of the autograd function.
         formed: gradients of the loss, for an upstream gradient of 1.
         call: arguments of the kernel, which forms the gradients again for a retained graph.
-        inputs: tensors of `call`; PyTorch then notices where one was changed in place.
+        *inputs: tensors of `call`; PyTorch then notices where one was changed in place.
     """
     if torch.compiler.is_compiling():
         ctx.save_for_backward(formed)
@@ -68,7 +68,7 @@ def keep(ctx, formed: Tensor, call: NamedTuple, *inputs: Tensor | None) -> None:
         ctx.save_for_backward(*inputs)
 
 
-def scaled(ctx, grad_loss: Tensor, form: Callable[[NamedTuple], Tensor]) -> Tensor:
+def scaled(ctx: Any, grad_loss: Tensor, form: Callable[[NamedTuple], Tensor]) -> Tensor:
     """The kept gradients times the upstream gradient, in their own memory.
 
     A copy would cost a third of the call. `form(call)` forms the gradients again for the second
