@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..training.files import generator_of
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+from . import image_arrays
+from .image_files import SHOWN, SUFFIXES, as_pixels, image_files, read_image
+from .image_options import LARGEST
+from .order import generator_of
 
 
 def load_images(
@@ -24,85 +26,135 @@ def load_images(
     *,
     fail_on_bad_image: bool = False,
     report: Callable[[str], Any] = lambda message: print(message, file=sys.stderr),
+    background: str = "white",
+    max_pixels: int | None = LARGEST,
+    array: str | None = None,
+    processor: Any = None,
+    counts: Counter[str] | None = None,
 ) -> Tensor:
     """Returns images `(N, C, H, W)`, float32.
 
     Args:
-        path: a folder of images (searched to its depths, in the order of the names), scaled to
-            [0, 1]: of 8 or 16 bits, or grey ones of floats that are in it; or a `.npy`/`.npz`
-            array `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)`, of which integers are divided by
-            the largest of their dtype and floats taken as they are.
-        size: pixels of a side, for folders: needed there.
+        path: a folder of images, searched to its depths as `image_files` does, scaled to [0, 1]
+            (of 8 or 16 bits, or grey ones of floats that are in it); or a `.npy`/`.npz` array
+            `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)`, of which integers are divided by the
+            largest of their dtype and floats taken as they are.
+        size: pixels of a side, for folders: needed there, unless there is a processor.
         channels: 1 or 3, for folders.
         fail_on_bad_image: True: a file that cannot be read is an error; False: it is left out, and
             `report` is told.
-        report: called with one message a file.
+        report: called with one message a file for the first 20 of them, and with what is left out.
+        background: what shines through transparent pixels of files.
+        max_pixels: files of larger images cannot be used.
+        array: name of the array in a `.npz` file that holds several.
+        processor: an image processor of Hugging Face; it sizes, scales and normalizes the images.
+        counts: how many images are skipped is counted here, as "images_skipped".
 
     Raises:
         ValueError: no image can be used, or the array is none of images; also where its integers
             use less than 1/128 of their dtype's range, which would make them black.
     """
+    told = SkippedImages(report, counts)
     if path.is_dir():
-        if size is None:
+        if size is None and processor is None:
             raise ValueError("the size of the images in a folder must be given")
-        return _from_folder(path, size, channels, fail_on_bad_image, report)
-    import numpy as np
 
-    loaded = np.load(path, allow_pickle=False)
-    array = loaded[loaded.files[0]] if hasattr(loaded, "files") else loaded
-    if array.ndim not in (3, 4) or array.size == 0 or array.dtype.kind not in "uif":
-        raise ValueError(f"{path}: must be an array of images (N, H, W[, C]), got {array.shape}")
-    pixels = array.astype(np.float32)
-    if array.dtype.kind != "f":
-        largest = np.iinfo(array.dtype).max
-        if array.dtype.itemsize > 1 and array.max() <= largest // 128:
-            raise ValueError(
-                f"{path}: {array.dtype} up to {array.max()} would be black: 1 is {largest}; save "
-                "uint8, uint16 or floats in [0, 1]"
-            )
-        pixels /= largest
-    images = torch.from_numpy(pixels)
-    if images.dim() == 3:
-        return images.unsqueeze(1)
-    return images.movedim(-1, 1) if images.shape[1] > 4 >= images.shape[-1] else images
+        def read(file: Path) -> Tensor:
+            image = read_image(file, 3 if processor else channels, background, max_pixels)
+            told.frames += image.info["frames"] > 1
+            if processor is not None:
+                return _processed(processor, image)
+            return torch.from_numpy(as_pixels(image, size, channels))
+
+        images = _of_folder(path, read, fail_on_bad_image, told)
+    else:
+        images = _of_array(path, array, fail_on_bad_image, told, processor)
+    told.finish(path)
+    if not len(images):
+        raise ValueError(f"{path}: no image can be used")
+    return images
 
 
-def _from_folder(
-    folder: Path, size: int, channels: int, fail: bool, report: Callable[[str], Any]
+class SkippedImages:
+    """Names the first images that are skipped, and counts the others.
+
+    Args:
+        report: called with one message.
+        counts: where they are counted, or None.
+    """
+
+    def __init__(self, report: Callable[[str], Any], counts: Counter[str] | None) -> None:
+        self.report, self._counts = report, counts
+        self._skipped = 0
+        self.frames = 0  # files with more frames than the first
+
+    def __call__(self, message: str) -> None:
+        """Tells of one image."""
+        self._skipped += 1
+        if self._skipped <= SHOWN:
+            self.report(message)
+
+    def finish(self, path: Path) -> None:
+        """Tells of those that were not named, and of frames that are left out."""
+        if self.frames:
+            self.report(f"{path}: of {self.frames} files with several frames the first is taken")
+        if self._skipped > SHOWN:
+            self.report(f"{path}: {self._skipped - SHOWN} more images skipped")
+        if self._counts is not None and self._skipped:
+            self._counts["images_skipped"] += self._skipped
+
+
+def _of_folder(
+    folder: Path, read: Callable[[Path], Tensor], fail: bool, told: SkippedImages
 ) -> Tensor:
-    from PIL import Image
-
     images = []
-    for file in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
+    for file in image_files(folder, told.report):
         try:
-            with Image.open(file) as image:
-                images.append(_pixels(image, size, channels))
-        except (OSError, ValueError) as error:
+            images.append(read(file))
+        except ValueError as error:
             if fail:
                 raise ValueError(f"{file}: {error}") from None
-            report(f"{file}: {error} (image skipped)")
-    if not images:
-        raise ValueError(f"{folder}: no image can be used")
-    return torch.stack(images)
+            told(f"{file}: {error} (image skipped)")
+    sizes = {tuple(image.shape) for image in images}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{folder}: the model's image processor makes images of several sizes, "
+            f"{sorted(sizes)[:3]}: give it a size and a crop"
+        )
+    return torch.stack(images) if images else torch.empty(0)
 
 
-def _pixels(image: Any, size: int, channels: int) -> Tensor:
-    """Returns `(channels, size, size)` in [0, 1] of an image of Pillow."""
+def _processed(processor: Any, image: Any) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    if image.mode != "F" and not image.mode.startswith("I"):
-        image = image.convert("L" if channels == 1 else "RGB").resize((size, size))
-        pixels = torch.from_numpy(np.asarray(image).copy()).float() / 255
-        return pixels.view(size, size, channels).movedim(-1, 0)
-    grey = np.asarray(image)  # which `convert` would clip to 8 bits
-    white = 1 if image.mode == "F" else np.iinfo(np.uint16).max  # Pillow's "I" is of 16-bit files
-    if not (grey.min() >= 0 and grey.max() <= white):
+    if image.mode == "F":
+        image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
+    return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0].float()
+
+
+def _of_array(
+    path: Path, name: str | None, fail: bool, told: SkippedImages, processor: Any
+) -> Tensor:
+    if path.suffix.lower() not in image_arrays.SUFFIXES:
+        kind = "one image" if path.suffix.lower() in SUFFIXES else f"a {path.suffix or 'file'}"
         raise ValueError(
-            f"values from {grey.min()} to {grey.max()}, expected 0 (black) to {white} (white)"
+            f"{path}: expected a folder of images or an array of them, .npy or .npz, got {kind}"
         )
-    scaled = Image.fromarray(grey.astype(np.float32) / white).resize((size, size))
-    return torch.from_numpy(np.array(scaled)).clamp(0, 1).expand(channels, -1, -1)
+    array = image_arrays.load_array(path, name)
+    pixels = image_arrays.channels_first(image_arrays.scaled(path, array))
+    images = torch.from_numpy(image_arrays.finite(path, pixels, fail, told)).contiguous()
+    if processor is None or not len(images):
+        return images
+    low, high = images.aminmax()
+    if low < 0 or high > 1 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{path}: the model's image processor takes 1 or 3 channels of values from 0 to 1, got "
+            f"{images.shape[1]} from {float(low):g} to {float(high):g}"
+        )
+    images = images.expand(-1, 3, -1, -1)
+    made = processor(images=images, do_rescale=False, return_tensors="pt")["pixel_values"]
+    return made.float()
 
 
 class ImageViews:
