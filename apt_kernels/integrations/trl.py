@@ -7,7 +7,9 @@ trainers (tried with TRL 1.16); `remove_from_trl()` puts TRL's own back.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -17,8 +19,11 @@ from ..ops.logprobs.linear_token_logprobs import linear_token_logprobs
 from ..ops.logprobs.token_logprobs import token_logprobs
 
 _PATCHED_MODULE = "trl.trainer.utils"
-_TRAINERS = ("dpo_trainer", "grpo_trainer", "rloo_trainer")
+_TRAINERS = ("dpo_trainer", "grpo_trainer", "kto_trainer", "rloo_trainer", "sft_trainer")
 _originals: dict[str, Any] = {}  # TRL's own objects by name, while ours are in their place
+# TRL's optional results, in its order; all but the first are metrics without a gradient.
+_METRICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_calls: dict[str, Any] = {"taken": 0, "refused": {}}
 
 
 def selective_log_softmax(
@@ -86,10 +91,11 @@ def selective_log_softmax_and_entropy(
 class ChunkedLogProbFunction:
     """What TRL's fused heads call: `linear_token_logprobs` with TRL's arguments.
 
-    Only `apply` is there. Calls that ask for more than log-probabilities and entropy (DPO's policy
-    wants two metrics of the whole distribution besides), or in mixed precision, or with a head
-    sharded by DeepSpeed, go to TRL's own function. In DPO the reference then takes one way and the
-    policy the other: where they are equal, margins are rounding (1e-7) instead of exactly 0.
+    Only `apply` is there. Under autocast the products are in its dtype, with float32 sums, and the
+    logits are not rounded. The metrics of the whole distribution that DPO, KTO and SFT log
+    (`log_sum_sq_probs`, `mean_logits`, `is_top1`) have no gradient; they come from a pass of their
+    own over chunks of the logits. A call that cannot be served goes to TRL's own function: it is
+    counted in `report()` with its reason, and the first of each reason warns.
     """
 
     @staticmethod
@@ -102,10 +108,12 @@ class ChunkedLogProbFunction:
         chunk_size: int,
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-    ) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """TRL's five results; the last three are None here."""
-        if not _can_take(hidden, weight, bias, logit_scale, outputs):
+        outputs: tuple[str, ...] = _METRICS,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """TRL's five results; those that are not asked for are None."""
+        refused = _refusal(weight, logit_scale)
+        if refused is not None:
+            _count_refusal(refused)
             return _trl_function()(
                 hidden,
                 weight,
@@ -117,7 +125,13 @@ class ChunkedLogProbFunction:
                 logit_scale,
                 outputs,
             )
-        with_entropy = "entropy" in outputs
+        _calls["taken"] += 1
+        dtype = _product_dtype(hidden)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        # A reference is scored without a gradient. It takes the entropy too, as the policy does: the
+        # two are then computed alike, and equal models have margins of exactly 0.
+        with_entropy = "entropy" in outputs or not torch.is_grad_enabled()
         results = linear_token_logprobs(
             hidden,
             weight,
@@ -129,20 +143,121 @@ class ChunkedLogProbFunction:
             return_entropy=with_entropy,
         )
         logps, entropy = results if with_entropy else (results, None)
-        return logps, entropy, None, None, None
+        entropy = entropy if "entropy" in outputs else None
+        asked = [name for name in _METRICS[1:] if name in outputs]
+        metrics: dict[str, Tensor] = {}
+        if asked:
+            logits = _LogitsInChunks(
+                hidden.detach(),
+                weight.detach(),
+                None if bias is None else bias.detach(),
+                logit_scale / temperature,
+                None if final_logit_softcapping is None else final_logit_softcapping / temperature,
+                chunk_size,
+            )
+            metrics = logits.metrics(targets, asked)
+        return logps, entropy, *(metrics.get(name) for name in _METRICS[1:])
 
 
-def _can_take(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, outputs: tuple
-) -> bool:
-    return (
-        set(outputs) <= {"log_probs", "entropy"}
-        and not torch.is_autocast_enabled(hidden.device.type)
-        and hidden.dtype == weight.dtype
-        and (bias is None or bias.dtype == weight.dtype)
-        and not hasattr(weight, "ds_id")
-        and logit_scale > 0
-    )
+class _LogitsInChunks:
+    """The logits that a head's softmax is of, for rows and columns a chunk at a time."""
+
+    ROWS = 1024
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        columns: int,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.scale, self.softcap, self.columns = scale, softcap, columns
+
+    def tile(self, rows: slice, first: int) -> Tensor:
+        """`(rows, columns)` float32: the logits of the columns from `first` on."""
+        chunk = slice(first, first + self.columns)
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            logits = (self.hidden[rows] @ self.weight[chunk].t()).float()
+        if self.bias is not None:
+            logits += self.bias[chunk].float()
+        logits *= self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    @torch.no_grad()
+    def metrics(self, targets: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Each metric by name, `(N,)`: float32, and bool for is_top1."""
+        if names == ["mean_logits"] and self.softcap is None:
+            return {"mean_logits": self._mean()}
+        parts = [
+            self._of_rows(slice(first, first + self.ROWS), targets[first : first + self.ROWS])
+            for first in range(0, max(len(targets), 1), self.ROWS)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    def _mean(self) -> Tensor:
+        """The mean logit without a softcap is linear: one product with the mean of the weight."""
+        mean = self.hidden.float() @ self.weight.mean(0, dtype=torch.float32)
+        if self.bias is not None:
+            mean += self.bias.mean(dtype=torch.float32)
+        return mean * self.scale
+
+    def _of_rows(self, rows: slice, targets: Tensor) -> dict[str, Tensor]:
+        vocabulary = self.weight.shape[0]
+        nothing = torch.full(targets.shape, -torch.inf, device=targets.device)
+        log_sum, log_sum_sq, largest, largest_before = nothing, nothing, nothing, nothing
+        total, target = torch.zeros_like(nothing), torch.zeros_like(nothing)
+        for first in range(0, vocabulary, self.columns):
+            logits = self.tile(rows, first)
+            local = targets - first
+            column = torch.arange(logits.shape[1], device=logits.device)
+            before = logits.masked_fill(column >= local.unsqueeze(-1), -torch.inf)
+            largest_before = torch.maximum(largest_before, before.amax(-1))
+            largest = torch.maximum(largest, logits.amax(-1))
+            log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
+            log_sum_sq = torch.logaddexp(log_sum_sq, (2 * logits).logsumexp(-1))
+            total = total + logits.sum(-1)
+            inside = (local >= 0) & (local < logits.shape[1])
+            chosen = logits.gather(-1, local.clamp(0, logits.shape[1] - 1).unsqueeze(-1))
+            target = torch.where(inside, chosen.squeeze(-1), target)
+        return {
+            "log_sum_sq_probs": log_sum_sq - 2 * log_sum,
+            "mean_logits": total / vocabulary,
+            "is_top1": (target >= largest) & (target > largest_before),  # of equals, the first
+        }
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _refusal(weight: Tensor, logit_scale: float) -> str | None:
+    """Why a call goes to TRL's own function, or None."""
+    if hasattr(weight, "ds_id"):
+        return "the head is sharded by DeepSpeed ZeRO-3"
+    if logit_scale <= 0:
+        return f"logit_scale is {logit_scale}, which is not above 0"
+    return None
+
+
+def _count_refusal(reason: str) -> None:
+    if reason not in _calls["refused"]:
+        warnings.warn(f"apt_kernels: TRL's own head computes this call, as {reason}", stacklevel=3)
+    _calls["refused"][reason] = _calls["refused"].get(reason, 0) + 1
+
+
+def report() -> dict[str, Any]:
+    """How often the fused head was called since `apply_to_trl()`.
+
+    Returns:
+        `{"taken": calls that were fused, "refused": {reason: calls that went to TRL's function}}`.
+    """
+    return {"taken": _calls["taken"], "refused": dict(_calls["refused"])}
 
 
 def _trl_function():
@@ -163,7 +278,10 @@ _REPLACEMENTS: dict[str, Any] = {
 def apply_to_trl() -> dict[str, str]:
     """Puts the functions of this module in the place of TRL's, in every module that has them.
 
-    A second call changes nothing more than modules that were imported since.
+    The trainers for DPO, GRPO, KTO, RLOO and SFT then compute their log-probabilities with these
+    kernels, at TRL's defaults too; `report()` counts the calls. A second call changes nothing more
+    than modules that were imported since. A function of another TRL that takes other arguments
+    stays, with a warning.
 
     Returns:
         What was replaced: `{"trl.trainer.utils.selective_log_softmax": "apt_kernels. ...", ...}`.
@@ -177,6 +295,12 @@ def apply_to_trl() -> dict[str, str]:
     for trainer in _TRAINERS:
         importlib.import_module(f"trl.trainer.{trainer}")
     found = {name: vars(utils)[name] for name in _REPLACEMENTS if name in vars(utils)}
+    for name in [n for n, current in found.items() if not _same_arguments(n, current)]:
+        warnings.warn(
+            f"apt_kernels: {_PATCHED_MODULE}.{name} of this TRL takes other arguments "
+            f"{_arguments(found.pop(name))} than {_arguments(_REPLACEMENTS[name])}; it stays",
+            stacklevel=2,
+        )
     if not found:
         raise RuntimeError(f"{_PATCHED_MODULE} has none of {sorted(_REPLACEMENTS)} in this TRL")
     for name, current in found.items():
@@ -188,6 +312,7 @@ def apply_to_trl() -> dict[str, str]:
     for name, current in found.items():
         if current is not _REPLACEMENTS[name]:
             _originals[name] = current
+    _calls.update(taken=0, refused={})
     return _exchange({n: (_originals[n], _REPLACEMENTS[n]) for n in _originals})
 
 
@@ -225,6 +350,21 @@ def _exchange(pairs: dict[str, tuple[Any, Any]]) -> dict[str, str]:
             if current is old or current is new:
                 report[f"{module_name}.{name}"] = _full_name(new)
     return report
+
+
+def _arguments(value: Any) -> list[str]:
+    """The names of a function's parameters, or of the forward pass of an autograd function."""
+    if isinstance(value, type):
+        value = getattr(value, "forward", None) or value.apply
+    return [name for name in inspect.signature(value).parameters if name != "ctx"]
+
+
+def _same_arguments(name: str, current: Any) -> bool:
+    """Whether ours can stand in the place of TRL's: calls pass arguments by position."""
+    if current is _REPLACEMENTS[name] or not _is_trls(current):
+        return True  # another patch: refused below
+    theirs = _arguments(current)
+    return theirs == _arguments(_REPLACEMENTS[name])[: len(theirs)]
 
 
 def _is_trls(value: Any) -> bool:
