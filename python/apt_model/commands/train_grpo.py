@@ -110,7 +110,6 @@ def make_job(options: Options) -> Job:
             kl_coef=loss.kl_coef,
             target_kl=loss.target_kl,
             sampling_temperature=loss.sampling_temperature,
-            max_new_tokens=options.sampling.max_new_tokens,
             max_length=options.text.max_length,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,

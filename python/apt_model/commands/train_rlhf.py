@@ -90,7 +90,6 @@ def make_job(options: Options) -> Job:
             gamma=loss.gamma,
             gae_lambda=loss.gae_lambda,
             temperature=loss.temperature,
-            max_new_tokens=options.sampling.max_new_tokens,
             max_length=options.text.max_length,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
