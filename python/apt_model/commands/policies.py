@@ -13,11 +13,12 @@ from torch import Tensor
 from ..data.order import ShuffledBatches
 from ..data.preferences import BadRow, PairTokenizer, load_rows
 from ..rl.response_end import read_end_tokens
-from ..training import processes
+from ..scoring.model_access import without_wrapper
 from .evaluation import mean_over_rows
-from .job import Job, pretrained, trainer_options
+from .job import Job, pretrained, shares, trainer_options
 from .models import save_pretrained, trained_part
 from .rewards import inputs_of, read_rewards, reward_of, stop_strings
+from .samples import Samples
 
 SHOWN = {"reward": "mean_reward", "loss": "policy_loss"}
 
@@ -46,7 +47,7 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
     every = [*prompts, *held_out]
     batches = ShuffledBatches(
         len(prompts), training.batch_size, training.seed,
-        lambda numbers, step: make_batch(every, numbers), share=processes.share,
+        lambda numbers, step: make_batch(every, numbers), share=shares(training),
     )  # fmt: skip
     model = trained_part(options, pretrained(options, "AutoModelForCausalLM"))
     shared = {
@@ -57,7 +58,7 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
         "cut_responses": sampling.cut_responses,
         "cut_penalty": sampling.cut_penalty,
     }
-    ends = read_end_tokens(model, None, tokenizer)
+    ends = read_end_tokens(without_wrapper(model), None, tokenizer)
     reward = reward_of(options.reward, functions, tokenizer, every, ends, shared["device"])
     trainer = make_trainer(model, reward, shared)
     measure = partial(
@@ -72,6 +73,10 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
         key="mean_reward",
         higher_is_better=True,
         save=save_pretrained(trainer.policy_model, tokenizer),
+        tokenizer=tokenizer,
+        samples=Samples(
+            trainer.policy_model, tokenizer, [prompt.ids for prompt in held_out or prompts]
+        ),
         counts={"prompts": len(prompts), "held_out_prompts": len(held_out)},
         train_step=getattr(trainer, step),
         inputs=inputs_of(options.reward),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..data.image_options import ImageOptions
 from .groups import ModelOptions, PrecisionOptions
 from .options import RunOptions, TrainingOptions, default_of
 from .pretrain_mlm import MLMTextOptions
@@ -97,6 +95,8 @@ class ViewOptions:
     flip: bool = field(
         default=False, metadata={"help": "images: turn half of the views left to right"}
     )
+    image_size: int = field(default=32, metadata={"help": "pixels of a side, for folders"})
+    channels: Literal[1, 3] = field(default=3, metadata={"help": "of the images in a folder"})
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,6 @@ class Options:
     run: ContrastiveRunOptions
     model: EncoderOptions
     text: MLMTextOptions
-    images: ImageOptions
     views: ViewOptions
     training: ContrastiveTrainingOptions
     loss: ContrastiveOptions
@@ -121,8 +120,8 @@ def make_job(options: Options) -> Job:
     from ..data.order import ShuffledBatches  # takes seconds, --help need not wait
     from ..pretraining import create_contrastive_pretrainer
     from ..training import processes
-    from .images import read_processor
-    from .job import Job, trainer_options
+    from ..training.batch_norm import synchronize
+    from .job import Job, shares, trainer_options
     from .pretraining import evaluate, save_encoder, tokenizer_with_mask
 
     run, training, loss = options.run, options.training, options.loss
@@ -131,16 +130,12 @@ def make_job(options: Options) -> Job:
     tokenizer = None
     if run.is_text():
         tokenizer = tokenizer_with_mask(options, needed=options.views.mask_prob > 0)
-    processor = None if run.is_text() else read_processor(options)
-    counts = Counter()
-    data = _load(options, tokenizer, processor, run.data, training.seed, counts)
-    held_out = run.eval_data and _load(
-        options, tokenizer, processor, run.eval_data, training.seed - 1, Counter()
-    )
+    data = _load(options, tokenizer, run.data, training.seed)
+    held_out = run.eval_data and _load(options, tokenizer, run.eval_data, training.seed - 1)
     if held_out is not None and len(held_out) < 2:
         raise ValueError(f"{run.eval_data} must hold two samples or more: one has no negatives")
     batches = ShuffledBatches(
-        len(data), training.batch_size, training.seed, data, whole=True, share=processes.share
+        len(data), training.batch_size, training.seed, data, whole=True, share=shares(training)
     )
     model, width = _encoder(options, data)
     trainer = create_contrastive_pretrainer(
@@ -160,6 +155,7 @@ def make_job(options: Options) -> Job:
         **trainer_options(options, batches),
     )
 
+    synchronize(trainer.modules())
     least = 2 * processes.count()  # a contrastive loss of one sample alone is 0
     measure = partial(evaluate, trainer, held_out, training.batch_size, least)
     return Job(
@@ -169,25 +165,21 @@ def make_job(options: Options) -> Job:
         measure if held_out else None,
         key="loss",
         higher_is_better=False,
-        save=partial(save_encoder, trainer, tokenizer or processor),
-        counts={
-            "samples": len(data),
-            "held_out_samples": len(held_out) if held_out else 0,
-            **counts,
-        },
+        save=partial(save_encoder, trainer, tokenizer),
+        tokenizer=tokenizer,
+        counts={"samples": len(data), "held_out_samples": len(held_out) if held_out else 0},
     )
 
 
-def _load(
-    options: Options, tokenizer: Any, processor: Any, path: Path, seed: int, counts: Counter[str]
-) -> Any:
+def _load(options: Options, tokenizer: Any, path: Path, seed: int) -> Any:
+    from ..data.images import ImageViews, load_images
     from ..data.texts import TextViews, load_texts
-    from .images import load_views
     from .pretraining import only_special
 
     views, fail = options.views, options.run.bad_rows == "fail"
     if tokenizer is None:
-        return load_views(options, path, seed, processor, counts)
+        images = load_images(path, views.image_size, views.channels, fail_on_bad_image=fail)
+        return ImageViews(images, seed, flip=views.flip)
     texts = load_texts(path, fail_on_bad_row=fail, usable=partial(only_special, tokenizer))
     probabilities = (views.mask_prob, views.delete_prob, views.swap_prob)
     return TextViews(texts, tokenizer, options.text.max_length, seed, *probabilities)
@@ -197,16 +189,14 @@ def _encoder(options: Options, data: Any) -> tuple[Any, int]:
     """Returns the encoder and its width."""
     import torch
 
-    from ..data.images import ImageViews, SmallCNN
-    from .images import width_of
+    from ..data.images import SmallCNN
     from .job import pretrained
-    from .models import trained_part
+    from .models import trained_part, without_pooler
 
     if options.model.model is not None:
-        model = trained_part(options, pretrained(options, "AutoModel"))
-        if isinstance(data, ImageViews):
-            return model, width_of(model, data)
-        return model, model.config.hidden_size
+        model = pretrained(options, "AutoModel")
+        width = model.config.hidden_size
+        return trained_part(options, without_pooler(model)), width
     channels = data([0], 0)["input_ids_1"].shape[1]
     cnn = SmallCNN(channels).to(getattr(torch, options.precision.dtype))
     return trained_part(options, cnn), cnn.width
