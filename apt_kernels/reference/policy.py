@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .logprobs import linear_token_logprobs
+from .head import linear_token_logprobs
 from .numerics import accumulate_dtype, aggregate, at_least_one, keep
 
 LOG_RATIO_BOUND = 20.0  # e^20 = 4.9e8: beyond it a ratio says nothing and its exponential overflows

@@ -1,4 +1,4 @@
-"""Losses of preference pairs: DPO and its family, Bradley-Terry, sums of log-probabilities."""
+"""Losses of preference pairs: DPO and its family, Bradley-Terry."""
 
 from __future__ import annotations
 
@@ -8,23 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logprobs import linear_token_logprobs
-from .numerics import accumulate_dtype, keep, log1mexp, reduce_loss
-
-
-def sequence_logps(logps: Tensor, mask: Tensor, *, average: bool = False) -> Tensor:
-    """Returns the sum (or mean) of each row's log-probabilities where `mask` is true.
-
-    Args:
-        logps: `(B, T)`, differentiable; what masked slots hold does not matter.
-        mask: `(B, T)`, True counts.
-        average: divide by the number of tokens that count (at least 1).
-
-    Returns:
-        `(B,)`; 0 for a row without tokens.
-    """
-    total = keep(mask, logps.to(accumulate_dtype(logps))).sum(-1)
-    return total / mask.bool().sum(-1).clamp(min=1) if average else total
+from .head import linear_token_logprobs, sequence_logps
+from .numerics import accumulate_dtype, log1mexp, reduce_loss
 
 
 def dpo_loss(

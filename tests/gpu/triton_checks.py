@@ -404,7 +404,7 @@ def linear_cross_entropy(kernels, case: Case) -> None:
     def expected(dtype):
         leaves = [_leaf(t, dtype) for t in inputs]
         loss, correct = reference.linear_cross_entropy(
-            *leaves[:2], labels, bias=leaves[2], **options
+            *leaves[:2], labels, bias=leaves[2], return_correct=True, **options
         )
         wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
         return [loss.detach(), correct, *torch.autograd.grad(loss, wanted)]

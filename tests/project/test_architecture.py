@@ -98,3 +98,76 @@ def test_public_functions_are_exported_sorted_and_in_the_registry():
     assert list(apt_kernels.__all__) == sorted(apt_kernels.__all__)
     for name, op in OPS.items():
         assert getattr(apt_kernels, name) is op.function
+
+
+FAMILIES = ("logprobs", "preference", "policy", "contrastive", "masking")
+SHARED = ("common", "head")
+# The references are files: those of a family with another name, and those that families share.
+OF_REFERENCE = {
+    "advantages": "policy", "value": "policy", "bookkeeping": "contrastive", "numerics": "common",
+}  # fmt: skip
+
+
+def _family(layer: str, below: tuple[str, ...]) -> str | None:
+    """The family or shared folder that a path or a module below a layer belongs to."""
+    stem = below[0].removesuffix(".py") if below else ""
+    if layer.endswith("reference"):
+        stem = OF_REFERENCE.get(stem, stem)
+    return stem if stem in (*FAMILIES, *SHARED) else None
+
+
+def _other_families(path: Path, layer: str, used: list[tuple[str, ...]]) -> list[str]:
+    """What of `used`, the parts of modules or headers below the layer, is no business of `path`."""
+    own = _family(layer, path.relative_to(ROOT / layer).parts)
+    found = ((_family(layer, below), "/".join(below)) for below in used)
+    return [name for family, name in found if family not in (None, own, *SHARED)]
+
+
+def _in_families(layer: str, *suffixes: str) -> list:
+    pick = [p for p in _files(*(f"{layer}/**/*{s}" for s in suffixes))]
+    below = ((p, p.values[0].relative_to(ROOT / layer).parts) for p in pick)
+    return [pytest.param(layer, *p.values, id=p.id) for p, parts in below if _family(layer, parts)]
+
+
+@pytest.mark.parametrize(
+    "layer, path",
+    [
+        p
+        for layer in ("ops", "triton", "reference", "registry")
+        for p in _in_families(f"apt_kernels/{layer}", ".py")
+    ],
+)
+def test_a_family_imports_itself_and_what_is_shared(layer, path):
+    prefix = layer.replace("/", ".") + "."
+    used = [tuple(n.removeprefix(prefix).split(".")) for n in imports(path) if n.startswith(prefix)]
+    assert not _other_families(path, layer, used)
+    if layer.endswith("registry"):  # a sample belongs to the operation of its own family
+        prefix = "apt_kernels.ops."
+        used = [
+            tuple(n.removeprefix(prefix).split(".")) for n in imports(path) if n.startswith(prefix)
+        ]
+        assert not _other_families(path, layer, used)
+
+
+@pytest.mark.parametrize(
+    "layer, path",
+    [
+        p
+        for layer in ("cpu", "cuda", "bindings")
+        for p in _in_families(f"csrc/{layer}", ".cpp", ".h", ".cu", ".cuh")
+    ],
+)
+def test_a_family_includes_itself_and_what_is_shared(layer, path):
+    """Headers are named from the layer, as "policy/gae.h", or from csrc, as "cpu/policy/gae.h"."""
+    used = [tuple(h.split("/")) for h in re.findall(r'#include "([^"]+)', path.read_text())]
+    assert not _other_families(path, layer, used)
+    assert not _other_families(path, layer, [parts[1:] for parts in used])
+
+
+def test_a_family_that_uses_another_is_seen():
+    path = KERNELS / "ops/preference/dpo_loss.py"
+    used = [("common", "head"), ("preference", "x"), ("policy", "gae"), ("similarity",)]
+    assert _other_families(path, "apt_kernels/ops", used) == ["policy/gae"]
+    path = KERNELS / "reference/value.py"
+    assert _other_families(path, "apt_kernels/reference", [("preference",)]) == ["preference"]
+    assert not _other_families(path, "apt_kernels/reference", [("policy",), ("numerics",)])

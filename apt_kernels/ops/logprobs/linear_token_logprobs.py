@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import checks, dispatch, reference
-from ..common.head import BACKWARD, FORWARD, check_head, head_logprobs
+from ..common.head import BACKWARD, FORWARD, check_head, check_tokens, head_logprobs
 
 dispatch.register("linear_token_logprobs", FORWARD, BACKWARD)
 
@@ -25,25 +25,25 @@ def linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` of the logits logit_scale * (hidden @ weight^T + bias), which never exist.
 
-    Tiles of logits are made, used and dropped; rows that the mask leaves out cost no product. Of M
-    rows that count: 2 M D V flops forward; backward computes the logits again, 8 M D V in all
-    against 6 M D V where they are kept. With a frozen head (neither `weight` nor `bias` requires
-    grad) and without the entropy the gradient is formed in the forward pass, 4 M D V in all. The
-    weight's gradient is summed in float32. Workspace: a few MiB a thread. Source: Milakov &
-    Gimelshein 2018, "Online normalizer calculation for softmax"; Wijmans 2024, "Cut your losses in
-    large-vocabulary language models".
+    Tiles of logits are made, used and dropped; rows that the mask leaves out cost no product. M
+    rows that count cost 2 M D V flops forward. Backward computes the logits again: 8 M D V in all,
+    where an implementation that keeps the logits needs 6 M D V. With a frozen head (neither
+    `weight` nor `bias` requires grad) and without the entropy the gradient is formed in the forward
+    pass, 4 M D V in all. The weight's gradient is summed in float32. Workspace: a few MiB a thread.
+    Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; Wijmans 2024,
+    "Cut your losses in large-vocabulary language models".
 
     Args:
         hidden: `(..., D)` float32, bfloat16, float16 or float64; any strides; differentiable.
-        weight: `(V, D)`, the output embedding, differentiable. Of other dtypes than `hidden`
-            the widest is taken for all.
+        weight: `(V, D)`, the output embedding, differentiable. Where the dtypes of hidden states,
+            weight and bias differ, all are converted to the widest.
         token_ids: `(...)` integers in [0, V).
         bias: `(V,)` or None, differentiable. A column of -inf is excluded from the vocabulary.
         temperature: a number above 0, or a tensor `(...)` of one per row (no gradient).
         softcap: bound of the tanh soft cap (Gemma 2), applied after `logit_scale`, or None.
         logit_scale: a factor of the logits, above 0 (Cohere, Granite).
-        mask: `(...)`, True counts. Other rows are not read, whatever they or their ids hold: their
-            results are 0 and their gradients exactly 0.
+        mask: `(...)`, True counts. Other rows may hold anything, and so may their ids: they are
+            not read, their results are 0 and their gradients exactly 0.
         return_entropy: also return the entropy of softmax(z), `(...)`, in nats, differentiable.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
@@ -56,12 +56,8 @@ def linear_token_logprobs(
             in a row that counts, is a ValueError on the CPU; on a GPU the log-probability of such
             an id is NaN, and a tensor of temperatures is not looked at.
     """
-    rows = check_head(hidden, weight, bias, softcap, logit_scale)
-    checks.tensor("token_ids", token_ids, checks.INTEGERS)
-    checks.shape("token_ids", token_ids, rows, "one id a row of hidden")
-    checks.same_device("token_ids", token_ids, "hidden", hidden)
-    checks.temperature("temperature", temperature, hidden, rows)
-    checks.row_mask("mask", mask, hidden, rows)
+    check_head(hidden, weight, bias, softcap, logit_scale)
+    check_tokens(hidden, token_ids, temperature, mask)
     checks.flag("return_entropy", return_entropy)
     backend = dispatch.choose("linear_token_logprobs", hidden.device, backend, hidden.dtype)
     if backend == "reference":
@@ -81,11 +77,11 @@ def linear_token_logprobs(
         weight,
         bias,
         token_ids,
-        mask,
-        temperature,
-        softcap,
-        logit_scale,
-        return_entropy,
-        backend,
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_entropy=return_entropy,
+        backend=backend,
     )
     return (logps, entropy) if return_entropy else logps

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch
-from ..common.head import BACKWARD, FORWARD, check_head
-from ..logprobs.linear_token_logprobs import linear_token_logprobs
-from ..logprobs.sequence_logps import sequence_logps
-from .dpo_loss import DPOLoss, dpo_loss
+from ... import checks, dispatch, reference
+from ..common import head, sequences
+from .dpo_loss import KERNEL, DPOLoss, dpo_loss
 
 dispatch.register(
-    "linear_dpo_loss", FORWARD, BACKWARD, "sequence_logps_fwd", "sequence_logps_bwd", "dpo_loss_fwd"
+    "linear_dpo_loss",
+    head.FORWARD,
+    head.BACKWARD,
+    sequences.FORWARD,
+    sequences.BACKWARD,
+    KERNEL,
 )
 
 
@@ -44,9 +47,9 @@ def linear_dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dpo_loss` of the summed `linear_token_logprobs` of answers: B chosen, then their B rejected.
 
-    Cost and workspace are those of `linear_token_logprobs`: a pair's gradient needs both of its
-    sequences whole, so the logits are computed again backward, 8 M D V flops for M tokens that
-    count; 4 M D V with a frozen head. Source: Rafailov 2023; Wijmans 2024.
+    The cost and the workspace are the same as in `linear_token_logprobs`. The gradient of a pair
+    needs both of its sequences whole, so backward computes the logits again: 8 M D V flops for M
+    tokens that count, 4 M D V with a frozen head. Source: Rafailov 2023; Wijmans 2024.
 
     Args:
         hidden: `(2B, T, D)` float32, bfloat16, float16 or float64; any strides; differentiable.
@@ -79,25 +82,29 @@ def linear_dpo_loss(
         ValueError, TypeError: a wrong argument, or an option that the type does not use. An id
             outside [0, V) in a token that counts is a ValueError on the CPU, a NaN on a GPU.
     """
-    rows = check_head(hidden, weight, bias, softcap, logit_scale)
+    rows = head.check_head(hidden, weight, bias, softcap, logit_scale)
     checks.dims("hidden", hidden, 3)
     if rows[0] % 2:
         raise ValueError(
             f"hidden: expected an even number of rows, the chosen and then the rejected, got "
             f"shape {tuple(hidden.shape)}"
         )
+    head.check_tokens(hidden, token_ids, temperature, mask)
     checks.tensor("mask", mask, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
-    checks.shape("mask", mask, rows, "one entry a row of hidden")
+    checks.flag("average", average)
     pairs = rows[0] // 2
     backend = dispatch.choose("linear_dpo_loss", hidden.device, backend, hidden.dtype)
-    head = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    logps = linear_token_logprobs(
-        hidden, weight, token_ids, bias=bias, mask=mask, backend=backend, **head
-    )
-    sequences = sequence_logps(logps, mask, average=average, backend=backend)
+    options = {"mask": mask, "temperature": temperature, "softcap": softcap}
+    options["logit_scale"] = logit_scale
+    if backend == "reference":
+        logps = reference.linear_token_logprobs(hidden, weight, token_ids, bias=bias, **options)
+        sums = reference.sequence_logps(logps, mask, average=average)
+    else:
+        logps, _ = head.head_logprobs(hidden, weight, bias, token_ids, **options, backend=backend)
+        sums = sequences.summed_logps(logps, mask, average, backend)
     return dpo_loss(
-        sequences[:pairs],
-        sequences[pairs:],
+        sums[:pairs],
+        sums[pairs:],
         ref_chosen_logps,
         ref_rejected_logps,
         beta=beta,
@@ -114,7 +121,7 @@ def linear_dpo_loss(
 
 
 class LinearDPOLoss(DPOLoss):
-    """`linear_dpo_loss` as a module; its arguments are those of `DPOLoss`, and `average`."""
+    """`linear_dpo_loss` as a module; its options are the options of `DPOLoss`, and `average`."""
 
     def __init__(self, *args, average: bool = False, **options) -> None:
         super().__init__(*args, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,13 @@ from ..entry import Benchmark, Op, Rejected, Sample, seeded
 
 
 def samples(dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in _samples(dtype):
+        yield Sample(sample.name, sample.args, {**sample.kwargs, "return_correct": True})
+        if sample.name in ("plain", "none"):
+            yield replace(sample, name=f"{sample.name}_loss_alone")
+
+
+def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     def head(*rows: int, features: int = 24, vocab: int = 37, **kwargs):
         return hidden_and_weight(*rows, features=features, vocab=vocab, dtype=dtype, **kwargs)
 
@@ -37,6 +45,10 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
         smoothed = {"label_smoothing": 0.2, "logit_scale": 1.3, "reduction": reduction}
         yield Sample(f"smoothed_{reduction}", (h, w, some), smoothed)
     yield Sample("smoothed_none_bias", (h, w, some), {**smoothed, "bias": bias})
+    x, y = head(900, features=3, vocab=3)  # each label often: long sums of gradients
+    few = floats(3, seed=5).requires_grad_()
+    options = {"label_smoothing": 0.1, "reduction": "none", "bias": few}
+    yield Sample("smoothed_none_few_labels", (x, y, ids(900, vocab=3)), options)
     yield Sample("softcap", (h, w, some), {"softcap": 5.0})
     yield Sample("softcap_none", (h, w, some), {"softcap": 5.0, "reduction": "none"})
     yield Sample("softcap_ties", (h, w, some), {"softcap": 0.05})
@@ -99,7 +111,9 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
 
 def of_length(length: int) -> Sample:
     head = hidden_and_weight(2, length, features=8, vocab=33, dtype=torch.float32)
-    return Sample("", (*head, ids(2, length, vocab=33)), {"ignore_index": 3})
+    return Sample(
+        "", (*head, ids(2, length, vocab=33)), {"ignore_index": 3, "return_correct": True}
+    )
 
 
 def rejected() -> Iterator[Rejected]:
@@ -129,6 +143,7 @@ def rejected() -> Iterator[Rejected]:
     yield wrong("normalizer_shape", "normalizer: expected 0 dim", normalizer=torch.ones(2))
     needs_grad = torch.ones((), requires_grad=True)
     yield wrong("normalizer_grad", "normalizer: .*not require grad", normalizer=needs_grad)
+    yield wrong("return_correct", "return_correct: ", TypeError, return_correct=1)
     yield wrong("softcap", "softcap: .*above 0", softcap=0.0)
     yield wrong("logit_scale", "logit_scale: .*above 0", logit_scale=-1.0)
     yield wrong("backend", "backend: .*'fastest'", backend="fastest")

@@ -65,7 +65,7 @@ class Head:
     weight: Tensor
     bias: Tensor | None
     token_ids: Tensor
-    temperatures: Tensor | None
+    temperature_tensor: Tensor | None
     temperature: float
     softcap: float
     logit_scale: float
@@ -93,7 +93,7 @@ class Head:
 
     def options(self) -> dict:
         return {
-            "SCALED": self.temperatures is not None or self.temperature != 1.0,
+            "SCALED": self.temperature_tensor is not None or self.temperature != 1.0,
             "CAPPED": self.softcap > 0,
             "PRECISION": _precision(self.hidden),
             "GROUP": ROW_GROUP,
@@ -142,7 +142,7 @@ def head_statistics(
     token_z = new((count,), dtype=torch.float32)
     with rows.device_of(head.hidden):
         head_statistics_kernel[(row_tiles * splits,)](
-            head.hidden, head.weight, head.bias, head.token_ids, head.temperatures, head.live,
+            head.hidden, head.weight, head.bias, head.token_ids, head.temperature_tensor, head.live,
             head.count, partials, best, token_z, logits, V, D, begin, end, splits,
             split_tiles, 0 if logits is None else logits.stride(0), head.temperature,
             head.softcap, head.logit_scale, EXTRA=extra, **tiles.blocks(), **head.options(),
@@ -269,7 +269,7 @@ def head_gradients(
     with rows.device_of(head.hidden):
         for column in range(0, V, width):
             grad_logits_tile_kernel[(row_tiles * (width // logit_tiles.columns),)](
-                head.hidden, head.weight, head.bias, head.token_ids, head.temperatures,
+                head.hidden, head.weight, head.bias, head.token_ids, head.temperature_tensor,
                 head.live, head.count, logits, lse, entropy, grad, grad_entropy, relative_sums,
                 tile, sums, V, D, begin, end, column, width, grad.stride(0), head.temperature,
                 head.softcap, head.logit_scale, smoothing, **logit_tiles.blocks(), **head.options(),

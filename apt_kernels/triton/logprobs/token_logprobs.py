@@ -203,7 +203,9 @@ def _token_logprobs_bwd_kernel(
         )  # fmt: skip
 
 
-def token_logprobs_fwd(logits, token_ids, mask, temperatures, temperature, softcap, return_entropy):
+def token_logprobs_fwd(
+    logits, token_ids, mask, temperature_tensor, temperature, softcap, return_entropy
+):
     """(logps (A,B,K), entropy (A,B) or (0,), lse (A,B,2)), all float32; masked rows are 0.
 
     lse is the pair (maximum, log of the sum of e^(z - maximum)): their sum in one float would
@@ -219,18 +221,18 @@ def token_logprobs_fwd(logits, token_ids, mask, temperatures, temperature, softc
     block, warps = _block(V, wide=logits.element_size() == 2)
     with rows.device_of(logits):
         _token_logprobs_fwd_kernel[(A * B,)](
-            logits, token_ids, mask, temperatures, logps, entropy, lse,
+            logits, token_ids, mask, temperature_tensor, logps, entropy, lse,
             logits.stride(0), logits.stride(1), B, V, K, temperature, softcap,
             ALIGN=rows.VECTOR_BYTES // logits.element_size(), BLOCK=block, LANES=ID_LANES,
-            SCALED=temperatures is not None or temperature != 1.0,
+            SCALED=temperature_tensor is not None or temperature != 1.0,
             CAPPED=softcap > 0, WITH_ENTROPY=return_entropy, num_warps=warps,
         )  # fmt: skip
     return logps, entropy, lse
 
 
 def token_logprobs_bwd(
-    grad_logps, grad_entropy, logits, token_ids, mask, temperatures, lse, entropy, temperature,
-    softcap,
+    grad_logps, grad_entropy, logits, token_ids, mask, temperature_tensor, lse, entropy,
+    temperature, softcap,
 ):  # fmt: skip
     """grad_logits (A,B,V), contiguous, in the dtype of the logits; masked rows are exactly 0."""
     A, B, V = logits.shape
@@ -241,10 +243,10 @@ def token_logprobs_bwd(
     block, warps = _block(V, wide=False)  # 16 columns a thread take 128 registers here
     with rows.device_of(logits):
         _token_logprobs_bwd_kernel[(A * B,)](
-            grad_logps, grad_entropy, logits, token_ids, mask, temperatures, lse, entropy,
+            grad_logps, grad_entropy, logits, token_ids, mask, temperature_tensor, lse, entropy,
             grad_logits, logits.stride(0), logits.stride(1), B, V, K, temperature, softcap,
             ALIGN=rows.VECTOR_BYTES // logits.element_size(), BLOCK=block, LANES=ID_LANES,
-            SCALED=temperatures is not None or temperature != 1.0,
+            SCALED=temperature_tensor is not None or temperature != 1.0,
             CAPPED=softcap > 0, WITH_ENTROPY=grad_entropy is not None, num_warps=warps,
         )  # fmt: skip
     return grad_logits

@@ -6,7 +6,7 @@ keeping them would take the memory that this operation is there to save. Otherwi
 `linear_token_logprobs` and `policy_loss`.
 """
 
-from apt_kernels.triton.logprobs.linear_token_logprobs import (
+from apt_kernels.triton.head.linear_token_logprobs import (
     linear_token_logprobs_bwd,
     linear_token_logprobs_fwd,
 )

@@ -172,5 +172,11 @@ def _cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     features, weight, bias = as_autocast(features, layer.weight, layer.bias)
     return linear_cross_entropy(
-        features, weight, labels, bias=bias, normalizer=normalizer, backend=backend
+        features,
+        weight,
+        labels,
+        bias=bias,
+        normalizer=normalizer,
+        return_correct=True,
+        backend=backend,
     )

@@ -112,7 +112,7 @@ def test_a_batch_of_upstream_gradients():
     hidden, weight = torch.randn(2, 5, 8), torch.randn(11, 8)
     ids, old, mask = torch.randint(11, (2, 5)), torch.randn(2, 5) - 2, torch.ones(2, 5).bool()
     for loss in (
-        lambda x: apt_kernels.linear_cross_entropy(x, weight, ids)[0],
+        lambda x: apt_kernels.linear_cross_entropy(x, weight, ids),
         lambda x: apt_kernels.linear_policy_loss(x, weight, ids, old, torch.ones(2), mask)[0],
     ):
         one_by_one = torch.autograd.functional.jacobian(loss, hidden)
@@ -137,7 +137,7 @@ def test_a_loss_scale_saves_the_digits_of_float16(reduction, backend):
 
     def grads(function, *leaves, **named):
         leaves = [t.detach().requires_grad_() for t in leaves]
-        loss = function(*leaves, labels, **options, **named)[0]
+        loss = function(*leaves, labels, **options, **named)
         return torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
 
     got = grads(apt_kernels.linear_cross_entropy, hidden, weight, backend=backend)
@@ -186,7 +186,7 @@ def test_a_row_with_a_nan_logit_is_not_correct(dtype):
     labels = (hidden @ weight.T).argmax(-1)
     weight = weight.detach().clone()
     weight[(labels.max() + 1) % 1500] = torch.nan
-    loss, correct = apt_kernels.linear_cross_entropy(hidden, weight, labels)[:2]
+    loss, correct = apt_kernels.linear_cross_entropy(hidden, weight, labels, return_correct=True)
     assert loss.isnan() and correct == 0
 
 

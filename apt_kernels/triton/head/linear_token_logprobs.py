@@ -44,7 +44,7 @@ def _linear_token_logprobs_fwd_kernel(
 
 
 def linear_token_logprobs_fwd(
-    hidden, weight, bias, token_ids, mask, temperatures, temperature, softcap, logit_scale,
+    hidden, weight, bias, token_ids, mask, temperature_tensor, temperature, softcap, logit_scale,
     return_entropy, form_grad_hidden,
 ):  # fmt: skip
     """(logps (N,), entropy (N,) or (0,), lse (N,2), grad_hidden (N,D) or (0,)).
@@ -60,7 +60,7 @@ def linear_token_logprobs_fwd(
     if N == 0:
         return logps, entropy, lse, hidden.new_empty(hidden.shape if form_grad_hidden else 0)
     problem = head.Head(
-        hidden, weight, bias, token_ids, temperatures, temperature, softcap, logit_scale,
+        hidden, weight, bias, token_ids, temperature_tensor, temperature, softcap, logit_scale,
         *head.live_rows(mask),
     )  # fmt: skip
     extra = head.ENTROPY if return_entropy else head.NO_EXTRA
@@ -90,13 +90,13 @@ def linear_token_logprobs_fwd(
 
 
 def linear_token_logprobs_bwd(
-    grad_logps, grad_entropy, hidden, weight, bias, token_ids, mask, temperatures, lse, entropy,
-    temperature, softcap, logit_scale, need_hidden, need_weight, need_bias,
+    grad_logps, grad_entropy, hidden, weight, bias, token_ids, mask, temperature_tensor, lse,
+    entropy, temperature, softcap, logit_scale, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     """(grad_hidden, grad_weight, grad_bias) in the dtypes of their inputs, (0,) if not needed."""
     N, _ = hidden.shape
     problem = head.Head(
-        hidden, weight, bias, token_ids, temperatures, temperature, softcap, logit_scale,
+        hidden, weight, bias, token_ids, temperature_tensor, temperature, softcap, logit_scale,
         *head.live_rows(mask if N else None),
     )  # fmt: skip
     if N == 0 or not (need_hidden or need_weight or need_bias):
