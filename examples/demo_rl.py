@@ -24,7 +24,7 @@ import torch
 from apt_model.commands.job import Job, run_job
 from apt_model.commands.options import RunOptions
 from apt_model.commands.pairs import evaluate_pairs, without
-from apt_model.commands.policies import Prompt, RowReward, evaluate_prompts, make_batch
+from apt_model.commands.policies import Prompt, evaluate_prompts, make_batch
 from apt_model.commands.reward_folder import load_text_reward, save_reward_model
 from apt_model.commands.train_dpo import SHOWN as SHOWN_OF_PAIRS
 from apt_model.commands.train_reward_model import NOT_TAKEN
@@ -36,6 +36,7 @@ from apt_model.rl import (
     create_reward_model,
     create_rlhf_trainer,
 )
+from apt_model.rl.reward_functions import RowReward
 from apt_model.scoring.model_access import train_last_layers
 from apt_model.training.files import FolderLock
 from demo_dpo import load_model, machine_name, package_folder, read_reviews
@@ -181,8 +182,8 @@ def grpo_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
     count = sizes["sums"] + sizes["held_out_sums"]
     rows = [{"prompt": SUM.format(a=a, b=b), "answer": str(a + b)} for a, b in numbers[:count]]
 
-    def score(rows: Sequence[Mapping[str, str]], responses: Sequence[str]) -> list[float]:
-        return [float(r.split("\n")[0].strip() == row["answer"]) for row, r in zip(rows, responses)]
+    def score(row: Mapping[str, str], response: str) -> float:
+        return float(response.split("\n")[0].strip() == row["answer"])
 
     def make(reward: RowReward) -> Any:
         return create_grpo_trainer(
@@ -225,17 +226,20 @@ def rlhf_job(options: Namespace, sizes: Mapping[str, int], output: Path) -> Job:
 
 def _policy_job(
     options: Namespace, make: Callable[[RowReward], Any], rows: Sequence[Mapping[str, str]],
-    held_out: int, tokenizer: Any, score: Callable[..., list[float]], step: str,
+    held_out: int, tokenizer: Any, score: Callable[..., Any], step: str,
     temperature: float,
 ) -> Job:  # fmt: skip
     prompts = [Prompt(tuple(tokenizer(row["prompt"])["input_ids"]), row) for row in rows]
-    trainer = make(RowReward(score, tokenizer, prompts))
-    train = prompts[held_out:]
+    trainer = make(RowReward([score], tokenizer, rows))
+
+    def batch(numbers: list[int], step: int) -> dict[str, Any]:
+        return make_batch(prompts, [held_out + number for number in numbers])
+
     return Job(
         trainer,
-        ShuffledBatches(len(train), options.batch_size, options.seed, of_rows(train, make_batch)),
+        ShuffledBatches(len(prompts) - held_out, options.batch_size, options.seed, batch),
         {"reward": "mean_reward", "loss": "policy_loss"},
-        partial(evaluate_prompts, trainer, prompts[:held_out], 32, temperature),
+        partial(evaluate_prompts, trainer, prompts, range(held_out), 32, temperature),
         key="mean_reward",
         higher_is_better=True,
         save=lambda folder: folder.mkdir(parents=True),

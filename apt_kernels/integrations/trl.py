@@ -129,8 +129,8 @@ class ChunkedLogProbFunction:
         dtype = _product_dtype(hidden)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        # A reference is scored without a gradient. It takes the entropy too, as the policy does: the
-        # two are then computed alike, and equal models have margins of exactly 0.
+        # A reference is scored without a gradient. It takes the entropy too, as the policy does:
+        # the two are then computed alike, and equal models have margins of exactly 0.
         with_entropy = "entropy" in outputs or not torch.is_grad_enabled()
         results = linear_token_logprobs(
             hidden,

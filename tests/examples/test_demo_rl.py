@@ -52,14 +52,14 @@ def test_sums_that_are_held_out_are_not_trained(tiny):
     assert job.batches.count == 12
     trainer = job.trainer
     reward = trainer.reward_model
-    known = set(reward._rows)
-    trained = [
-        tuple(ids[mask != 0].tolist())
-        for step in range(job.batches.per_epoch)
-        for ids, mask in zip(*job.batches[step].values(), strict=True)
-    ]
-    assert len(known) == 18 and len(set(trained)) == 12 and known > set(trained)
-    prompt = demo_rl.Prompt(trained[0], reward._rows[trained[0]])
+    trained, positions = [], []
+    for step in range(job.batches.per_epoch):
+        ids, masks, rows = job.batches[step].values()
+        trained += [tuple(row[m != 0].tolist()) for row, m in zip(ids, masks, strict=True)]
+        positions += rows.tolist()
+    assert len(set(trained)) == 12 and sorted(positions) == list(range(6, 18))
+    prompt = demo_rl.Prompt(trained[0], reward._rows[positions[0]])
+    assert len(reward._rows) == 18
     a, b = map(int, re.findall(r"What is (\d+) \+ (\d+)\?", prompt.row["prompt"])[-1])
     assert prompt.row["answer"] == str(a + b)
     assert prompt.row["prompt"].startswith("Question: What is 13 + 25?\nAnswer: 38\n")
@@ -67,7 +67,8 @@ def test_sums_that_are_held_out_are_not_trained(tiny):
     for answer, expected in ((f" {a + b}\n", 1.0), (f" {a + b}0", 0.0), (f"{a + b}\n1", 1.0)):
         ids = torch.tensor([[*prompt.ids, *tokenize(answer)["input_ids"]]])
         tokens = (torch.arange(ids.shape[1]) >= len(prompt.ids)).long()[None]
-        assert reward(ids, torch.ones_like(ids), tokens) == [expected]
+        found = reward(ids, torch.ones_like(ids), tokens, torch.tensor(positions[:1]))
+        assert found == {"rewards": [expected]}
     assert job.measure()["mean_reward"] == 0.0
 
 

@@ -110,6 +110,22 @@ def test_a_retained_graph_gives_its_gradients_again(op, sample):
             torch.testing.assert_close(leaf.grad, times * grad, rtol=1e-6, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("op, sample", list(_differentiable(1)))
+def test_a_second_derivative_is_an_error_that_names_the_reference(op, sample):
+    """Also where the upstream gradient has no graph: constants would be wrong in silence."""
+    if not _has_kernels(op):
+        pytest.skip(f"{op.name} has no kernels here: the reference computes it")
+    sample = fresh(sample)
+    leaves = [t for t in tensors(sample) if t.requires_grad]
+    outputs = op.function(*sample.args, **sample.kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(o.sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad)
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(grad.requires_grad for grad in grads)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        sum(grad.sum() for grad in grads).backward()
+
+
 @pytest.mark.parametrize("op, case", list(_each("rejected")))
 def test_wrong_arguments_are_rejected(op, case):
     with pytest.raises(case.error, match=case.message):

@@ -482,7 +482,7 @@ def test_a_row_without_reward_has_no_part_in_its_group(kind, steps):
     assert metrics["mean_reward"] == pytest.approx(batch["rewards"][kept].mean().item())
     variances = [batch["rewards"][g].var().item() if len(g) > 1 else 0.0 for g in groups]
     assert metrics["group_variance"] == pytest.approx(sum(variances) / 3)
-    assert trainer.curves.columns["abstained"].tolist() == [4.0]
+    assert trainer.curves.columns["abstained_share"].tolist() == [4 / 12]
 
 
 def test_a_batch_without_any_reward():
@@ -575,7 +575,7 @@ def test_the_reward_is_told_rows_and_ends():
     assert seen[0][0] == [7, 7, 3, 3, 5, 5] and metrics["mean_reward"] == 5.0
     assert metrics["reward_a"] == 5.0 and metrics["reward_b"] == 0.0
     assert metrics["cut_share"] == 1 - seen[0][1].double().mean().item()
-    assert metrics["abstained"] == 0.0
+    assert metrics["abstained_share"] == 0.0 and metrics["abstained_share_b"] == 1.0
     measured = trainer.eval_step(same, rows=[1, 2, 6])
     assert seen[1][0] == [1, 2, 6] and measured["mean_reward"] == measured["reward_a"] == 3.0
     assert 0 <= measured["cut_share"] <= 1

@@ -351,7 +351,7 @@ def test_cut_responses_and_rows_that_abstain(case):
                          cut_penalty=0.25, **options)  # fmt: skip
     metrics = trainer.train_step(PROMPTS, MASKS)
     assert metrics["cut_share"] == 1 - finished.double().mean().item()
-    assert metrics["abstained"] == (2.0 if case == "abstain" else 0.0)
+    assert metrics["abstained_share"] == (0.5 if case == "abstain" else 0.0)
     if case == "nothing":
         assert metrics["ppo_loss"] == metrics["value_loss"] == 0.0
         return assert_same_parameters(policy, start)

@@ -41,12 +41,15 @@ def differentiable_once(backward: Callable) -> Callable:
         with torch.no_grad():
             found = backward(ctx, *grads)
         results = found if isinstance(found, tuple) else (found,)
-        given = [g.detach().requires_grad_() for g in results if isinstance(g, Tensor)]
-        raising = iter(torch._C._functions.DelayedError(_ONCE, len(given))(*given))
-        results = tuple(next(raising) if isinstance(g, Tensor) else g for g in results)
-        return results if isinstance(found, tuple) else results[0]
+        raising = tuple(_raising(g) if isinstance(g, Tensor) else g for g in results)
+        return raising if isinstance(found, tuple) else raising[0]
 
     return once
+
+
+def _raising(grad: Tensor) -> Tensor:
+    """The gradient with a graph that raises where it is differentiated."""
+    return torch._C._functions.DelayedError(_ONCE, 1)(grad.detach().requires_grad_())
 
 
 def keep(ctx: Any, formed: Tensor, call: NamedTuple, *inputs: Tensor | None) -> None:

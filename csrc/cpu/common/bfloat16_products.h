@@ -124,8 +124,8 @@ struct BFloat16Products {
     };
     const uint32_t* rows = reinterpret_cast<const uint32_t*>(left.rows + c.left * left.rows_stride);
     multiply({c.rows, c.columns, left.row_words, rows, left.rows_stride / 2, 1,
-              right.columns.data() + c.right * right.row_words, right.row_words * kPanel, c.data,
-              c.stride, false, rows_done(scaled)});
+              right.columns.data() + c.right * right.row_words, right.row_words * kPanel, kPanel,
+              c.data, c.stride, false, rows_done(scaled)});
   }
 
   static void add_to_left(float* out, const Coefficients<float>& c, const Block& right, Scratch& s,
@@ -141,7 +141,7 @@ struct BFloat16Products {
       }
     }
     multiply({c.rows, right.width, words, s.rounded.data(), words, 1,
-              right.panels.data() + c.right / 2 * kPanel, right.column_words * kPanel, out,
+              right.panels.data() + c.right / 2 * kPanel, right.column_words * kPanel, kPanel, out,
               right.width, accumulate});
   }
 
@@ -164,8 +164,8 @@ struct BFloat16Products {
           std::memcpy(s.rounded.data() + k * words + r, &column, sizeof column);
         });
     multiply({c.columns, left.width, words, s.rounded.data(), words, 1,
-              left.panels.data() + c.left / 2 * kPanel, left.column_words * kPanel, out, left.width,
-              accumulate});
+              left.panels.data() + c.left / 2 * kPanel, left.column_words * kPanel, kPanel, out,
+              left.width, accumulate});
   }
 
   static void finish() {

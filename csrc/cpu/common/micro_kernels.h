@@ -31,8 +31,8 @@ constexpr int64_t kPanel = kPanelVectors * int64_t(sizeof(typename M::V) / sizeo
 // A part of k for R rows and one panel, `width` columns of which are stored.
 template <class M, int R, bool kSideBySide>
 void multiply_block(const typename M::Word* a, int64_t a_stride, const typename M::Word* b,
-                    int64_t k, typename M::Sum* out, int64_t out_stride, bool accumulate,
-                    int64_t width) {
+                    int64_t b_step, int64_t k, typename M::Sum* out, int64_t out_stride,
+                    bool accumulate, int64_t width) {
   using Word = typename M::Word;
   using Sum = typename M::Sum;
   using V = typename M::V;
@@ -53,15 +53,14 @@ void multiply_block(const typename M::Word* a, int64_t a_stride, const typename 
     for (int j = 0; j < kPanelVectors; ++j)
       std::memcpy(&right[j], b + j * kLength, sizeof right[j]);
     for (int line = 0; line < int(kPanelVectors * sizeof(W)); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(b + kWordsAhead * kPanelVectors * kLength) +
-                         line);
+      __builtin_prefetch(reinterpret_cast<const char*>(b + kWordsAhead * b_step) + line);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const W left = M::splat(kSideBySide ? a[i] : rows[i][at]);
 #pragma GCC unroll 4
       for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = M::add(sums[i][j], left, right[j]);
     }
-    b += kPanelVectors * kLength;
+    b += b_step;
     if constexpr (kSideBySide) a += a_stride;
   }
   const auto write = [&](Sum* to, int64_t stride, bool add) {
@@ -100,9 +99,9 @@ void multiply_strip(const Product& p, int64_t row, const PanelRange& range) {
     for (int64_t k = range.k; k < range.k_end; k += range.step)
       multiply_block<M, R, kSideBySide>(
           p.a + row * p.a_row + k * p.a_step, kSideBySide ? p.a_step : p.a_row,
-          p.b + j / kPanel<M> * p.b_panel + k * kPanel<M>, std::min(range.step, range.k_end - k),
-          p.out + row * p.out_stride + j, p.out_stride, p.accumulate || k > 0,
-          std::min(kPanel<M>, p.n - j));
+          p.b + j / kPanel<M> * p.b_panel + k * p.b_step, p.b_step,
+          std::min(range.step, range.k_end - k), p.out + row * p.out_stride + j, p.out_stride,
+          p.accumulate || k > 0, std::min(kPanel<M>, p.n - j));
 }
 
 // Strips of kStripRows, then of the largest of 8, 4, 2 and 1 that are left.

@@ -11,15 +11,15 @@ struct RowsDone {
 };
 
 // out [m, n] (+)= a [m, k] b [k, n]. Element (i, k) of a lies at a[i * a_row + k * a_step], one of
-// which is 1. b lies in panels of columns, each [k][panel], filled up with zeros. How a sum is
-// rounded depends on k alone: neither on m nor on n nor on the element's place.
+// which is 1. b lies in panels of columns, each filled up: one after the other, or side by side.
+// How a sum is rounded depends on k alone: neither on m nor on n nor on the element's place.
 template <class Word, class Sum = Word>
 struct PanelProduct {
   int64_t m, n, k;
   const Word* a;
   int64_t a_row, a_step;
   const Word* b;
-  int64_t b_panel;  // words from one panel to the next
+  int64_t b_panel, b_step;  // words from one panel to the next, from one k to the next
   Sum* out;
   int64_t out_stride;
   bool accumulate;

@@ -41,10 +41,14 @@ struct Coefficients {
   A* operator[](int64_t r) const { return data + r * stride; }
 };
 
-// The right block of dots, the left one; one of whose rows sums are taken.
+// The right block of dots, the left one; how many sums are taken of its rows, 0 for none.
 struct Uses {
-  bool right_of_dots, left_of_dots, sums;
+  bool right_of_dots, left_of_dots;
+  int64_t sums;
 };
+// Fewer sums do not repay the packing of rows that could be read where they lie: measured, D = 576
+// and 768. Where rows lie a multiple of kConflict apart, they do so earlier.
+constexpr int64_t kRepaidBySums = 512, kRepaidInConflict = 96;
 
 // Where a stride is a multiple of kConflict bytes, the rows of a strip share too few places in the
 // first cache. A line more puts them apart.
@@ -86,31 +90,50 @@ struct Products {
     int64_t longest, width, stride;  // stride: of rows in room()
     const S* rows = nullptr;         // of the left one
     int64_t rows_stride = 0;
-    // [longest / kPanel][width][kPanel] and [width / kPanel][longest][kPanel]
-    Workspace<S> columns, panels;
+    Workspace<S> columns;  // [longest / kPanel][width][kPanel]
+    // Panels of the width for sums: packed, or in rows that lie where whole panels are.
+    const S* panels = nullptr;
+    int64_t panel_size = 0, panel_step = 0;
     Block(int64_t most, int64_t w, Uses uses)
         : longest(most),
           width(w),
           stride(apart<S>(w)),
           columns(uses.right_of_dots ? round_up(most, kPanel) * w : 0),
-          panels(uses.sums ? round_up(w, kPanel) * most : 0),
-          left_(uses.left_of_dots) {}
+          left_(uses.left_of_dots),
+          sums_(uses.sums) {}
     S* room() {
       if (own_.size() == 0) own_.allocate(longest * stride);
       return own_.data();
     }
+    const S* panel_at(int64_t row) const { return panels + row * panel_step; }
     // n rows of S, or of a type that is converted to it.
     template <class T>
     void use(const T* data, int64_t n, int64_t data_stride) {
+      const bool pack = sums_ && !use_panels_in_place(data, data_stride);
+      if (pack) {
+        if (!packed_.size()) packed_.allocate(round_up(width, kPanel) * longest);
+        panels = packed_.data(), panel_size = longest * kPanel, panel_step = kPanel;
+      }
       parallel_for(round_up(n, kCut) / kCut, kPackGrain / kCut, [&](int64_t begin, int64_t end) {
         const int64_t first = begin * kCut, size = std::min(end * kCut, n) - first;
         if (columns.size()) pack_columns(data, data_stride, first, size);
-        if (panels.size()) pack_panels(data, data_stride, first, size);
+        if (pack) pack_panels(data, data_stride, first, size);
       });
       if (left_) use_rows(data, n, data_stride);
     }
 
    private:
+    template <class T>
+    bool use_panels_in_place(const T* data, int64_t data_stride) {
+      if constexpr (std::is_same_v<T, S>)
+        if (width % kPanel == 0 &&
+            sums_ <= (apart<S>(data_stride) == data_stride ? kRepaidBySums : kRepaidInConflict)) {
+          panels = data, panel_size = kPanel, panel_step = data_stride;
+          return true;
+        }
+      return false;
+    }
+
     template <class T>
     void use_rows(const T* data, int64_t n, int64_t data_stride) {
       if constexpr (std::is_same_v<T, S>)
@@ -153,26 +176,33 @@ struct Products {
     void pack_panels(const T* data, int64_t data_stride, int64_t first, int64_t size) {
       for (int64_t r = first; r < first + size; ++r)
         for (int64_t c = 0; c < width; c += kPanel) {
-          S* to = panels.data() + (c / kPanel * longest + r) * kPanel;
-          const int64_t count = std::min(kPanel, width - c);
-          convert(data + r * data_stride + c, count, to);
-          std::fill(to + count, to + kPanel, S(0));
+          S* to = packed_.data() + (c / kPanel * longest + r) * kPanel;
+          const T* from = data + r * data_stride + c;
+          if (width - c >= kPanel) {
+            convert(from, kPanel, to);
+          } else {
+            convert(from, width - c, to);
+            std::fill(to + (width - c), to + kPanel, S(0));
+          }
         }
     }
 
     template <class T>
     static void convert(const T* in, int64_t size, S* out) {
-      if constexpr (std::is_same_v<T, S>) {
-        std::copy_n(in, size, out);
-      } else {
-        int64_t i = 0;
+      int64_t i = 0;
+      if constexpr (std::is_same_v<S, float>)
         for (; i + kLanes <= size; i += kLanes) store(out + i, load(in + i));
-        for (; i < size; ++i) out[i] = to_float(in[i]);
-      }
+      for (; i < size; ++i) out[i] = number(in[i]);
+    }
+    static double number(double x) { return x; }
+    template <class T>
+    static float number(T x) {
+      return to_float(x);
     }
 
     bool left_;
-    Workspace<S> own_;
+    int64_t sums_;
+    Workspace<S> own_, packed_;
   };
   struct Scratch {
     Scratch(int64_t, int64_t) {}
@@ -184,19 +214,17 @@ struct Products {
                    const Done& done = {}) {
     multiply({c.rows, c.columns, left.width, left.rows + c.left * left.rows_stride,
               left.rows_stride, 1, right.columns.data() + c.right * right.width,
-              right.width * kPanel, c.data, c.stride, false, rows_done(done)});
+              right.width * kPanel, kPanel, c.data, c.stride, false, rows_done(done)});
   }
   static void add_to_left(S* out, const Coefficients<S>& c, const Block& right, Scratch&,
                           bool accumulate) {
-    multiply({c.rows, right.width, c.columns, c.data, c.stride, 1,
-              right.panels.data() + c.right * kPanel, right.longest * kPanel, out, right.width,
-              accumulate});
+    multiply({c.rows, right.width, c.columns, c.data, c.stride, 1, right.panel_at(c.right),
+              right.panel_size, right.panel_step, out, right.width, accumulate});
   }
   static void add_to_right(S* out, const Coefficients<S>& c, const Block& left, Scratch&,
                            bool accumulate) {
-    multiply({c.columns, left.width, c.rows, c.data, 1, c.stride,
-              left.panels.data() + c.left * kPanel, left.longest * kPanel, out, left.width,
-              accumulate});
+    multiply({c.columns, left.width, c.rows, c.data, 1, c.stride, left.panel_at(c.left),
+              left.panel_size, left.panel_step, out, left.width, accumulate});
   }
   static void finish() {}
 };

@@ -127,8 +127,8 @@ struct Worker {
       : stride(round_up(std::min(columns, kSquare), Lanes<A>::kCount)),
         tile_stride(apart<A>(stride)),
         length(std::max(stride, round_up(std::min(rows, kSquare), Lanes<A>::kCount))),
-        left(rows, width, {false, true, sums}),
-        right(columns, width, {true, false, sums}),
+        left(rows, width, {false, true, sums ? columns : 0}),
+        right(columns, width, {true, false, sums ? rows : 0}),
         scratch(sums ? length : 0, sums ? length : 0),
         tile(length * tile_stride),
         arrays(kArrays * length) {}

@@ -43,8 +43,8 @@ class HeadGradients {
         functions_(functions),
         group_(std::min(tiles.group_rows(), row_count)),
         panels_(kSame || !head_.grad_weight || row_count <= group_ ? 1 : tiles.tiles_per_worker()),
-        hidden_(group_, tiles.features, {false, !stored, head_.grad_weight != nullptr}),
-        weights_(tiles.weight_blocks({!stored, false, head_.grad_hidden != nullptr})),
+        hidden_(group_, tiles.features, {false, !stored, head_.grad_weight ? tiles.head.vocab : 0}),
+        weights_(tiles.weight_blocks({!stored, false, head_.grad_hidden ? group_ : 0})),
         tile_(stored ? 0 : tiles.workers * std::min(kRowBlock, row_count) * tiles.stride),
         grad_weight_(head_.grad_weight && !kSame ? tiles.workers * tiles.columns * tiles.features
                                                  : 0),

@@ -46,7 +46,7 @@ void run_linear_loss(const Tiles<T, P>& tiles, const std::vector<int64_t>& rows,
   const bool stream = wanted && from_chunks;
   const int64_t chunk = stream ? chunk_rows(tiles, count) : std::min(tiles.group_rows(), count);
   Workspace<A> stored(stream ? chunk * tiles.count * tiles.stride : 0);
-  typename P::Block hidden(chunk, d, {false, true, false});
+  typename P::Block hidden(chunk, d, {false, true, 0});
   HeadStatistics<T, P> statistics(tiles, forward, chunk, statistic);
   HeadGradients<T, P> gradients(tiles, backward, stream ? chunk : 0, true);
   const auto terms = [&](int64_t i) { return loss.terms(i); };

@@ -24,7 +24,7 @@ class HeadStatistics {
         functions_(functions),
         group_(group),
         wanted_(wanted),
-        weights_(tiles.weight_blocks({true, false, wanted.gradient})),
+        weights_(tiles.weight_blocks({true, false, wanted.gradient ? group : 0})),
         tile_(tiles.workers * std::min(kRowBlock, group) * tiles.stride),
         weighted_(wanted.gradient ? tiles.workers * group * tiles.features : 0),
         shifts_(wanted.gradient ? tiles.workers * group : 0),

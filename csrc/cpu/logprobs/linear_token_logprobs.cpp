@@ -55,7 +55,7 @@ void forward(const LinearTokenLogprobs& a, const std::vector<int64_t>& rows) {
   const int64_t group = std::min(tiles.group_rows(), count), d = a.head.features;
   T* gradient = static_cast<T*>(a.head.grad_hidden);
   HeadStatistics<T, P> statistics(tiles, functions, group, {gradient != nullptr, false, false});
-  typename P::Block hidden(group, d, {false, true, false});
+  typename P::Block hidden(group, d, {false, true, 0});
   for (int64_t start = 0; start < count; start += group) {
     const int64_t size = std::min(group, count - start);
     tiles.gather(rows.data() + start, size, hidden);

@@ -21,14 +21,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from .messages import say
+
 CONFIG = "config"
+COMMAND = "command"  # the key of a YAML file that tells the command it is of
 
 
 def option_name(field: str) -> str:
@@ -132,10 +134,9 @@ def check(options: Any) -> None:
     for field, value in options_of(options):
         low, high = field.metadata.get("recommended", (None, None))
         if low is not None and value is not None and not low <= value <= high:
-            print(
-                f"apt-model: {option_name(field.name)} {value:g} is outside of {low:g} to "
-                f"{high:g}, which is recommended",
-                file=sys.stderr,
+            say(
+                f"{option_name(field.name)} {value:g} is outside of {low:g} to {high:g}, which is "
+                "recommended"
             )
 
 
@@ -189,6 +190,7 @@ def _add_field(section: Any, field: dataclasses.Field[Any], kind: Any) -> None:
         return
     if typing.get_origin(kind) is tuple:
         kind, more["nargs"] = typing.get_args(kind)[0], "+"
+        more.setdefault("metavar", field.name.upper())
     if typing.get_origin(kind) is Literal:
         more["choices"] = typing.get_args(kind)
         kind = type(more["choices"][0])
@@ -248,6 +250,10 @@ def _tokens(file: Path, command: str, options_class: type) -> list[str]:
                 known[name.lstrip("-").replace("-", "_")] = field.name
     tokens = []
     for key, value in _read_yaml(file).items():
+        if key == COMMAND:
+            if value != command:
+                raise ValueError(f"{file} is of the command {value}, not of {command}")
+            continue
         name = known.get(str(key).replace("-", "_"))
         if name is None:
             near = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
@@ -258,6 +264,18 @@ def _tokens(file: Path, command: str, options_class: type) -> list[str]:
             )
         tokens += _as_tokens(file, name, value)
     return tokens
+
+
+def command_of(file: Path) -> str:
+    """Returns the name of the command that a YAML file is of.
+
+    Raises:
+        ValueError: it does not say so.
+    """
+    command = _read_yaml(file).get(COMMAND)
+    if not isinstance(command, str):
+        raise ValueError(f"{file}: expected the key {COMMAND}, as run.yaml of a run has it")
+    return command
 
 
 def _as_tokens(file: Path, name: str, value: Any) -> list[str]:

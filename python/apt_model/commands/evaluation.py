@@ -11,6 +11,7 @@ import torch
 from ..training import processes
 from ..training.files import load_tensors, save_tensors
 from ..training.loop import TrainingLoop
+from ..training.state import whole
 
 SEED = 0
 
@@ -78,9 +79,9 @@ class Evaluation:
             return
         measured = {"step": step, **self._measured()}
         if not self.best or self._sign * (measured[self.key] - self.best[self.key]) > 0:
-            modules = trainer.state_dict(include_frozen=False)["modules"]
-            if processes.is_main():
-                save_tensors(self.path, {"measured": measured, "modules": modules})
+            modules = whole(trainer.state_dict(include_frozen=False)["modules"])
+            best = {"measured": measured, "modules": modules}
+            processes.on_main(lambda: save_tensors(self.path, best))
             self.best, self.best_is_saved = measured, False
         self.records.append(measured)
         trainer.curves.annotate({f"held_out_{k}": v for k, v in measured.items() if k != "step"})

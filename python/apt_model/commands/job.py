@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.order import ShuffledBatches
-from ..training.checkpoint import Checkpoint
+from ..data.order import ShuffledBatches, hash_of
+from ..training import processes
+from ..training.checkpoint import PREVIOUS, Checkpoint
 from ..training.files import FolderLock, naming, sha256_of, write_whole
 from ..training.loop import TrainingLoop
 from ..training.schedule import schedule
-from .arguments import as_mapping, deciding
+from .arguments import COMMAND, as_mapping, deciding
 from .evaluation import Evaluation
-from .messages import say
+from .messages import one_voice, say
 from .options import RunOptions, TrainingOptions
+from .reports import Reports
 from .run import run_steps
+from .samples import Samples
 
 
 @dataclass
@@ -37,6 +41,8 @@ class Job:
         save: writes the trained model into a folder.
         counts: more of the summary.
         train_step: instead of the trainer's.
+        tokenizer: makes texts of the batches' tokens; None: they hold none.
+        samples: lets the model write; None: it cannot.
         inputs: files and folders that the run depends on besides model and data, by name.
         settings: more that decides the result, in JSON's types.
     """
@@ -50,23 +56,61 @@ class Job:
     save: Callable[[Path], None]
     counts: Mapping[str, Any] = field(default_factory=dict)
     train_step: Callable[..., Mapping[str, float]] | None = None
+    tokenizer: Any = None
+    samples: Samples | None = None
     inputs: Mapping[str, Path] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run_command(make_job: Callable[[Any], Job], options: Any) -> dict[str, Any]:
+def run_command(
+    command: str, make_job: Callable[[Any], Job], options: Any
+) -> dict[str, Any] | None:
     """Trains as the options of a command say; returns what is written to `summary.json`.
 
     Args:
+        command: its name.
         make_job: of the command.
         options: groups, of which `run` is RunOptions and `training` TrainingOptions.
+
+    Returns:
+        None for a dry run, which prints what would be done.
     """
-    with FolderLock(options.run.output):
+    effective = {COMMAND: command, **as_mapping(options)}
+    run = options.run
+    run.device = str(processes.begin(run.device, run.process_timeout))
+    with _locked(run.output):
         torch.manual_seed(options.training.seed)  # heads and queues begin at random
-        job = make_job(options)
-        settings = {**deciding(options), **job.settings, **_hashes(options, job)}
+        with one_voice():
+            job = make_job(options)
+        if processes.rank():  # each draws samples and dropout of its own
+            torch.manual_seed(hash_of("process", options.training.seed, processes.rank()))
         steps = total_steps(options.training, job.batches.per_epoch)
-        return run_job(options.run, job, steps, settings, as_mapping(options))
+        if run.samples and job.samples is None:
+            raise ValueError(f"--samples: {command} trains no model that writes texts")
+        if run.dry_run:
+            from .preview import preview  # which knows jobs
+
+            if processes.is_main():
+                print(preview(job, steps, job.tokenizer))
+            return None
+        settings = {
+            **deciding(options),
+            **job.settings,
+            **processes.on_main(lambda: _hashes(options, job)),
+        }
+        return run_job(run, job, steps, settings, effective)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, in the main process, and refuses in all where it is taken."""
+    lock = FolderLock(folder)
+    processes.on_main(lock.take)
+    try:
+        yield
+    finally:
+        if processes.is_main():
+            lock.free()
 
 
 def _hashes(options: Any, job: Job) -> dict[str, str]:
@@ -107,18 +151,35 @@ def run_job(
     evaluation = _evaluation(run, job)
     parts = {} if evaluation is None else {"evaluation": evaluation}
     checkpoint = Checkpoint(output / "checkpoint.pt", settings, parts)
-    continued = not run.restart and checkpoint.load(trainer)
+    previous = run.resume == PREVIOUS
+    continued = not run.restart and checkpoint.load(trainer, previous)
+    if previous and not continued:
+        raise FileNotFoundError(f"{checkpoint.previous} is missing: --resume previous needs it")
     if continued:
         say(f"continuing after step {trainer.total_steps}")
-    saved = _saved_model(output) if continued else None
+    saved = processes.on_main(lambda: _saved_model(output)) if continued else None
     if evaluation is not None and (saved is None or trainer.total_steps < steps):
         evaluation.start(saved)
     started_at = trainer.total_steps
+    if run.samples:
+        job.samples.begin(output / "samples.jsonl", run.samples, run.sample_tokens, started_at)
+    reports = Reports(run, trainer.curves, settings) if processes.is_main() else None
+
+    def after_step() -> None:
+        step = trainer.total_steps
+        if run.samples and (step == steps or (run.eval_every and step % run.eval_every == 0)):
+            job.samples.write(step)
+        if reports is not None:
+            reports()
+
     finished = run_steps(
         trainer, job.batches, steps, checkpoint, run.checkpoint_every, job.shown,
-        evaluation=evaluation, train_step=_step(job, output, effective),
+        evaluation=evaluation, train_step=_step(job, output, effective), after_step=after_step,
     )  # fmt: skip
-    _plot(trainer, output / "curves.png")
+    if reports is not None:
+        reports.close()
+    if processes.is_main():
+        _plot(trainer, output / "curves.png")
     if finished and (trainer.total_steps > started_at or saved is None):
         _save_model(job, evaluation, checkpoint, output / "model")
     summary = {
@@ -133,7 +194,9 @@ def run_job(
         "curves": trainer.curves.as_lists(),
     }
     text = json.dumps(summary, indent=2)
-    write_whole(output / "summary.json", lambda path: path.write_text(text))
+    processes.on_main(
+        lambda: write_whole(output / "summary.json", lambda path: path.write_text(text))
+    )
     if finished and evaluation is not None:
         evaluation.forget_best()
     return summary
@@ -147,7 +210,8 @@ def _save_model(
     if evaluation is not None:
         evaluation.load_best(job.trainer)
     try:
-        write_whole(folder, job.save)
+        with processes.unsharded(job.trainer.modules()):
+            processes.on_main(lambda: write_whole(folder, job.save))
     except Exception:
         say(
             f"the trained state is kept in {checkpoint.path}: the same command, started again, "
@@ -193,6 +257,8 @@ def _step(
 
     def train_step(**batch: Any) -> Mapping[str, float]:
         metrics = step(**batch)
+        if not processes.is_main():
+            return metrics
         if job.trainer.total_steps == first and effective is not None:
             write_options(output / "run.yaml", effective)
         if job.trainer.total_steps == 1:
@@ -218,6 +284,11 @@ def _plot(trainer: TrainingLoop, path: Path) -> None:
             trainer.plot_curves(path, [*trainer.monitored, *held_out])
 
 
+def shares(training: TrainingOptions) -> Callable[[list[int]], list[int]]:
+    """Returns what tells the rows of a batch that this process trains on."""
+    return partial(processes.share, least=training.gradient_accumulation_steps)
+
+
 def trainer_options(options: Any, batches: ShuffledBatches) -> dict[str, Any]:
     """Returns the keyword arguments that every trainer has, of the options of a command."""
     training: TrainingOptions = options.training
@@ -227,24 +298,13 @@ def trainer_options(options: Any, batches: ShuffledBatches) -> dict[str, Any]:
         warmup = round(training.warmup_ratio * steps)
     made = schedule(training.schedule, warmup, steps, training.read_schedule_options())
     return {
-        "device": options.run.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": options.run.device,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "autocast_dtype": (
             None if options.precision.autocast == "none" else options.precision.autocast
         ),
         "scheduler": made,
-        "log": _tensorboard(options.run.tensorboard),
     }
-
-
-def _tensorboard(folder: Path | None) -> Any:
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(f"--tensorboard needs the package tensorboard: {error}") from None
-    return SummaryWriter(os.fspath(folder))
 
 
 def pretrained(options: Any, kind: str, folder: Path | None = None) -> Any:

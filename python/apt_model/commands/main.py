@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import check, read_options
+from .messages import is_main, say
 
 NEEDED = ("transformers", "tqdm", "matplotlib", "yaml")  # of the extra `train`
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
@@ -22,6 +25,11 @@ TRAINING = {
     "train-rlhf": "train a language model on its own responses (PPO)",
     "pretrain-mlm": "train an encoder to predict masked tokens (BERT)",
     "pretrain-contrastive": "train an encoder to tell samples by two views (SimCLR, MoCo)",
+}
+USING = {
+    "generate": "write responses to prompts with a trained model",
+    "evaluate": "measure a trained model on other rows",
+    "merge": "merge an adapter into its base model",
 }
 
 
@@ -38,13 +46,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"missing packages: {', '.join(missing)} (pip install 'apt-kernels[train]')"
             )
-        return _train(command, module, options)
+        if command in TRAINING:
+            return _train(command, module, options, arguments[1:])
+        check(options)
+        return module.run(options)
+    except KeyboardInterrupt:
+        say("interrupted; a run that has a checkpoint continues with the same command")
+        return INTERRUPTED
     except (OSError, FloatingPointError, ValueError) as error:
-        print(f"apt-model: error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error)
+    except RuntimeError as error:
+        if not _is_of_several():
+            raise
+        return _failed(error)
 
 
-def _train(command: str, module: Any, options: Any) -> int:
+def _is_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _failed(error: Exception) -> int:
+    """Says what is wrong; of several processes this one ends at once, and the others with it."""
+    process = f" in process {os.environ['RANK']}" if not is_main() else ""
+    if is_main() or not getattr(error, "of_main", False):
+        print(f"apt-model: error{process}: {error}", file=sys.stderr, flush=True)
+    if _is_of_several():  # leaving the group properly would wait for the others
+        sys.stdout.flush()
+        os._exit(1)
+    return 1
+
+
+def _train(command: str, module: Any, options: Any, arguments: Sequence[str]) -> int:
     if options.run.output is None:
         name = command.partition("-")[2].replace("-", "_")
         options.run.output = Path("out") / name
@@ -53,22 +85,32 @@ def _train(command: str, module: Any, options: Any) -> int:
     from .job import run_command
 
     try:
-        summary = run_command(module.make_job, options)
+        summary = run_command(command, module.make_job, options)
     except RewardError as error:
         raise ValueError(str(error)) from error
-    print(json.dumps({k: v for k, v in summary.items() if k != "curves"}, indent=2))
+    if summary is None:
+        return 0
+    if not summary["finished"]:
+        again = [argument for argument in arguments if argument != "--restart"]
+        say(
+            f"stopped after step {summary['total_steps']}; to continue: "
+            f"{shlex.join(['apt-model', command, *again])}"
+        )
+    if is_main():
+        print(json.dumps({k: v for k, v in summary.items() if k != "curves"}, indent=2))
     return 0 if summary["finished"] else INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = "\n".join(f"  {name:22}{text}" for name, text in TRAINING.items())
+    commands = {**TRAINING, **USING}
+    names = "\n".join(f"  {name:22}{text}" for name, text in commands.items())
     parser = argparse.ArgumentParser(
         prog="apt-model",
         description=f"{__doc__}\n\ncommands:\n{names}",
         epilog="`apt-model COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=TRAINING, metavar="COMMAND", help="see above")
+    parser.add_argument("command", choices=commands, metavar="COMMAND", help="see above")
     return parser
 
 

@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from ..scoring.model_access import train_last_layers, without_wrapper
+from ..training import processes
+from .job import pretrained
 
 
-def trained_part(options: Any, model: Any, none_is_possible: bool = False) -> Any:
+def trained_part(
+    options: Any, model: Any, none_is_possible: bool = False, wrap: bool = True
+) -> Any:
     """Returns the model with the parts frozen that the options of a command do not train.
+
+    Of several processes it is wrapped, so that its gradients are averaged.
 
     Args:
         options: of the command.
         model: on any device.
         none_is_possible: whether `--train-last-layers 0` may freeze all of it.
+        wrap: False: the caller wraps what it makes of the model.
     """
     count = options.model.train_last_layers
     if options.training.gradient_checkpointing:
@@ -26,6 +33,37 @@ def trained_part(options: Any, model: Any, none_is_possible: bool = False) -> An
         model.requires_grad_(False)
     elif count is not None:
         train_last_layers(model, count)
+    return wrapped(options, model) if wrap else model
+
+
+def wrapped(options: Any, model: Any) -> Any:
+    """Returns the model as the processes of a run share it; of one process as it is."""
+    return processes.wrapped(model, options.run.device, options.run.fsdp)
+
+
+def reference_of(options: Any, folder: Path | None, needed: bool) -> Any:
+    """Returns the frozen model a policy is compared with; None: the trainer makes a copy.
+
+    Args:
+        options: of the command.
+        folder: of the reference; None: where the policy began.
+        needed: whether the policy is compared at all.
+    """
+    if not needed or (folder is None and not options.run.fsdp):
+        return None
+    # A sharded policy cannot be copied: it is loaded once more
+    model = pretrained(options, "AutoModelForCausalLM", folder).requires_grad_(False)
+    return wrapped(options, model) if options.run.fsdp else model
+
+
+def without_pooler(model: Any) -> Any:
+    """Returns an encoder whose pooler, of which no loss is formed, is frozen.
+
+    It gets no gradient, and several processes wait for the gradient of what is not frozen.
+    """
+    pooler = getattr(model, "pooler", None)
+    if pooler is not None:
+        pooler.requires_grad_(False)
     return model
 
 

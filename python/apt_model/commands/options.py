@@ -54,6 +54,14 @@ class RunOptions:
             "help": "steps between checkpoints; 0: only at the end, when stopped or at an error",
         },
     )
+    resume: Literal["last", "previous"] = field(
+        default="last",
+        metadata={
+            **KEPT,
+            "help": "the checkpoint that the run continues from; previous: the one before the "
+            "last, where the last is damaged",
+        },
+    )
     restart: bool = field(
         default=False,
         metadata={
@@ -74,18 +82,60 @@ class RunOptions:
         default=None,
         metadata={**KEPT, "help": "cpu, cuda, …; without it a GPU if there is one"},
     )
+    fsdp: bool = field(
+        default=False,
+        metadata={
+            "help": "of several processes (torchrun): share out parameters, gradients and the "
+            "optimizer's state (FSDP2); without it each has a copy (DDP)",
+        },
+    )
+    process_timeout: float = field(
+        default=1800.0,
+        metadata={
+            **KEPT,
+            "metavar": "SECONDS",
+            "help": "of several processes: the run ends where one waits longer for another",
+        },
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "csv"], ...] = field(
+        default=(),
+        metadata={
+            **KEPT,
+            "help": "also tell the figures of each step to these: tensorboard, wandb, mlflow, csv",
+        },
+    )
     tensorboard: Path | None = field(
         default=None,
         metadata={
             **KEPT,
             "metavar": "FOLDER",
-            "help": "also write the curves there, for TensorBoard",
+            "help": "folder of --report-to tensorboard; without it tensorboard/ in --output",
+        },
+    )
+    samples: int = field(
+        default=0,
+        metadata={
+            **KEPT,
+            "metavar": "N",
+            "help": "write to samples.jsonl what the model answers to N prompts, of --eval or else "
+            "of --data, before, during (at each --eval-every) and after the training",
+        },
+    )
+    sample_tokens: int = field(
+        default=64, metadata={**KEPT, "help": "tokens of such an answer, at most"}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            **KEPT,
+            "help": "only say what would be done: counts, lengths, first rows as tokens, memory",
         },
     )
 
     def check(self) -> None:
         """Raises for numbers that cannot be, and for files that are not there."""
-        check_at_least(self, 0, "eval_every", "patience", "checkpoint_every")
+        check_at_least(self, 0, "eval_every", "patience", "checkpoint_every", "samples")
+        check_at_least(self, 1, "sample_tokens")
         if self.patience and self.eval_data is None:
             raise ValueError("--patience needs --eval")
         for path in (self.data, self.eval_data):

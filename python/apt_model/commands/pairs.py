@@ -8,8 +8,8 @@ from typing import Any
 
 from ..data.order import ShuffledBatches, of_rows
 from ..data.preferences import PairTokenizer, PreferencePair, collate, load_pairs
-from ..training import processes
 from .evaluation import mean_over_rows
+from .job import shares
 
 Batch = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ def batches_of_pairs(
     training = options.training
     make = of_rows(pairs, lambda part: without(drop, collate(part)))
     return ShuffledBatches(
-        len(pairs), training.batch_size, training.seed, make, share=processes.share
+        len(pairs), training.batch_size, training.seed, make, share=shares(training)
     )
 
 

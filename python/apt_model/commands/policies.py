@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.order import ShuffledBatches, of_rows
+from ..data.order import ShuffledBatches
 from ..data.preferences import BadRow, PairTokenizer, load_rows
-from ..training import processes
+from ..rl.response_end import read_end_tokens
+from ..scoring.model_access import without_wrapper
 from .evaluation import mean_over_rows
-from .job import Job, pretrained, trainer_options
+from .job import Job, pretrained, shares, trainer_options
 from .models import save_pretrained, trained_part
-from .reward_folder import load_text_reward
+from .rewards import inputs_of, read_rewards, reward_of, stop_strings
+from .samples import Samples
 
 SHOWN = {"reward": "mean_reward", "loss": "policy_loss"}
 
@@ -30,6 +29,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     row: Mapping[str, Any]
+    place: str = ""
 
 
 def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job:
@@ -37,25 +37,34 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
 
     Args:
         options: of the command.
-        make_trainer: called with the policy, the reward, and the keywords of every trainer.
+        make_trainer: called with the policy, the reward, and the keywords of both trainers.
         step: name of its method that makes a step from prompts.
     """
-    training = options.training
+    training, sampling = options.training, options.sampling
+    functions = read_rewards(options.reward)  # a mistake in a file is told before models are loaded
     tokenizer = pretrained(options, "AutoTokenizer")
     prompts, held_out = load_all_prompts(options, tokenizer)
+    every = [*prompts, *held_out]
     batches = ShuffledBatches(
-        len(prompts), training.batch_size, training.seed, of_rows(prompts, make_batch),
-        share=processes.share,
+        len(prompts), training.batch_size, training.seed,
+        lambda numbers, step: make_batch(every, numbers), share=shares(training),
     )  # fmt: skip
     model = trained_part(options, pretrained(options, "AutoModelForCausalLM"))
-    shared = trainer_options(options, batches)
-    score = read_score(options.reward, shared["device"])
-    of_rows_too = options.reward.reward is not None
-    reward = RowReward(score, tokenizer, [*prompts, *held_out], of_rows_too)
+    shared = {
+        **trainer_options(options, batches),
+        "tokenizer": tokenizer,
+        "stop_strings": stop_strings(sampling.stop),
+        "max_new_tokens": sampling.max_new_tokens,
+        "cut_responses": sampling.cut_responses,
+        "cut_penalty": sampling.cut_penalty,
+    }
+    ends = read_end_tokens(without_wrapper(model), None, tokenizer)
+    reward = reward_of(options.reward, functions, tokenizer, every, ends, shared["device"])
     trainer = make_trainer(model, reward, shared)
     measure = partial(
-        evaluate_prompts, trainer, held_out, training.batch_size, options.sampling.eval_temperature
-    )
+        evaluate_prompts, trainer, every, range(len(prompts), len(every)), training.batch_size,
+        sampling.eval_temperature,
+    )  # fmt: skip
     return Job(
         trainer,
         batches,
@@ -64,22 +73,51 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
         key="mean_reward",
         higher_is_better=True,
         save=save_pretrained(trainer.policy_model, tokenizer),
+        tokenizer=tokenizer,
+        samples=Samples(
+            trainer.policy_model, tokenizer, [prompt.ids for prompt in held_out or prompts]
+        ),
         counts={"prompts": len(prompts), "held_out_prompts": len(held_out)},
         train_step=getattr(trainer, step),
         inputs=inputs_of(options.reward),
-        settings={"reward": (options.reward.reward or "").rpartition(":")[2]},
+        settings={"reward": ", ".join(n.rpartition(":")[2] for n in options.reward.reward)},
     )
 
 
 def evaluate_prompts(
-    trainer: Any, prompts: Sequence[Prompt], batch_size: int, temperature: float
+    trainer: Any,
+    prompts: Sequence[Prompt],
+    numbers: Sequence[int],
+    batch_size: int,
+    temperature: float,
 ) -> dict[str, float]:
-    """Returns the mean over prompts of what `eval_step` returns; nothing for no prompts."""
+    """Returns the means of what `eval_step` returns; nothing for no prompts.
 
-    def measure(part: list[Prompt]) -> dict[str, float]:
-        return trainer.eval_step(**make_batch(part), temperature=temperature)
+    Rewards are means over the responses that have one, the others over all responses.
 
-    return mean_over_rows(prompts, batch_size, measure)
+    Args:
+        trainer: of a policy.
+        prompts: those whose positions the reward knows.
+        numbers: positions of those that are measured.
+        batch_size: prompts at once.
+        temperature: of the responses.
+    """
+
+    def measure(part: Sequence[int]) -> dict[str, float]:
+        figures = trainer.eval_step(**make_batch(prompts, part), temperature=temperature)
+        return {k: v * _answered(k, figures) for k, v in figures.items()}
+
+    means = mean_over_rows(numbers, batch_size, measure)
+    return {k: v / (_answered(k, means) or 1) for k, v in means.items()}
+
+
+def _answered(name: str, figures: Mapping[str, float]) -> float:
+    """Returns the share of responses that a figure is a mean of."""
+    if name == "mean_reward":
+        return 1 - figures["abstained_share"]
+    if name.startswith("reward_"):
+        return 1 - figures[name.replace("reward", "abstained_share", 1)]
+    return 1.0
 
 
 def load_all_prompts(options: Any, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
@@ -102,88 +140,10 @@ def load_all_prompts(options: Any, tokenizer: Any) -> tuple[list[Prompt], list[P
     return load(run.data), load(run.eval_data) if run.eval_data else []
 
 
-def make_batch(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Returns the arguments of a step on prompts, padded on the right."""
-    rows = [torch.tensor(prompt.ids) for prompt in prompts]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+def make_batch(prompts: Sequence[Prompt], numbers: Sequence[int]) -> dict[str, Tensor]:
+    """Returns the arguments of a step on the prompts of these positions, padded on the right."""
+    chosen = [torch.tensor(prompts[number].ids) for number in numbers]
+    ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+    lengths = torch.tensor([len(row) for row in chosen]).unsqueeze(1)
     mask = (torch.arange(ids.shape[1]) < lengths).long()
-    return {"prompts": ids, "prompt_masks": mask}
-
-
-class RowReward:
-    """A reward of rows of the data and of the responses' texts, as a reward model.
-
-    Args:
-        score: called with as many rows as responses; returns as many numbers.
-        tokenizer: decodes the responses.
-        prompts: whose rows the sampled sequences are of.
-        of_rows: whether `score` reads more of a row than its prompt; then rows of the same prompt
-            must not differ.
-    """
-
-    def __init__(
-        self,
-        score: Callable[[list[Mapping[str, Any]], list[str]], Sequence[float]],
-        tokenizer: Any,
-        prompts: Sequence[Prompt],
-        of_rows: bool = True,
-    ) -> None:
-        self._score = score
-        self._tokenizer = tokenizer
-        self._rows: dict[tuple[int, ...], Mapping[str, Any]] = {}
-        for prompt in prompts:
-            if self._rows.setdefault(prompt.ids, prompt.row) != prompt.row and of_rows:
-                raise ValueError(f"two rows have the prompt {prompt.row['prompt']!r} and differ")
-
-    def __call__(self, ids: Tensor, masks: Tensor, response_token_mask: Tensor) -> Sequence[float]:
-        """Returns the rewards of sampled sequences."""
-        response = response_token_mask != 0
-        asked = ((masks != 0) & ~response).cpu()
-        ids, response = ids.cpu(), response.cpu()
-        rows = [self._rows[tuple(row[m].tolist())] for row, m in zip(ids, asked, strict=True)]
-        answers = [row[m].tolist() for row, m in zip(ids, response, strict=True)]
-        texts = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return self._score(rows, texts)
-
-
-def read_score(
-    options: Any, device: torch.device | str
-) -> Callable[[list[Mapping[str, Any]], list[str]], Sequence[float]]:
-    """Returns the reward that the options name, as a function of rows and responses.
-
-    `--reward FILE.py:NAME` (or `package.module:NAME`) is a function of one row of the data, a
-    dictionary, and one response; `--reward-model` a folder of `train-reward-model`.
-    """
-    if options.reward_model is not None:
-        of_texts = load_text_reward(options.reward_model, device)
-        return lambda rows, responses: of_texts([row["prompt"] for row in rows], responses)
-    function = _import(options.reward)
-    return lambda rows, responses: [
-        float(function(row, response)) for row, response in zip(rows, responses, strict=True)
-    ]
-
-
-def inputs_of(options: Any) -> dict[str, Path]:
-    """Returns the file that decides the rewards, where there is one."""
-    if options.reward_model is not None:
-        return {"reward_model": options.reward_model}
-    where = options.reward.rpartition(":")[0]
-    file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
-    return {"reward": Path(file)} if file is not None and Path(file).is_file() else {}
-
-
-def _import(name: str) -> Callable[[Mapping[str, Any], str], float]:
-    where, _, attribute = name.rpartition(":")
-    if not where:
-        raise ValueError(f"--reward must be FILE.py:NAME or package.module:NAME, got {name!r}")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        return getattr(module, attribute)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ValueError(f"--reward {name}: {type(error).__name__}: {error}") from None
+    return {"prompts": ids, "prompt_masks": mask, "rows": torch.tensor(numbers)}

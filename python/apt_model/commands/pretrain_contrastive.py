@@ -120,7 +120,8 @@ def make_job(options: Options) -> Job:
     from ..data.order import ShuffledBatches  # takes seconds, --help need not wait
     from ..pretraining import create_contrastive_pretrainer
     from ..training import processes
-    from .job import Job, trainer_options
+    from ..training.batch_norm import synchronize
+    from .job import Job, shares, trainer_options
     from .pretraining import evaluate, save_encoder, tokenizer_with_mask
 
     run, training, loss = options.run, options.training, options.loss
@@ -134,7 +135,7 @@ def make_job(options: Options) -> Job:
     if held_out is not None and len(held_out) < 2:
         raise ValueError(f"{run.eval_data} must hold two samples or more: one has no negatives")
     batches = ShuffledBatches(
-        len(data), training.batch_size, training.seed, data, whole=True, share=processes.share
+        len(data), training.batch_size, training.seed, data, whole=True, share=shares(training)
     )
     model, width = _encoder(options, data)
     trainer = create_contrastive_pretrainer(
@@ -154,6 +155,7 @@ def make_job(options: Options) -> Job:
         **trainer_options(options, batches),
     )
 
+    synchronize(trainer.modules())
     least = 2 * processes.count()  # a contrastive loss of one sample alone is 0
     measure = partial(evaluate, trainer, held_out, training.batch_size, least)
     return Job(
@@ -164,6 +166,7 @@ def make_job(options: Options) -> Job:
         key="loss",
         higher_is_better=False,
         save=partial(save_encoder, trainer, tokenizer),
+        tokenizer=tokenizer,
         counts={"samples": len(data), "held_out_samples": len(held_out) if held_out else 0},
     )
 
@@ -188,11 +191,12 @@ def _encoder(options: Options, data: Any) -> tuple[Any, int]:
 
     from ..data.images import SmallCNN
     from .job import pretrained
-    from .models import trained_part
+    from .models import trained_part, without_pooler
 
     if options.model.model is not None:
-        model = trained_part(options, pretrained(options, "AutoModel"))
-        return model, model.config.hidden_size
+        model = pretrained(options, "AutoModel")
+        width = model.config.hidden_size
+        return trained_part(options, without_pooler(model)), width
     channels = data([0], 0)["input_ids_1"].shape[1]
     cnn = SmallCNN(channels).to(getattr(torch, options.precision.dtype))
     return trained_part(options, cnn), cnn.width

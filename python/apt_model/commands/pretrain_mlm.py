@@ -88,9 +88,8 @@ def make_job(options: Options) -> Job:
     """Returns what the command trains."""
     from ..data.order import ShuffledBatches  # takes seconds, --help need not wait
     from ..pretraining import create_mlm_pretrainer
-    from ..training import processes
-    from .job import Job, pretrained, trainer_options
-    from .models import trained_part
+    from .job import Job, pretrained, shares, trainer_options
+    from .models import trained_part, without_pooler, wrapped
     from .pretraining import evaluate, save_mlm, tokenizer_with_mask, without_token
 
     masks, training, run = options.masks, options.training, options.run
@@ -98,14 +97,15 @@ def make_job(options: Options) -> Job:
     data = _load(options, tokenizer, run.data, training.seed)
     held_out = run.eval_data and _load(options, tokenizer, run.eval_data, training.seed - 1)
     batches = ShuffledBatches(
-        len(data), training.batch_size, training.seed, data, share=processes.share
+        len(data), training.batch_size, training.seed, data, share=shares(training)
     )
     if masks.nsp:
         data.per_epoch = batches.per_epoch
-    model = trained_part(options, pretrained(options, "AutoModel"))
+    model = trained_part(options, pretrained(options, "AutoModel"), wrap=False)
     rows = model.get_input_embeddings().num_embeddings
+    embedding = model.get_input_embeddings()
     trainer = create_mlm_pretrainer(
-        model,
+        wrapped(options, model if masks.nsp else without_pooler(model)),
         model.config.hidden_size,
         mask_prob=masks.mask_prob,
         use_nsp=masks.nsp,
@@ -115,7 +115,7 @@ def make_job(options: Options) -> Job:
         cls_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id,
         special_token_ids=[*tokenizer.all_special_ids, *without_token(tokenizer, rows)],
-        lm_head=model.get_input_embeddings(),
+        lm_head=embedding,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -132,6 +132,7 @@ def make_job(options: Options) -> Job:
         key="total_loss",
         higher_is_better=False,
         save=partial(save_mlm, trainer, tokenizer),
+        tokenizer=tokenizer,
         counts={"texts": len(data), "held_out_texts": len(held_out) if held_out else 0},
     )
 

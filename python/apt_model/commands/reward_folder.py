@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,11 @@ def save_reward_model(
 
 def load_text_reward(
     folder: Path, device: torch.device | str, batch_size: int = 16
-) -> Callable[[list[str], list[str]], list[float]]:
+) -> Callable[..., list[float]]:
     """Returns the reward of texts by a trained model: a function of prompts and responses.
+
+    The function also takes whether each response ended by itself (None: all did): the end token
+    belongs to what was written only then.
 
     Args:
         folder: what the command has made.
@@ -54,11 +57,18 @@ def load_text_reward(
     model = RewardModel(base, base.config.hidden_size, layers, use_pooling=pooling)
     model.value_head.load_state_dict(torch.load(folder / HEAD, weights_only=True))
     model.to(device).requires_grad_(False)
-    tokenize = PairTokenizer(AutoTokenizer.from_pretrained(folder), **settings)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenize, end_token = PairTokenizer(tokenizer, **settings), tokenizer.eos_token_id
 
     @torch.no_grad()
-    def reward(prompts: list[str], responses: list[str]) -> list[float]:
-        rows = [torch.tensor(tokenize.sequence(*texts)) for texts in zip(prompts, responses)]
+    def reward(
+        prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> list[float]:
+        ends = [True] * len(prompts) if finished is None else finished
+        rows = [
+            torch.tensor(_as_written(tokenize.sequence(prompt, response), end_token, end))
+            for prompt, response, end in zip(prompts, responses, ends, strict=True)
+        ]
         rewards: list[float] = []
         with evaluating(model):
             for start in range(0, len(rows), batch_size):
@@ -71,3 +81,8 @@ def load_text_reward(
         return rewards
 
     return reward
+
+
+def _as_written(ids: list[int], end_token: int | None, finished: bool) -> list[int]:
+    """Returns the tokens without the end token of a response that was cut."""
+    return ids if finished or not ids or ids[-1] != end_token else ids[:-1]

@@ -114,7 +114,7 @@ def run_steps(
                 after_step()
             if checkpoint_every and trainer.total_steps % checkpoint_every == 0:
                 checkpoint.save(trainer)
-        if trainer.total_steps > checkpoint.steps or not checkpoint.path.exists():
+        if trainer.total_steps > checkpoint.steps or not checkpoint.is_written:
             checkpoint.save(trainer)
     return trainer.total_steps >= total_steps or stagnates()
 

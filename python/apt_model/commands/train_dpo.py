@@ -76,21 +76,18 @@ class Options:
 
 def make_job(options: Options) -> Job:
     """Returns what the command trains."""
-    from ..rl import create_dpo_trainer  # takes seconds, --help need not wait
+    from ..rl import DPOConfig, create_dpo_trainer  # takes seconds, --help need not wait
     from .job import Job, pretrained, trainer_options
-    from .models import save_pretrained, trained_part
+    from .models import reference_of, save_pretrained, trained_part
     from .pairs import batches_of_pairs, load_all_pairs, measure_of
+    from .samples import Samples
 
     loss, training = options.loss, options.training
     tokenizer = pretrained(options, "AutoTokenizer")
     pairs, held_out = load_all_pairs(options, tokenizer)
     batches = batches_of_pairs(options, pairs)
     model = trained_part(options, pretrained(options, "AutoModelForCausalLM"))
-    reference = loss.reference_model
-    reference = reference and pretrained(options, "AutoModelForCausalLM", reference)
-    trainer = create_dpo_trainer(
-        model,
-        reference,
+    config = DPOConfig(
         beta=loss.beta,
         label_smoothing=loss.label_smoothing,
         loss_type=loss.loss_type,
@@ -98,8 +95,15 @@ def make_job(options: Options) -> Job:
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
+    )
+    reference = reference_of(options, loss.reference_model, config.has_reference)
+    trainer = create_dpo_trainer(
+        model,
+        reference,
+        config,
         **trainer_options(options, batches),
     )
+    prompts = [pair.prompt for pair in held_out or pairs]
     return Job(
         trainer,
         batches,
@@ -108,6 +112,8 @@ def make_job(options: Options) -> Job:
         key="loss",
         higher_is_better=False,
         save=save_pretrained(trainer.policy_model, tokenizer),
+        tokenizer=tokenizer,
+        samples=Samples(trainer.policy_model, tokenizer, prompts),
         counts={"pairs": len(pairs), "held_out_pairs": len(held_out)},
         inputs={"reference_model": loss.reference_model} if loss.reference_model else {},
     )

@@ -94,10 +94,12 @@ class Options:
 def make_job(options: Options) -> Job:
     """Returns what the command trains."""
     from ..rl import create_grpo_trainer  # takes seconds, --help need not wait
+    from .models import reference_of
     from .policies import policy_job
 
     def make(model: Any, reward: Any, shared: Mapping[str, Any]) -> Any:
         loss, training = options.loss, options.training
+        compared = loss.kl_coef > 0
         return create_grpo_trainer(
             model,
             reward,
@@ -110,12 +112,12 @@ def make_job(options: Options) -> Job:
             kl_coef=loss.kl_coef,
             target_kl=loss.target_kl,
             sampling_temperature=loss.sampling_temperature,
-            max_new_tokens=options.sampling.max_new_tokens,
             max_length=options.text.max_length,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
-            ref_policy_model="copy" if loss.kl_coef > 0 else None,
+            ref_policy_model=reference_of(options, None, compared)
+            or ("copy" if compared else None),
             **shared,
         )
 

@@ -68,7 +68,7 @@ def make_job(options: Options) -> Job:
     """Returns what the command trains."""
     from ..rl import RewardModelTrainer, create_reward_model
     from .job import Job, pretrained, trainer_options
-    from .models import trained_part
+    from .models import trained_part, without_pooler, wrapped
     from .pairs import batches_of_pairs, load_all_pairs, measure_of
     from .reward_folder import save_reward_model
 
@@ -76,7 +76,8 @@ def make_job(options: Options) -> Job:
     tokenizer = pretrained(options, "AutoTokenizer")
     pairs, held_out = load_all_pairs(options, tokenizer)
     batches = batches_of_pairs(options, pairs, NOT_TAKEN)
-    base = trained_part(options, pretrained(options, "AutoModel"), none_is_possible=True)
+    base = without_pooler(pretrained(options, "AutoModel"))
+    base = trained_part(options, base, none_is_possible=True, wrap=False)
     model = create_reward_model(
         base,
         base.config.hidden_size,
@@ -85,7 +86,7 @@ def make_job(options: Options) -> Job:
         use_pooling=reward.pooling,
     )
     trainer = RewardModelTrainer(
-        model,
+        wrapped(options, model),
         margin=reward.margin,
         center_coef=reward.center_coef,
         learning_rate=training.learning_rate,
@@ -101,5 +102,6 @@ def make_job(options: Options) -> Job:
         key="loss",
         higher_is_better=False,
         save=partial(save_reward_model, model, tokenizer, options.text, reward.head_layers),
+        tokenizer=tokenizer,
         counts={"pairs": len(pairs), "held_out_pairs": len(held_out)},
     )

@@ -72,6 +72,8 @@ class Options:
 def make_job(options: Options) -> Job:
     """Returns what the command trains."""
     from ..rl import create_rlhf_trainer  # takes seconds, --help need not wait
+    from ..training import processes
+    from .models import reference_of
     from .policies import policy_job
 
     def make(model: Any, reward: Any, shared: Mapping[str, Any]) -> Any:
@@ -80,7 +82,8 @@ def make_job(options: Options) -> Job:
             model,
             reward,
             ppo_epochs=loss.ppo_epochs,
-            batch_size=loss.minibatch_size,
+            ref_policy_model=reference_of(options, None, needed=True),
+            batch_size=-(-loss.minibatch_size // processes.count()),
             clip_epsilon=loss.clip_epsilon,
             value_loss_coef=loss.value_loss_coef,
             entropy_coef=loss.entropy_coef,
@@ -90,7 +93,6 @@ def make_job(options: Options) -> Job:
             gamma=loss.gamma,
             gae_lambda=loss.gae_lambda,
             temperature=loss.temperature,
-            max_new_tokens=options.sampling.max_new_tokens,
             max_length=options.text.max_length,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,

@@ -10,13 +10,16 @@ import torch
 
 
 def generator_of(*keys: int | str) -> torch.Generator:
-    """Returns a generator whose random numbers belong to these keys alone.
+    """Returns a generator whose random numbers belong to these keys alone."""
+    return torch.Generator().manual_seed(hash_of(*keys))
 
-    The keys are mixed by a hash: epoch 1 of seed 0 has nothing in common with epoch 0 of seed 1.
-    PyTorch's generator on the CPU takes 32 bits of a seed.
+
+def hash_of(*keys: int | str) -> int:
+    """Returns a seed that belongs to these keys alone, of 32 bits, as the CPU's generator takes.
+
+    Keys are mixed, not added: epoch 1 of seed 0 has nothing in common with epoch 0 of seed 1.
     """
-    name = "/".join(map(str, keys))
-    return torch.Generator().manual_seed(random.Random(name).getrandbits(32))
+    return random.Random("/".join(map(str, keys))).getrandbits(32)
 
 
 class ShuffledBatches:

@@ -40,7 +40,7 @@ class GRPOConfig:
             the rows times `max_new_tokens`, so that padding does not change it.
         sampling_temperature: of the responses; log-probabilities are of that distribution.
         max_new_tokens: of a response.
-        max_length: of prompt and response; None: as many as the model has positions.
+        max_length: of prompt and response, in tokens; None: unlimited.
         weight_decay: of the AdamW that is made without an optimizer.
         cut_responses: of responses that did not end by themselves: "keep" learns from them as from
             others, "mask" learns nothing from them (their rewards stay in their groups), "penalty"

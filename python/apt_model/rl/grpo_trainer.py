@@ -199,8 +199,9 @@ class GRPOTrainer(PolicyTrainer):
 
         Returns:
             What `train_step` returns, `response_length`, the mean in tokens, `cut_share`, the share
-            of responses that did not end by themselves, `abstained`, how many have no reward, and
-            `reward_…` of each function where several are added.
+            of responses that did not end by themselves, `abstained_share`, of those without a
+            reward, and where several functions are added `reward_…` and `abstained_share_…` of
+            each.
         """
         room = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
         size = self.config.group_size
@@ -209,8 +210,8 @@ class GRPOTrainer(PolicyTrainer):
         if rollout.logps is not None:
             batch.columns["old_logps"] = checked_logps("the rollout's logps", rollout.logps, batch)
         metrics = self._train(batch, size, self._rewards_of(batch))
-        parts = [name for name in metrics if name.startswith("reward_")]
-        names = (*self._returned(), "response_length", "cut_share", "abstained", *parts)
+        of_rewards = [name for name in metrics if name.startswith(("reward_", "abstained_"))]
+        names = (*self._returned(), "response_length", "cut_share", *of_rewards)
         return {name: metrics[name] for name in names}
 
     def _returned(self) -> tuple[str, ...]:

@@ -195,20 +195,21 @@ class PolicyTrainer(TrainingLoop):
 
     def _measured(self, batch: SequenceBatch, rewards: Rewards) -> dict[str, Tensor]:
         """Returns shares of the means over all processes: they add up."""
-        cut = ~batch.columns["finished"]
-        named = {"mean_reward": rewards, **{f"reward_{k}": r for k, r in rewards.parts.items()}}
-        rewarded = [cut.new_tensor(batch.rows, dtype=torch.long)]
-        for given in named.values():
-            all_rows = given.abstains is None
-            rewarded.append(rewarded[0] if all_rows else (~given.abstains).sum())
-        rows, *counts = self.count_over_processes(torch.stack(rewarded)).clamp(min=1)
-        abstained = 0 if rewards.abstains is None else rewards.abstains.sum()
-        return {
-            **{k: r.values.sum() / n for (k, r), n in zip(named.items(), counts, strict=True)},
-            "abstained": cut.new_zeros((), dtype=torch.double) + abstained,
-            "cut_share": cut.sum().double() / rows,
+        every = torch.tensor(batch.rows, dtype=torch.double, device=self.device)
+        named = {"": rewards, **{f"_{name}": part for name, part in rewards.parts.items()}}
+        answered = [
+            every if given.abstains is None else (~given.abstains).sum().double()
+            for given in named.values()
+        ]
+        rows, *counts = self.count_over_processes(torch.stack([every, *answered])).clamp(min=1)
+        measured = {
+            "cut_share": (~batch.columns["finished"]).sum().double() / rows,
             "response_length": batch.response_tokens.sum().double() / rows,
         }
+        for (name, given), own, of_all in zip(named.items(), answered, counts, strict=True):
+            measured[f"reward{name}" if name else "mean_reward"] = given.values.sum() / of_all
+            measured[f"abstained_share{name}"] = (every - own) / rows
+        return measured
 
     def _batch(
         self, responses: Tensor, response_masks: Tensor | None = None, **tokens: Any
@@ -302,10 +303,10 @@ class PolicyTrainer(TrainingLoop):
                 read them.
 
         Returns:
-            `mean_reward` of the responses that do not abstain, and `reward_…` of each function
-            where several are added, `abstained` (how many), `cut_share`, `response_length` in
-            tokens and, where there is a reference, `sequence_kl`: log policy - log reference of
-            the response, in nats.
+            `mean_reward` of the responses that have a reward and `abstained_share` of those that
+            have none (the same of each function where several are added, as `reward_…` and
+            `abstained_share_…`), `cut_share`, `response_length` in tokens and, where there is a
+            reference, `sequence_kl`: log policy - log reference of the response, in nats.
         """
         room = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
         with self.autocast():

@@ -240,9 +240,10 @@ class RLHFTrainer(PolicyTrainer):
         Returns:
             `mean_reward`, `mean_kl` (to the reference, in nats a token), `ppo_loss, policy_loss,
             value_loss, entropy`, means over all updates; also `sequence_kl` (in nats a response),
-            `response_length, cut_share` (of responses that did not end by themselves), `abstained`
-            (how many have no reward), `reward_…` of each function where several are added,
-            `kl_coef, learning_rate` and the others of `ppo_step`.
+            `response_length, cut_share` (of responses that did not end by themselves),
+            `abstained_share` (of those without a reward), where several functions are added
+            `reward_…` and `abstained_share_…` of each, `kl_coef, learning_rate` and the others of
+            `ppo_step`.
 
         Raises:
             ValueError: an argument, a reward or a prompt does not fit; no parameter was changed.

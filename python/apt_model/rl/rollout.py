@@ -18,6 +18,8 @@ from ..training.options import evaluating
 from .batch_checks import check_real_rows, check_vocabulary, checked_ids, checked_mask
 from .response_end import FoundEnds, StopRules, read_end_tokens
 
+TABLES_OF_POSITIONS = ("wpe", "position_embeddings", "position_embedding", "embed_positions")
+
 
 @dataclass
 class Rollout:
@@ -44,8 +46,8 @@ class Sampler:
     Args:
         policy: the scorer of the policy.
         device: where the prompts are moved.
-        max_length: of prompt and response together, in tokens; None: as many as the model has
-            positions, also where it has fewer.
+        max_length: of prompt and response together, in tokens; None: unlimited. A model that has a
+            table of its positions is never asked beyond it.
         vocabulary_size: of the policy, or None.
         rollout: called as `rollout(prompts, prompt_masks, max_new_tokens, temperature)` with
             left-padded prompts; returns a `Rollout`, its fields as a mapping or as a tuple (a
@@ -75,6 +77,9 @@ class Sampler:
         self.rules = StopRules(read_end_tokens(policy.model)) if rules is None else rules
         self._pad = pad_token_id
         self._positions = _positions_of(policy.model)
+        config = getattr(base_model(policy.model), "config", None)
+        most = getattr(config, "max_position_embeddings", 0)
+        self._most_positions = most if isinstance(most, int) else 0
 
     @torch.no_grad()
     def __call__(
@@ -151,8 +156,7 @@ class Sampler:
         if limit is None:
             return rooms
         rooms = rooms.clamp(max=limit - lengths)
-        known = self._positions or 0
-        known = known if self._policy.takes_positions else 0
+        known = self._most_positions if self._policy.takes_positions else 0
         return rooms.clamp(max=max(known, limit) - int(lengths.max()))
 
     def _limit(self) -> tuple[int | None, str]:
@@ -236,11 +240,15 @@ class Sampler:
 
 
 def _positions_of(model: nn.Module) -> int | None:
-    """Returns how many positions the configuration of a model has, None where it says nothing."""
-    config = getattr(base_model(model), "config", None)
+    """Returns how many positions a model has a table of; None: it computes them, for any length."""
+    inner = base_model(model)
+    config = getattr(inner, "config", None)
     nested = getattr(config, "get_text_config", None)
     known = getattr(nested() if callable(nested) else config, "max_position_embeddings", None)
-    return known if isinstance(known, int) and known > 0 else None
+    parts = {name for name, part in inner.named_modules() if isinstance(part, nn.Embedding)}
+    tables = {*parts, *(name for name, _ in inner.named_buffers())}
+    has_table = any(name.endswith(TABLES_OF_POSITIONS) for name in tables)
+    return known if has_table and isinstance(known, int) and known > 0 else None
 
 
 def _generator(model: nn.Module) -> nn.Module | None:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import processes
 from .files import DamagedFile, load_tensors, save_tensors
 from .loop import TrainingLoop
+from .state import set_random_state, whole
 
 PREVIOUS = "previous"
+PARTS = {"settings", "trainer", "parts", "random_states"}
 
 
 class Checkpoint:
@@ -31,16 +34,22 @@ class Checkpoint:
         self.settings = dict(settings)
         self.parts = dict(parts or {})
         self.steps = 0  # of the state that the file holds
+        self.is_written = False
 
     def save(self, trainer: TrainingLoop) -> None:
-        """Writes all but the frozen parameters; the file is either the old or the new one."""
+        """Writes all but the frozen parameters; the file is either the old or the new one.
+
+        The main process writes it, with the parameters put together and the random states of all.
+        """
+        own = trainer.state_dict(include_frozen=False)
         state = {
             "settings": self.settings,
-            "trainer": trainer.state_dict(include_frozen=False),
+            "trainer": whole(own),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "random_states": processes.of_all(own.get("random_state")),
         }
-        save_tensors(self.path, state, keep=self.previous)
-        self.steps = trainer.total_steps
+        processes.on_main(lambda: save_tensors(self.path, state, keep=self.previous))
+        self.steps, self.is_written = trainer.total_steps, True
 
     def load(self, trainer: TrainingLoop, previous: bool = False) -> bool:
         """Continues from the file and returns True; returns False where there is none.
@@ -53,15 +62,26 @@ class Checkpoint:
             ValueError: the file is of a run with other settings, or damaged.
         """
         path = self.previous if previous else self.path
-        if not path.exists():
+        state: dict[str, Any] = {}
+
+        def read() -> bool:
+            if not path.exists():
+                return False
+            state.update(self._read(path))
+            self._compare(path, state["settings"])
+            return True
+
+        if not processes.on_main(read):
             return False
-        state = self._read(path)
-        self._compare(path, state["settings"])
+        if not state:  # in another process than the main one
+            state = self._read(path)
         trainer.load_state_dict(state["trainer"])
+        if processes.rank() < len(state["random_states"]):
+            set_random_state(state["random_states"][processes.rank()], trainer.device)
         for name, part in self.parts.items():
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
-        self.steps = trainer.total_steps
+        self.steps, self.is_written = trainer.total_steps, True
         return True
 
     def remove(self) -> None:
@@ -72,7 +92,7 @@ class Checkpoint:
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             state = load_tensors(path)
-            if not isinstance(state, dict) or not {"settings", "trainer", "parts"} <= state.keys():
+            if not isinstance(state, dict) or state.keys() != PARTS:
                 raise DamagedFile(f"{path} is no checkpoint of apt-model")
         except DamagedFile as error:
             other = self.previous if path == self.path else self.path

@@ -39,6 +39,13 @@ class Curves:
             column = self.columns.setdefault(name, array("d", [float("nan")] * self.length))
             column[-1] = value
 
+    def last(self) -> dict[str, float]:
+        """Returns what the last step has; nothing before the first one."""
+        if not self.length:
+            return {}
+        record = {name: column[-1] for name, column in self.columns.items()}
+        return {name: value for name, value in record.items() if not math.isnan(value)}
+
     def as_lists(self) -> dict[str, list[float | None]]:
         """Returns the columns as JSON can hold them, None where nothing was measured."""
         return {

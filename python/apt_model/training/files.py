@@ -126,6 +126,15 @@ class FolderLock:
         self._file: Any = None
 
     def __enter__(self) -> FolderLock:
+        """Takes the lock."""
+        self.take()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Lets go of the lock."""
+        self.free()
+
+    def take(self) -> None:
         """Takes the lock, and removes what killed processes left unfinished.
 
         Raises:
@@ -137,7 +146,7 @@ class FolderLock:
         self._made = made
         while True:
             with naming(self._path):
-                file = open(self._path, "a+")
+                file = open(self._path, "a+")  # noqa: SIM115  # it stays open while the lock is held
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -158,9 +167,8 @@ class FolderLock:
         file.flush()
         self._file = file
         clean(self._folder)
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def free(self) -> None:
         """Lets go of the lock; a folder that it made and that is empty goes too."""
         self._path.unlink(missing_ok=True)
         self._file.close()

@@ -26,7 +26,14 @@ from .options import (
     read_scheduler,
 )
 from .precision import FIRST_SCALE, FIRST_SCALE_OF_FLOAT16, MasterWeights
-from .state import load_module_state, module_state, random_state, set_random_state, snapshot
+from .state import (
+    load_module_state,
+    load_optimizer_state,
+    module_state,
+    random_state,
+    set_random_state,
+    snapshot,
+)
 
 STATE = ("modules", "optimizer", "scheduler", "scaler", "random_state", "total_steps", "statistics")
 
@@ -100,6 +107,10 @@ class TrainingLoop:
             self.with_state["master_weights"] = self._masters
         self._statistics = dict.fromkeys(self.statistics, 0.0)
         self._grad_norm, self._overflowed = 0.0, False
+
+    def modules(self) -> list[nn.Module]:
+        """Returns the modules that are trained."""
+        return list(self._modules.values())
 
     def update(
         self,
@@ -258,7 +269,7 @@ class TrainingLoop:
         for name, part in self.with_state.items():
             part.load_state_dict(state[name])
         self.load_modules(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if self._scaler.is_enabled() and state["scaler"]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from ..scoring.model_access import layers_name
 
 Result = TypeVar("Result")
 
@@ -54,13 +57,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share(rows: Sequence[Any]) -> list[Any]:
+def share(rows: Sequence[Any], least: int = 1) -> list[Any]:
     """Returns the part of a batch's rows that is this process's, of nearly as many rows each.
 
-    Where there are fewer rows than processes each has all of them: the mean over all processes is
-    the same.
+    Where some process would have fewer than `least` rows, each has all of them: the mean over all
+    processes is the same.
     """
-    if len(rows) < count():
+    if len(rows) < least * count():
         return list(rows)
     bounds = [part * len(rows) // count() for part in (rank(), rank() + 1)]
     return list(rows[slice(*bounds)])
@@ -90,24 +93,63 @@ def on_main(call: Callable[[], Result]) -> Result:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].of_main = True
         raise outcome[1]
     return outcome[0]
 
 
-def wrapped(model: nn.Module, sharded: bool) -> nn.Module:
+def of_all(value: Any) -> list[Any]:
+    """Returns the values of all processes, in the order of their numbers."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wrapped(model: nn.Module, device: torch.device | str, sharded: bool = False) -> nn.Module:
     """Returns a model whose gradients are averaged over the processes; of one process as it is.
 
     Args:
-        model: on its device.
+        model: a model that is alike in all processes.
+        device: where it is moved.
         sharded: FSDP2: its parameters, gradients and the optimizer's state are shared out.
     """
     if count() == 1:
         return model
+    model.to(device)
     if not sharded:
         return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    device = next(model.parameters()).device
-    mesh = init_device_mesh(device.type, (count(),))
+    mesh = init_device_mesh(torch.device(device).type, (count(),))
+    name = layers_name(model)
+    for layer in () if name is None else model.get_submodule(name):
+        fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this context the modules of the main process hold whole parameters, on the CPU.
+
+    All processes must enter it: each gives its part of what is sharded.
+    """
+    sharded: list[tuple[nn.Module, str, nn.Parameter]] = []
+    whole: dict[int, nn.Parameter] = {}
+    for part in (part for module in modules for part in module.modules()):
+        for name, parameter in part._parameters.items():
+            if not hasattr(parameter, "full_tensor"):
+                continue
+            sharded.append((part, name, parameter))
+            if id(parameter) not in whole:
+                full = parameter.detach().full_tensor()
+                whole[id(parameter)] = nn.Parameter(full.cpu(), False) if is_main() else parameter
+    for part, name, parameter in sharded:
+        part._parameters[name] = whole[id(parameter)]
+    try:
+        yield
+    finally:
+        for part, name, parameter in sharded:
+            part._parameters[name] = parameter

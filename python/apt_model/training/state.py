@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 def module_state(module: nn.Module, include_frozen: bool = True) -> dict[str, Any]:
@@ -29,7 +30,41 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
             f"the state is of another {type(module).__name__}: missing {missing[:5]}, "
             f"unexpected {unexpected[:5]}"
         )
-    module.load_state_dict(dict(state), strict=False)
+    module.load_state_dict({k: sharded_as(v, own[k]) for k, v in state.items()}, strict=False)
+
+
+def whole(value: Any) -> Any:
+    """Returns nested tensors with the sharded ones put together, on the CPU; of all processes."""
+    if isinstance(value, Tensor):
+        return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+    if isinstance(value, Mapping):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(item) for item in value)
+    return value
+
+
+def sharded_as(value: Any, like: Any) -> Any:
+    """Returns a whole tensor sharded as another one is; anything else as it is."""
+    if not hasattr(like, "device_mesh") or hasattr(value, "device_mesh"):
+        return value
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Loads the state of an optimizer; whole tensors are sharded as their parameters are."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = dict(zip(numbers, held, strict=False))
+    of_parameters = {
+        number: {k: sharded_as(v, parameters.get(number)) for k, v in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": of_parameters})
 
 
 def snapshot(value: Any) -> Any:
