@@ -136,9 +136,25 @@ def estimates_table() -> str:
     return "\n".join(lines)
 
 
+def targets_table() -> str:
+    """The shapes of benchmarks/gpu/quick and what they are held against."""
+    sys.path[:0] = [str(ROOT / "benchmarks" / "gpu")]
+    import targets
+
+    parts = ("forward", "backward", "forward+backward")
+    lines = [f"| operation | shape | {' | '.join(parts)} |", "|---" * 5 + "|"]
+    for operation, shapes in targets.ROWS.items():
+        for shape in shapes:
+            goals = (targets.TARGETS.get((operation, shape, part), ()) for part in parts)
+            cells = (" or ".join(f"{goal:g}" for goal in of_pass) or "–" for of_pass in goals)
+            lines.append(f"| `{operation}` | {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def page() -> str:
     text = PAGE.read_text()
-    for name, table in (("bugs", bugs_table()), ("estimates", estimates_table())):
+    tables = {"bugs": bugs_table(), "estimates": estimates_table(), "targets": targets_table()}
+    for name, table in tables.items():
         start = f"<!-- {name}: written by benchmarks/gpu_docs.py -->\n"
         end = f"<!-- end of {name} -->"
         before, rest = text.split(start)

@@ -30,7 +30,6 @@ BINDINGS = ROOT / "csrc" / "bindings" / "cuda.cpp"
 DRIVER = Path(__file__).with_name("driver.cpp")
 OPTIONS = ("-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 WAIT_SECONDS = 120
-DEFINED = re.compile(r'm\.def\(\s*((?:"[^"]*"\s*)+)')
 
 
 class BuildError(RuntimeError):
@@ -55,8 +54,10 @@ def operations() -> tuple[str, ...]:
 
 
 def is_installed() -> bool:
-    """Whether the package was built with its CUDA kernels."""
-    return importlib.util.find_spec("apt_kernels._C_cuda") is not None
+    """Whether the package was built with its CUDA kernels, and they load."""
+    from apt_kernels import dispatch
+
+    return dispatch._cuda_extension is not None
 
 
 def folder() -> Path:
@@ -118,7 +119,7 @@ def _compile(target: Path, source: Path) -> None:
         return
     options = ["-std=c++17", *OPTIONS, *_includes(), "-c", str(source)]
     if source == BINDINGS:
-        options += ["-O1", *_torch_includes()]
+        options += ["-O1", "-DUSE_CUDA", *_torch_includes()]
     _nvcc(target, [*options, f"-arch={architecture()}"])
 
 
@@ -148,7 +149,9 @@ def _torch_includes() -> list[str]:
 
 def _torch_libraries() -> list[str]:
     libraries = _torch() / "lib"
-    return [f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Xlinker=-rpath,{libraries}"]
+    before_2_13 = tuple(map(int, _torch_version().split("+")[0].split(".")[:2])) < (2, 13)
+    names = ["-ltorch_cpu", "-lc10", *(["-ltorch_cuda"] if before_2_13 else [])]
+    return [f"-L{libraries}", *names, f"-Xlinker=-rpath,{libraries}"]
 
 
 @functools.cache
@@ -165,7 +168,6 @@ def load() -> None:
     if is_installed():
         return
     wait_for(extension())
-    _define_operators()
     spec = importlib.util.spec_from_file_location("_C_cuda", extension())
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     names = {kernel for name in operations() for kernel in dispatch._KERNELS_OF[name]}
@@ -186,22 +188,6 @@ def wait_for(target: Path) -> None:
             why = failed.read_text() if failed.exists() else f"no {target.name} in {WAIT_SECONDS} s"
             raise BuildError(why)
         time.sleep(0.2)
-
-
-def _define_operators() -> None:
-    """The schemas, where the C++ extension that holds them is not built."""
-    import torch
-
-    library = torch.library.Library("apt", "FRAGMENT")
-    for path in sorted((ROOT / "csrc" / "bindings").rglob("*.cpp")):
-        for texts in DEFINED.findall(path.read_text()):
-            schema = "".join(re.findall(r'"([^"]*)"', texts))
-            if "->" in schema and not hasattr(torch.ops.apt, schema.split("(")[0]):
-                library.define(schema)
-    _KEPT.append(library)
-
-
-_KEPT: list = []  # an operator lives as long as its library
 
 
 def main() -> str:

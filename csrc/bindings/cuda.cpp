@@ -1,12 +1,19 @@
 // The module apt_kernels._C_cuda: registers the CUDA kernels with PyTorch through its stable ABI
-// (torch >= 2.13), so it compiles and loads beside a CPU build of PyTorch too. The schemas and the
-// meaning of the arguments are those of csrc/bindings/; importing _C defines them first.
+// (torch >= 2.10). From 2.13 on it compiles and loads beside a CPU build of PyTorch too. The
+// schemas and the meaning of the arguments are those of csrc/bindings/; importing _C defines them
+// first.
 #include <Python.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/version.h>
+
+#define APT_STREAM_HAS_HANDLE (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13)
+#if !APT_STREAM_HAS_HANDLE
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>  // of torch_cuda, which a CPU build has not
+#endif
 
 #include <optional>
 #include <tuple>
@@ -29,13 +36,23 @@ using OptionalTensor = std::optional<Tensor>;
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& t)
-      : guard_(t.get_device_index()),
-        stream_(torch::stable::accelerator::getCurrentStream(t.get_device_index())) {}
-  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_.nativeHandle()); }
+      : guard_(t.get_device_index()), stream_(current_stream(t.get_device_index())) {}
+  cudaStream_t stream() const { return stream_; }
 
  private:
+  static cudaStream_t current_stream(int32_t device) {
+#if APT_STREAM_HAS_HANDLE
+    void* handle = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+#else
+    void* handle = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &handle) == 0,
+                    "the current stream of device ", device, " cannot be had");
+#endif
+    return static_cast<cudaStream_t>(handle);
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
-  torch::stable::accelerator::Stream stream_;
+  cudaStream_t stream_;
 };
 
 void check(cudaError_t error, const char* kernel) {

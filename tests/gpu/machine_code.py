@@ -2,20 +2,24 @@
 
     python tests/gpu/machine_code.py [OPERATION ...]
 
-writes benchmarks/results/machine-code.csv, or the rows of the named operations in it. The launches
-are those of the registry: its benchmarks and first samples run as fake tensors, and each operator
-call is handed to the Triton launcher of the same name, which is asked what it would start. A change
-of a kernel changes the table, and the table is in the repository.
+writes benchmarks/results/machine-code.csv, or the rows of the named operations in it, and beside it
+machine-code-triton-X.csv for each older Triton (side_by_side.py), which runs this file in a process
+of its own. The launches are those of the registry: its benchmarks and first samples run as fake
+tensors, and each operator call is handed to the Triton launcher of the same name, which is asked
+what it would start. An older Triton compiles the first of every operation's launches of a kernel.
+A change of a kernel changes the tables, and the tables are in the repository.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import side_by_side
 import torch
 import triton
 import triton_offline as offline
@@ -26,7 +30,8 @@ import apt_kernels.triton as kernels
 from apt_kernels import dispatch
 from apt_kernels.registry import OPS, Sample
 
-TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "machine-code.csv"
+TABLE = side_by_side.ROOT / "benchmarks" / "results" / "machine-code.csv"
+NVIDIA = tuple(target for target in offline.TARGETS if target.startswith("sm_"))
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 SAMPLES = 2  # of the registry's calls, of every operation and dtype
 MIX = {  # instructions by kind: NVIDIA's names, AMD's names
@@ -98,13 +103,19 @@ def operations() -> list:
     ]
 
 
-def rows(target: str, names: tuple[str, ...] = ()) -> Iterator[dict]:
+def rows(
+    target: str, names: tuple[str, ...] = (), dtypes=DTYPES, once: bool = False
+) -> Iterator[dict]:
+    """once: the first launch of every kernel alone."""
     for op in operations():
-        for dtype in DTYPES if not names or op.name in names else ():
+        for dtype in dtypes if not names or op.name in names else ():
             if dtype not in op.dtypes:
                 continue
             with offline.as_on(target), FakeTensorMode():
                 found = launches(op, dtype)
+            if once:
+                first = {launch.name: (call, launch) for call, launch in reversed(found)}
+                found = list(first.values())
             variants: dict[tuple[str, str], int] = {}
             for call, launch in found:
                 variant = variants[launch.name, call] = variants.get((launch.name, call), 0) + 1
@@ -126,34 +137,67 @@ def rows(target: str, names: tuple[str, ...] = ()) -> Iterator[dict]:
                 }
 
 
-def read() -> list[dict]:
-    with TABLE.open(newline="") as file:
+def table_of(version: str) -> Path:
+    """The file of an older Triton."""
+    return TABLE.with_name(f"{TABLE.stem}-triton-{version}.csv")
+
+
+def read(table: Path = TABLE) -> list[dict]:
+    with table.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
+def with_older(version: str, target: str, names: tuple[str, ...] = ()) -> list[dict]:
+    """The rows of an older Triton: every operation's kernels once, in bfloat16 where there is it.
+
+    Raises:
+        AssertionError: a kernel does not compile.
+    """
+    run = side_by_side.python(version, __file__, "--rows", target, *names)
+    assert run.returncode == 0, f"Triton {version}, {target}: {run.stderr[-3000:]}"
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def _print_rows(target: str, *names: str) -> None:
+    for op in operations():
+        if names and op.name not in names:
+            continue
+        dtype = next((d for d in (torch.bfloat16, torch.int64) if d in op.dtypes), op.dtypes[0])
+        for row in rows(target, (op.name,), (dtype,), once=True):
+            print(json.dumps(row), flush=True)
+
+
+def _renewed(table: Path, targets: tuple[str, ...], names: tuple[str, ...], make) -> None:
+    """Writes a table; of operations that are named, their rows in it."""
+    old = read(table) if names else []
+    found = []
+    for target in targets:
+        new = make(target)
+        for op in operations():
+            source = new if not names or op.name in names else old
+            key = (target, op.name)
+            found += [row for row in source if (row["target"], row["operation"]) == key]
+    for row in found:
+        if int(row["spilled"]) or int(row["shared"]) > offline.SHARED_LIMIT[row["target"]]:
+            print("over the limits:", row, file=sys.stderr)
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(found)
+    print(f"wrote {table}", flush=True)
+
+
 def main(names: tuple[str, ...]) -> None:
-    """Writes the table; of operations that are named, their rows in it."""
     unknown = set(names) - {op.name for op in operations()}
     if unknown:
         sys.exit(f"no such operation: {', '.join(sorted(unknown))}")
-    old = read() if names else []
-    table = []
-    for target in offline.TARGETS:
-        for op in operations():
-            if names and op.name not in names:
-                key = (target, op.name)
-                table += [row for row in old if (row["target"], row["operation"]) == key]
-                continue
-            for row in rows(target, (op.name,)):
-                table.append(row)
-                if int(row["spilled"]) or int(row["shared"]) > offline.SHARED_LIMIT[target]:
-                    print("over the limits:", row, file=sys.stderr)
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(table)
-    print(f"wrote {TABLE}")
+    _renewed(TABLE, tuple(offline.TARGETS), names, lambda target: list(rows(target, names)))
+    for version in side_by_side.TRITONS:
+        _renewed(table_of(version), NVIDIA, names, lambda t, v=version: with_older(v, t, names))
 
 
 if __name__ == "__main__":
-    main(tuple(sys.argv[1:]))
+    if sys.argv[1:2] == ["--rows"]:
+        _print_rows(*sys.argv[2:])
+    else:
+        main(tuple(sys.argv[1:]))

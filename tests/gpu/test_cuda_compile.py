@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from apt_kernels import dispatch
+from gpu import side_by_side
 from gpu.cuda_emulation.build import (
     ROOT,
     cache_directory,
@@ -144,8 +145,8 @@ def test_the_library_loads_without_a_driver(nvcc, compiled, tmp_path):
 # ---------------------------------------------------------------- registration
 
 
-def _torch_flags() -> list[str]:
-    includes = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
+def _torch_flags(include: Path = TORCH / "include") -> list[str]:
+    includes = (include, include / "torch" / "csrc" / "api" / "include")
     includes = (sysconfig.get_path("include"), *map(str, includes))
     return [flag for folder in includes for flag in ("-isystem", folder)]
 
@@ -184,6 +185,41 @@ def test_bindings_register_the_cuda_key(nvcc, compiled, tmp_path):
         r"^CUDA: registered at .*bindings/cuda\.cpp", _run(sys.executable, "-c", code), re.M
     )
     assert len(registered) == len(OPERATORS)
+
+
+@pytest.mark.parametrize("version", side_by_side.TORCHES)
+def test_bindings_compile_with_an_older_pytorch(nvcc, tmp_path, version):
+    """Before 2.13 the stream comes from torch_cuda, which is linked where PyTorch has it."""
+    try:
+        headers = side_by_side.torch_headers(version)
+    except side_by_side.Unavailable as why:
+        pytest.skip(f"PyTorch {version} is not to be had, nothing is compiled with it: {why}")
+    target, source = tmp_path / "bindings.o", ROOT / "csrc" / "bindings" / "cuda.cpp"
+    flags = ("-std=c++17", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-Wall,-Werror")
+    include = (f"-I{ROOT / 'csrc' / 'include'}", *_torch_flags(headers))
+    _run(nvcc, *flags, *include, "-c", source, "-o", target)
+    assert "U aoti_torch_get_current_cuda_stream" in _run("nm", target)
+
+
+GPU_HERE = """#!/bin/sh
+printf '9.0\\n9.0\\n8.0\\n'
+"""
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_architectures_of_a_build(nvcc, tmp_path, monkeypatch):
+    """What APT_KERNELS_CUDA_ARCHS says; else the GPUs that are here; else the list."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(GPU_HERE)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    options = ("-DAPT_TORCH=OFF", "-DAPT_CUDA=ON", "-S", ROOT, "-B", tmp_path / "build")
+    monkeypatch.setenv("APT_KERNELS_CUDA_ARCHS", "80-real,90")
+    assert "-- CUDA kernels for 80-real;90\n" in _run("cmake", *options)
+    monkeypatch.delenv("APT_KERNELS_CUDA_ARCHS")
+    assert "-- CUDA kernels for 90;80\n" in _run("cmake", *options)
+    tool.write_text("#!/bin/sh\necho no driver; exit 9\n")
+    assert "-- CUDA kernels for 75-real;80-real;" in _run("cmake", *options)
 
 
 ACCELERATOR = """

@@ -295,7 +295,7 @@ def test_the_driver_sees_a_bug():
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_kernels_of_one_architecture_are_callable_without_the_extension():
-    """nvcc alone builds them; operators are defined from the sources' own schemas."""
+    """nvcc alone builds them; its operators are those of the package."""
     code = (
         "import sys\n"
         f"sys.path[:0] = [{str(QUICK.parent)!r}, {str(ROOT)!r}]\n"

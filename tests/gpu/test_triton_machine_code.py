@@ -63,7 +63,7 @@ def _small(dtype, B=5000):
     for loss_type in range(13):
         references = (None, None) if loss_type > 10 else (x, x)
         yield from offline.launches(
-            kernels.dpo_loss_fwd, x, x, *references, loss_type, 1, 0.1, 0.1, 0.5
+            kernels.dpo_loss_fwd, x, x, *references, loss_type, 1, 0.1, 0.1, 0.5, 0.5
         )
     yield from offline.launches(kernels.bradley_terry_loss_fwd, x, x, torch.zeros(B), 0.0, 0.1, 1)
 

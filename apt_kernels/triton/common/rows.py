@@ -32,21 +32,6 @@ def float32_products():
 
 
 @triton.jit
-def moved(pointers, offset):
-    """Four pointers moved by an offset; those that are None stay so."""
-    a, b, c, d = pointers
-    if a is not None:
-        a += offset
-    if b is not None:
-        b += offset
-    if c is not None:
-        c += offset
-    if d is not None:
-        d += offset
-    return a, b, c, d
-
-
-@triton.jit
 def row_span(row_ptr, columns, ALIGN: tl.constexpr):
     """The lengths (head, body) of a row that begins at row_ptr; ALIGN elements are 16 bytes."""
     BYTES: tl.constexpr = 16 // ALIGN

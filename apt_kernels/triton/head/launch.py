@@ -85,7 +85,10 @@ class Head:
         return self.hidden.shape[-1] % 16 != 0
 
     def logit_tiles(self, plain: bool) -> Tiles:
-        """The tiles of logits, of as many rows as the others; plain: nothing but a softmax."""
+        """The tiles of logits, of as many rows as the others.
+
+        plain: a product and a softmax. Logits that are loaded fill the registers of wide tiles.
+        """
         crowded = self.softcap or not plain or (self.bias is not None and self.live is not None)
         if self.hidden.element_size() == 2 and not self.odd and crowded:
             return NARROW_HALF_TILES
@@ -252,7 +255,8 @@ def head_gradients(
     V, D = head.weight.shape
     tiles, count = head.tiles, end - begin
     relative_sums = relative if gradients.bias is not None else None
-    logit_tiles = head.logit_tiles(grad_entropy is None and relative_sums is None)
+    plain = logits is None and grad_entropy is None and relative_sums is None
+    logit_tiles = head.logit_tiles(plain)
     row_tiles, column_tiles = triton.cdiv(count, tiles.rows), width // tiles.columns
     depth_tiles = triton.cdiv(D, tiles.columns)
     tile = head.hidden.new_empty((count, width))

@@ -10,16 +10,16 @@ from apt_kernels.triton.preference.dpo_loss import MEAN, NONE, pair_block
 
 
 @triton.jit
-def _pair_losses(inputs, i, live, margin, center_coef):
+def _pair_losses(inputs, first, i, live, margin, center_coef):
     """Of the pairs at these pointers the loss and its derivatives at both rewards.
 
     Those that are not live cost 0; all are where live is None.
     """
-    c = tl.load(inputs[0] + i, mask=live).to(tl.float32)
-    r = tl.load(inputs[1] + i, mask=live).to(tl.float32)
+    c = tl.load(inputs[0] + first + i, mask=live).to(tl.float32)
+    r = tl.load(inputs[1] + first + i, mask=live).to(tl.float32)
     x = c - r - margin
     if inputs[2] is not None:
-        x -= tl.load(inputs[2] + i, mask=live).to(tl.float32)
+        x -= tl.load(inputs[2] + first + i, mask=live).to(tl.float32)
     _, wrong = sigmoids(x)
     total = tl.where(center_coef == 0, 0.0, c + r)  # 0 * inf would be NaN
     loss = -log_sigmoid(x) + center_coef * total * total
@@ -30,11 +30,11 @@ def _pair_losses(inputs, i, live, margin, center_coef):
 
 
 @triton.jit
-def _pairs(inputs, chosen_ptr, rejected_ptr, loss_ptr, i, live, margin, center_coef, scale):
+def _pairs(inputs, first, outputs, loss_ptr, i, live, margin, center_coef, scale):
     """One block: stores what it gives a pair, and returns its losses."""
-    loss, slope_c, slope_r = _pair_losses(inputs, i, live, margin, center_coef)
-    tl.store(chosen_ptr + i, slope_c * scale, mask=live)
-    tl.store(rejected_ptr + i, slope_r * scale, mask=live)
+    loss, slope_c, slope_r = _pair_losses(inputs, first, i, live, margin, center_coef)
+    tl.store(outputs[0] + i, slope_c * scale, mask=live)
+    tl.store(outputs[1] + i, slope_r * scale, mask=live)
     if loss_ptr is not None:
         tl.store(loss_ptr + i, loss, mask=live)
     return loss
@@ -53,29 +53,22 @@ def _bradley_terry_loss_fwd_kernel(
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
-    pointers = (chosen_ptr, rejected_ptr, margins_ptr, None)
-    inputs = rows.moved(pointers, first)
-    grads_ptr += first
+    inputs = (chosen_ptr, rejected_ptr, margins_ptr)
+    outputs = (grads_ptr + first, grads_ptr + B + first)
     each_ptr = None if REDUCED else loss_ptr + first
     if first + BLOCK <= B:
-        loss = _pairs(
-            inputs, grads_ptr, grads_ptr + B, each_ptr, i, None, margin, center_coef, scale
-        )
+        loss = _pairs(inputs, first, outputs, each_ptr, i, None, margin, center_coef, scale)
     else:
         live = i < B - first
-        loss = _pairs(
-            inputs, grads_ptr, grads_ptr + B, each_ptr, i, live, margin, center_coef, scale
-        )
+        loss = _pairs(inputs, first, outputs, each_ptr, i, live, margin, center_coef, scale)
     if REDUCED:
         if tl.program_id(0) == 0:
             whole = tl.maximum(B // BLOCK, 1) * BLOCK
             for start in range(BLOCK, whole, BLOCK):
-                others = rows.moved(pointers, start)
-                more, _, _ = _pair_losses(others, i, None, margin, center_coef)
+                more, _, _ = _pair_losses(inputs, start, i, None, margin, center_coef)
                 loss += more
             if whole < B:
-                others = rows.moved(pointers, whole)
-                more, _, _ = _pair_losses(others, i, i < B - whole, margin, center_coef)
+                more, _, _ = _pair_losses(inputs, whole, i, i < B - whole, margin, center_coef)
                 loss += more
             tl.store(loss_ptr, tl.sum(loss, 0) * scale)
 

@@ -99,20 +99,20 @@ def _loss_of_each(c, r, beta, LOSS: tl.constexpr):
 
 
 @triton.jit
-def _pair_losses(inputs, i, live, numbers, LOSS: tl.constexpr):
+def _pair_losses(inputs, first, i, live, numbers, LOSS: tl.constexpr):
     """Of the pairs at these pointers c, r, the loss and its derivatives at pc and pr.
 
     Those that are not live cost 0; all are where live is None.
     """
     beta, smoothing, extra, extra_2 = numbers
-    pc = tl.load(inputs[0] + i, mask=live).to(tl.float32)
-    pr = tl.load(inputs[1] + i, mask=live).to(tl.float32)
+    pc = tl.load(inputs[0] + first + i, mask=live).to(tl.float32)
+    pr = tl.load(inputs[1] + first + i, mask=live).to(tl.float32)
     c = pc
     r = pr
     if inputs[2] is not None:
-        c = pc - tl.load(inputs[2] + i, mask=live).to(tl.float32)
+        c = pc - tl.load(inputs[2] + first + i, mask=live).to(tl.float32)
     if inputs[3] is not None:
-        r = pr - tl.load(inputs[3] + i, mask=live).to(tl.float32)
+        r = pr - tl.load(inputs[3] + first + i, mask=live).to(tl.float32)
     if LOSS == ORPO:
         log_c, slope_pc = log1mexp(pc)
         log_r, slope_pr = log1mexp(pr)
@@ -132,9 +132,9 @@ def _pair_losses(inputs, i, live, numbers, LOSS: tl.constexpr):
 
 
 @triton.jit
-def _pairs(inputs, outputs, loss_ptr, i, live, numbers, scale, LOSS: tl.constexpr):
+def _pairs(inputs, first, outputs, loss_ptr, i, live, numbers, scale, LOSS: tl.constexpr):
     """One block: stores what it gives a pair, and returns its losses."""
-    c, r, loss, slope_c, slope_r = _pair_losses(inputs, i, live, numbers, LOSS)
+    c, r, loss, slope_c, slope_r = _pair_losses(inputs, first, i, live, numbers, LOSS)
     tl.store(outputs[0] + i, numbers[0] * c, mask=live)
     tl.store(outputs[1] + i, numbers[0] * r, mask=live)
     tl.store(outputs[2] + i, slope_c * scale, mask=live)
@@ -158,26 +158,23 @@ def _dpo_loss_fwd_kernel(
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
-    pointers = (pc_ptr, pr_ptr, rc_ptr, rr_ptr)
+    inputs = (pc_ptr, pr_ptr, rc_ptr, rr_ptr)
     numbers = (beta, smoothing, extra, extra_2)
-    inputs = rows.moved(pointers, first)
     grads_ptr += first
     outputs = (chosen_rewards_ptr + first, rejected_rewards_ptr + first, grads_ptr, grads_ptr + B)
     each_ptr = None if REDUCED else loss_ptr + first
     if first + BLOCK <= B:
-        loss = _pairs(inputs, outputs, each_ptr, i, None, numbers, scale, LOSS)
+        loss = _pairs(inputs, first, outputs, each_ptr, i, None, numbers, scale, LOSS)
     else:
-        loss = _pairs(inputs, outputs, each_ptr, i, i < B - first, numbers, scale, LOSS)
+        loss = _pairs(inputs, first, outputs, each_ptr, i, i < B - first, numbers, scale, LOSS)
     if REDUCED:
         if tl.program_id(0) == 0:
             whole = tl.maximum(B // BLOCK, 1) * BLOCK
             for start in range(BLOCK, whole, BLOCK):
-                others = rows.moved(pointers, start)
-                _, _, more, _, _ = _pair_losses(others, i, None, numbers, LOSS)
+                _, _, more, _, _ = _pair_losses(inputs, start, i, None, numbers, LOSS)
                 loss += more
             if whole < B:
-                others = rows.moved(pointers, whole)
-                _, _, more, _, _ = _pair_losses(others, i, i < B - whole, numbers, LOSS)
+                _, _, more, _, _ = _pair_losses(inputs, whole, i, i < B - whole, numbers, LOSS)
                 loss += more
             tl.store(loss_ptr, tl.sum(loss, 0) * scale)
 
