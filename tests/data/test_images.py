@@ -213,6 +213,16 @@ def test_damaged_files_are_named_and_skipped(tmp_path, reason):
     assert "skipped" not in str(caught.value)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    os.symlink(tmp_path / "b.png", tmp_path / "b.png")
+    picture().save(tmp_path / "c.png")
+    images, told = load(tmp_path)
+    assert len(images) == 1 and len(told) == 2
+    assert told[0] == f"{tmp_path / 'a.png'}: is no regular file (image skipped)"
+    assert told[1].startswith(f"{tmp_path / 'b.png'}: Too many levels of symbolic links")
+
+
 def test_every_cut_of_a_file_is_survived(tmp_path):
     data = {"a.png": png(), "b.jpg": jpeg()}
     for kind in ("gif", "webp", "tiff", "bmp"):

@@ -493,11 +493,12 @@ def test_a_batch_without_any_reward():
     trainer = GRPOTrainer(policy, lambda ids, masks: answers.pop(), config={"kl_coef": 1.0},
                           ref_policy_model=tiny_model(1))  # fmt: skip
     answers.append([None] * 8)
-    with pytest.raises(RuntimeError, match="all 8 rewards of a batch are None: expected a number"):
+    message = "the reward model returned None for all 8 responses of a batch: expected a number"
+    with pytest.raises(RuntimeError, match=message):
         trainer.train_step(BATCH["responses"])
     answers += [[None] * 8, [1.0] * 8]
     trainer.compute_rewards(BATCH["responses"])
-    with pytest.warns(UserWarning, match="all 8 rewards of a batch are None: nothing is learned"):
+    with pytest.warns(UserWarning, match="None for all 8 responses of a batch: nothing is learned"):
         metrics = trainer.train_step(BATCH["responses"])
     assert metrics["total_loss"] == metrics["mean_reward"] == metrics["kl_divergence"] == 0.0
     assert_same_parameters(policy, start)

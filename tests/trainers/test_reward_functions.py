@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apt_model.rl.reward_functions import RewardFunction, RowReward, Sampled
-from apt_model.rl.reward_source import RewardError, RewardSource
+from apt_model.rl.reward_source import RewardError, RewardSource, TextReward
 
 ROW = {"prompt": "2 + 2", "answer": "4"}
 
@@ -245,6 +245,25 @@ def test_texts_with_and_without_special_tokens(special, texts):
         (3, "w5 w6", texts[0], [91, 7, 92, 99], True),
         (1, "w5 w6", texts[1], [8, 8, 8, 91, 7], False),
     ]
+
+
+def test_a_function_without_a_return_is_named():
+    reward = RowReward(
+        [RewardFunction(lambda row, response: None, origin="a.py:f")], Tokenizer(), ROWS
+    )
+    with pytest.raises(RewardError, match=r"^reward a.py:f returned None for all 2 .*`return`"):
+        RewardSource(reward)(IDS, MASKS, TOKENS, torch.tensor([3, 1]), torch.tensor([True, True]))
+
+
+def test_texts_of_prompts_and_responses():
+    for special, expected in (("strip", ["w7", "w8 w8 w8 w7"]),
+                              ("keep", ["<91> w7 <92> <99>", "w8 w8 w8 <91> w7"])):  # fmt: skip
+
+        def score(prompts, responses):
+            assert prompts == ["w5 w6"] * 2 and responses == expected  # noqa: B023
+            return [1.0, None]
+
+        assert TextReward(score, Tokenizer(), special)(IDS, MASKS, TOKENS) == [1.0, None]
 
 
 def test_rows_are_known_by_their_positions():

@@ -90,6 +90,8 @@ def read_image(
     """
     from PIL import Image, ImageOps
 
+    if file.exists() and not file.is_file():
+        raise ValueError("is no regular file")  # a pipe would be waited for
     try:
         with _limited(max_pixels), Image.open(file) as image:
             frames = getattr(image, "n_frames", 1)

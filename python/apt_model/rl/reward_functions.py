@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .reward_files import import_functions, one_line, place_of
-from .reward_source import RewardError
+from .reward_source import RewardError, check_special_tokens
 
 SHOWN_ROWS = 3
 RESPONSES = ("responses", "completions")  # a function that takes one of them is of a whole batch
@@ -201,6 +201,9 @@ class RowReward:
         special_tokens: "strip" leaves special tokens out of the texts, "keep" keeps them, but for
             padding and the token that ended the response.
         end_token_ids: what may end a response.
+
+    Attributes:
+        description: the names of the functions, for errors.
     """
 
     def __init__(
@@ -214,11 +217,12 @@ class RowReward:
         special_tokens: str = "strip",
         end_token_ids: Sequence[int] = (),
     ) -> None:
-        if special_tokens not in ("strip", "keep"):
-            raise ValueError(f"special_tokens must be 'strip' or 'keep', got {special_tokens!r}")
+        check_special_tokens(special_tokens)
         self._functions = [
             f if isinstance(f, RewardFunction) else RewardFunction(f) for f in functions
         ]
+        origins = ", ".join(function.origin for function in self._functions)
+        self.description = f"reward {origins}"
         self._names = _distinct([function.name for function in self._functions])
         self._weights = [1.0] * len(self._functions) if weights is None else list(weights)
         if not self._functions or len(self._weights) != len(self._functions):

@@ -106,10 +106,11 @@ class RewardSource:
         if rewards.abstains is None or not rewards.abstains.all():
             self._has_answered = True
             return
-        message = f"all {len(rewards.values)} rewards of a batch are None"
+        whose = getattr(self.model, "description", "the reward model")
+        message = f"{whose} returned None for all {len(rewards.values)} responses of a batch"
         if not self._has_answered:
             raise RewardError(
-                f"{message}: expected a number for some of them. Does the reward return its result?"
+                f"{message}: expected a number for some of them (is there a `return`?)"
             )
         warnings.warn(f"{message}: nothing is learned from it", stacklevel=2)
 
@@ -182,28 +183,42 @@ def _as_tensor(name: str, rewards: Any, rows: int) -> Tensor:
     return found
 
 
+def check_special_tokens(choice: str) -> None:
+    """Raises ValueError unless texts can be given to rewards so."""
+    if choice not in ("strip", "keep"):
+        raise ValueError(f"special_tokens must be 'strip' or 'keep', got {choice!r}")
+
+
 class TextReward:
     """A reward function of texts as a reward model.
 
     Args:
-        function: called as `function(prompts, responses)`, two lists of strings, special tokens
-            left out; returns as many numbers.
+        function: called as `function(prompts, responses)`, two lists of strings; returns as many
+            numbers, or None where it abstains.
         tokenizer: has `batch_decode`, as those of Hugging Face.
+        special_tokens: "strip" leaves special tokens out of the texts, "keep" keeps them.
     """
 
     def __init__(
-        self, function: Callable[[list[str], list[str]], Sequence[float]], tokenizer: Any
+        self,
+        function: Callable[[list[str], list[str]], Sequence[float | None]],
+        tokenizer: Any,
+        special_tokens: str = "strip",
     ) -> None:
+        check_special_tokens(special_tokens)
         self._function = function
         self._tokenizer = tokenizer
+        self._strips = special_tokens == "strip"
 
-    def __call__(self, ids: Tensor, masks: Tensor, response_token_mask: Tensor) -> Sequence[float]:
+    def __call__(
+        self, ids: Tensor, masks: Tensor, response_token_mask: Tensor
+    ) -> Sequence[float | None]:
         """Returns the function's numbers of the decoded sequences."""
         real, response = masks != 0, response_token_mask != 0
 
         def texts(kept: Tensor) -> list[str]:
             rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), kept.cpu(), strict=True)]
-            return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+            return self._tokenizer.batch_decode(rows, skip_special_tokens=self._strips)
 
         return self._function(texts(real & ~response), texts(real & response))
 
