@@ -48,6 +48,16 @@ def read(*given):
     return arguments.read_options("some-command", Command, given).sizes
 
 
+def test_a_flag_of_several_values_that_comes_again_adds_to_them(tmp_path):
+    """On the command line, as in `--reward a.py:f --reward b.py:g`; it still replaces a file's."""
+    file = tmp_path / "run.yaml"
+    file.write_text("length: 3\nfiles: [x, y]\n")
+    given = ("--files", "a", "--files=b", "--files", "c", "d")
+    for more in (("--length=3",), (f"--config={file}",)):
+        assert [str(path) for path in read(*more, *given).files] == ["a", "b", "c", "d"]
+    assert [str(path) for path in read(f"--config={file}").files] == ["x", "y"]
+
+
 def test_flags_become_fields():
     assert read("--length=3") == Sizes(length=3)
     sizes = read("--length", "3", "--rate=2", "--limit=none", "--files", "a", "b", "--all")

@@ -31,6 +31,7 @@ from .messages import say
 
 CONFIG = "config"
 COMMAND = "command"  # the key of a YAML file that tells the command it is of
+COMMAND_LINE, TOLD = "--command-line", "flags_of_several_values"
 
 
 def option_name(field: str) -> str:
@@ -55,7 +56,7 @@ def read_options(command: str, options_class: type, arguments: Sequence[str]) ->
     before.add_argument(option_name(CONFIG), type=Path)
     file = before.parse_known_args(arguments)[0].config
     given = [] if file is None else _tokens(file, command, options_class)
-    values = vars(parser.parse_args([*given, *arguments]))
+    values = vars(parser.parse_args([*given, *([COMMAND_LINE] if given else []), *arguments]))
     groups = {}
     for name, group in groups_of(options_class).items():
         fields = {f.name: values[f.name] for f in dataclasses.fields(group)}
@@ -79,11 +80,29 @@ def parser_of(command: str, options_class: type) -> argparse.ArgumentParser:
         metavar="FILE.yaml",
         help="file with options, by the names below; those on the command line win",
     )
+    parser.add_argument(COMMAND_LINE, action=_CommandLine, nargs=0, help=argparse.SUPPRESS)
     for group in groups_of(options_class).values():
         section = parser.add_argument_group(title_of(group))
         for field, kind in fields_of(group):
             _add_field(section, field, kind)
     return parser
+
+
+class _Several(argparse.Action):
+    """Values of a flag; where it comes again, more of them. The command line replaces a file's."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        told = getattr(namespace, TOLD, frozenset())
+        before = getattr(namespace, self.dest) if self.dest in told else []
+        setattr(namespace, self.dest, [*before, *values])
+        setattr(namespace, TOLD, told | {self.dest})
+
+
+class _CommandLine(argparse.Action):
+    """Separates what a file says from the command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, TOLD, frozenset())
 
 
 def _usage(command: str, options_class: type) -> str:
@@ -191,6 +210,7 @@ def _add_field(section: Any, field: dataclasses.Field[Any], kind: Any) -> None:
     if typing.get_origin(kind) is tuple:
         kind, more["nargs"] = typing.get_args(kind)[0], "+"
         more.setdefault("metavar", field.name.upper())
+        more["action"] = _Several
     if typing.get_origin(kind) is Literal:
         more["choices"] = typing.get_args(kind)
         kind = type(more["choices"][0])
