@@ -481,7 +481,17 @@ def test_the_image_processor_is_applied(tmp_path):
     file = saved(tmp_path / "a.npy", a=np.full((2, 6, 6), 255, dtype=np.uint8))
     assert_close(load(file, processor=processor())[0], (1 - mean) / spread)
     saved(file, a=np.full((2, 6, 6), 3.0))
-    with pytest.raises(
-        ValueError, match="takes 1 or 3 channels of values from 0 to 1, got 1 from 3"
-    ):
+    with pytest.raises(ValueError, match=r"takes 3 channels, or grey .* 0 to 1, got 1 from 3"):
         load(file, processor=processor())
+
+
+def test_a_processor_of_grey_images(tmp_path):
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    grey = ViTImageProcessorPil(size={"height": 6, "width": 6}, image_mean=[0.5], image_std=[0.25])
+    Image.new("RGB", (9, 9), WHITE).save(tmp_path / "a.png")
+    images, _ = load(tmp_path, processor=grey)
+    assert images.shape == (1, 1, 6, 6)
+    assert_close(images, torch.tensor(2.0))
+    file = saved(tmp_path / "a.npy", a=np.zeros((2, 6, 6), dtype=np.uint8))
+    assert_close(load(file, processor=grey)[0], torch.tensor(-2.0))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..data.image_options import ImageOptions
 from .groups import ModelOptions, PrecisionOptions
 from .options import RunOptions, TrainingOptions, default_of
 from .pretrain_mlm import MLMTextOptions
@@ -95,8 +97,6 @@ class ViewOptions:
     flip: bool = field(
         default=False, metadata={"help": "images: turn half of the views left to right"}
     )
-    image_size: int = field(default=32, metadata={"help": "pixels of a side, for folders"})
-    channels: Literal[1, 3] = field(default=3, metadata={"help": "of the images in a folder"})
 
 
 @dataclass(kw_only=True)
@@ -109,6 +109,7 @@ class Options:
     run: ContrastiveRunOptions
     model: EncoderOptions
     text: MLMTextOptions
+    images: ImageOptions
     views: ViewOptions
     training: ContrastiveTrainingOptions
     loss: ContrastiveOptions
@@ -121,6 +122,7 @@ def make_job(options: Options) -> Job:
     from ..pretraining import create_contrastive_pretrainer
     from ..training import processes
     from ..training.batch_norm import synchronize
+    from .images import read_processor
     from .job import Job, shares, trainer_options
     from .pretraining import evaluate, save_encoder, tokenizer_with_mask
 
@@ -130,8 +132,12 @@ def make_job(options: Options) -> Job:
     tokenizer = None
     if run.is_text():
         tokenizer = tokenizer_with_mask(options, needed=options.views.mask_prob > 0)
-    data = _load(options, tokenizer, run.data, training.seed)
-    held_out = run.eval_data and _load(options, tokenizer, run.eval_data, training.seed - 1)
+    processor = None if run.is_text() else read_processor(options)
+    counts = Counter()
+    data = _load(options, tokenizer, processor, run.data, training.seed, counts)
+    held_out = run.eval_data and _load(
+        options, tokenizer, processor, run.eval_data, training.seed - 1, Counter()
+    )
     if held_out is not None and len(held_out) < 2:
         raise ValueError(f"{run.eval_data} must hold two samples or more: one has no negatives")
     batches = ShuffledBatches(
@@ -165,21 +171,26 @@ def make_job(options: Options) -> Job:
         measure if held_out else None,
         key="loss",
         higher_is_better=False,
-        save=partial(save_encoder, trainer, tokenizer),
+        save=partial(save_encoder, trainer, tokenizer or processor),
         tokenizer=tokenizer,
-        counts={"samples": len(data), "held_out_samples": len(held_out) if held_out else 0},
+        counts={
+            "samples": len(data),
+            "held_out_samples": len(held_out) if held_out else 0,
+            **counts,
+        },
     )
 
 
-def _load(options: Options, tokenizer: Any, path: Path, seed: int) -> Any:
-    from ..data.images import ImageViews, load_images
+def _load(
+    options: Options, tokenizer: Any, processor: Any, path: Path, seed: int, counts: Counter[str]
+) -> Any:
     from ..data.texts import TextViews, load_texts
+    from .images import load_views
     from .pretraining import only_special
 
     views, fail = options.views, options.run.bad_rows == "fail"
     if tokenizer is None:
-        images = load_images(path, views.image_size, views.channels, fail_on_bad_image=fail)
-        return ImageViews(images, seed, flip=views.flip)
+        return load_views(options, path, seed, processor, counts)
     texts = load_texts(path, fail_on_bad_row=fail, usable=partial(only_special, tokenizer))
     probabilities = (views.mask_prob, views.delete_prob, views.swap_prob)
     return TextViews(texts, tokenizer, options.text.max_length, seed, *probabilities)
@@ -189,13 +200,15 @@ def _encoder(options: Options, data: Any) -> tuple[Any, int]:
     """Returns the encoder and its width."""
     import torch
 
-    from ..data.images import SmallCNN
+    from ..data.images import ImageViews, SmallCNN
+    from .images import width_of
     from .job import pretrained
     from .models import trained_part, without_pooler
 
     if options.model.model is not None:
         model = pretrained(options, "AutoModel")
-        width = model.config.hidden_size
+        of_images = isinstance(data, ImageViews)
+        width = width_of(model, data) if of_images else model.config.hidden_size
         return trained_part(options, without_pooler(model)), width
     channels = data([0], 0)["input_ids_1"].shape[1]
     cnn = SmallCNN(channels).to(getattr(torch, options.precision.dtype))

@@ -69,7 +69,7 @@ def save_mlm(trainer: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def save_encoder(trainer: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes encoder, projection and, where there is one, tokenizer into a folder."""
+    """Writes encoder, projection and, where there is one, tokenizer or image processor."""
     encoder = without_wrapper(trainer.encoder)
     if hasattr(encoder, "save_pretrained"):
         encoder.save_pretrained(folder)

@@ -55,20 +55,21 @@ def load_images(
             use less than 1/128 of their dtype's range, which would make them black.
     """
     told = SkippedImages(report, counts)
+    channels = _channels_of(processor, channels)
     if path.is_dir():
         if size is None and processor is None:
             raise ValueError("the size of the images in a folder must be given")
 
         def read(file: Path) -> Tensor:
-            image = read_image(file, 3 if processor else channels, background, max_pixels)
+            image = read_image(file, channels, background, max_pixels)
             told.frames += image.info["frames"] > 1
             if processor is not None:
-                return _processed(processor, image)
+                return _processed(processor, image, channels)
             return torch.from_numpy(as_pixels(image, size, channels))
 
         images = _of_folder(path, read, fail_on_bad_image, told)
     else:
-        images = _of_array(path, array, fail_on_bad_image, told, processor)
+        images = _of_array(path, array, fail_on_bad_image, told, processor, channels)
     told.finish(path)
     if not len(images):
         raise ValueError(f"{path}: no image can be used")
@@ -124,17 +125,26 @@ def _of_folder(
     return torch.stack(images) if images else torch.empty(0)
 
 
-def _processed(processor: Any, image: Any) -> Tensor:
+def _channels_of(processor: Any, channels: int) -> int:
+    """Returns how many channels an image processor normalizes; without one `channels`."""
+    mean = getattr(processor, "image_mean", None)
+    if processor is None:
+        return channels
+    return len(mean) if isinstance(mean, (list, tuple)) and len(mean) in (1, 3) else 3
+
+
+def _processed(processor: Any, image: Any, channels: int) -> Tensor:
     import numpy as np
     from PIL import Image
 
     if image.mode == "F":
         image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
-    return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0].float()
+    image = image.convert("L" if channels == 1 else "RGB")
+    return processor(images=image, return_tensors="pt")["pixel_values"][0].float()
 
 
 def _of_array(
-    path: Path, name: str | None, fail: bool, told: SkippedImages, processor: Any
+    path: Path, name: str | None, fail: bool, told: SkippedImages, processor: Any, channels: int
 ) -> Tensor:
     if path.suffix.lower() not in image_arrays.SUFFIXES:
         kind = "one image" if path.suffix.lower() in SUFFIXES else f"a {path.suffix or 'file'}"
@@ -147,12 +157,12 @@ def _of_array(
     if processor is None or not len(images):
         return images
     low, high = images.aminmax()
-    if low < 0 or high > 1 or images.shape[1] not in (1, 3):
+    if low < 0 or high > 1 or images.shape[1] not in (1, channels):
         raise ValueError(
-            f"{path}: the model's image processor takes 1 or 3 channels of values from 0 to 1, got "
-            f"{images.shape[1]} from {float(low):g} to {float(high):g}"
+            f"{path}: the model's image processor takes {channels} channels, or grey images, of "
+            f"values from 0 to 1, got {images.shape[1]} from {float(low):g} to {float(high):g}"
         )
-    images = images.expand(-1, 3, -1, -1)
+    images = images.expand(-1, channels, -1, -1)
     made = processor(images=images, do_rescale=False, return_tensors="pt")["pixel_values"]
     return made.float()
 
