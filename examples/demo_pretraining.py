@@ -27,7 +27,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from apt_model.commands.pretraining import evaluate
 from apt_model.data.images import ImageViews, SmallCNN
 from apt_model.data.order import ShuffledBatches
-from apt_model.data.texts import MaskedTexts, SentencePairs, Text, TextViews, segments
+from apt_model.data.sentences import split_sentences
+from apt_model.data.texts import MaskedTexts, SentencePairs, Text, TextViews
 from apt_model.pretraining import create_contrastive_pretrainer, create_mlm_pretrainer
 from apt_model.pretraining.masked_batch import make_masked_batch
 from apt_model.training.files import write_whole
@@ -196,7 +197,9 @@ def load_documents(count: int, pieces: int = 2) -> list[list[str]]:
     random.Random(0).shuffle(texts)
     documents: list[list[str]] = []
     for text in texts:
-        parts = segments(text, 3)
+        sentences = split_sentences(text)
+        starts = range(0, len(sentences) - 2, 3)
+        parts = [" ".join(sentences[start : start + 3]) for start in starts]
         if len(parts) >= pieces:
             documents.append(parts)
         if len(documents) == count:
@@ -291,8 +294,8 @@ def masked_words(nsp: bool) -> dict[str, Any]:
         model = ComparedSegments(model)
     else:
         rows = [Text(" ".join(parts)) for parts in documents]
-        held_out = MaskedTexts(rows[:held], tokenizer, tokens)
-        train = MaskedTexts(rows[held:], tokenizer, tokens)
+        held_out = MaskedTexts(rows[:held], tokenizer, tokens, long_texts="cut")
+        train = MaskedTexts(rows[held:], tokenizer, tokens, long_texts="cut")
     batches = ShuffledBatches(len(train), settings["batch"], 0, train)
     if nsp:
         train.per_epoch = batches.per_epoch

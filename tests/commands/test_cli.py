@@ -18,13 +18,12 @@ from apt_model.commands import main as cli
 from apt_model.commands.main import main
 from apt_model.data.order import ShuffledBatches, of_rows
 from apt_model.data.preferences import (
-    REPORTED_ROWS,
-    BadRow,
     PairTokenizer,
     PreferencePair,
     collate,
     load_pairs,
 )
+from apt_model.data.rows import REPORTED_ROWS, BadRow
 from apt_model.training.checkpoint import Checkpoint
 from apt_model.training.files import write_whole
 from support.tiny_models import VOCABULARY, tiny_llama

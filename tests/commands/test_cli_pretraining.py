@@ -15,7 +15,9 @@ from apt_model.commands.main import main
 from apt_model.commands.pretraining import evaluate
 from apt_model.data.images import ImageViews, load_images
 from apt_model.data.order import ShuffledBatches
-from apt_model.data.texts import BadRow, SentencePairs, Text, TextViews, load_texts, segments
+from apt_model.data.rows import BadRow
+from apt_model.data.sentences import segments, split_sentences
+from apt_model.data.texts import SentencePairs, Text, TextViews, load_texts
 from apt_model.pretraining import mlm_pretrain
 from support.tiny_encoders import VOCABULARY, tiny_bert
 
@@ -270,8 +272,10 @@ def test_rows_that_cannot_be_used_are_named(model_folder, tmp_path, capsys):
 
 def test_segments():
     text = "One. Two!  Three? Four.\nFive. Six. Seven."
-    assert segments(text, 3) == ["One. Two! Three?", "Four. Five. Six."]
-    assert segments("One.", 3) == [] and segments(text, 1)[-1] == "Seven."
+    sentences = split_sentences(text)
+    assert segments(sentences, 4) == ["One. Two! Three?", "Four. Five. Six. Seven."]
+    assert segments(["One.", "Two."], 3) == ["One.", "Two."] and segments(["One."], 3) == ["One."]
+    assert segments([], 2) == [] and segments(sentences, 1)[-1] == "Seven."
 
 
 def test_views_of_texts(model_folder):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import checks
 from .mlm_mask import mlm_mask
 from .mlm_mask_arguments import ROUNDING
+from .tokenizer_ids import never_words, spaced_ids, vocabulary_size
 
 IGNORED = -100
 FAST_TOKENIZER_WARNING = "Asking-to-pad-a-fast-tokenizer"
@@ -28,7 +29,8 @@ class MaskingCollator:
     call draws anew. A sample's number is what its key `sample_key` holds, else a hash of its ids.
 
     Nothing that is passed in is modified. It differs from Hugging Face's collator where that one is
-    in doubt: special ids and padding are never chosen, special ids never drawn as random words, and
+    in doubt: special ids and padding are never chosen, special ids and ids of no token never drawn
+    as random words, tokens that carry their space (byte-level BPE, SentencePiece) begin a word, and
     whole words are masked 80/10/10 as asked, not always. Of another random sequence than Hugging
     Face's.
 
@@ -80,6 +82,9 @@ class MaskingCollator:
             )
         if self.seed is not None:
             checks.integer("seed", self.seed)
+        self._special = never_words(self.tokenizer)
+        self._vocabulary = vocabulary_size(self.tokenizer)
+        self._spaced = spaced_ids(self.tokenizer) if self.whole_word_mask else None
         # in shared memory: workers that live longer than an epoch see it change
         self._step = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -141,8 +146,13 @@ class MaskingCollator:
     def _words(self, example: dict, own: dict[str, list], i: int) -> np.ndarray:
         """Of each token the number of its word, -1 for special tokens."""
         given, offsets = own["word_ids"][i], own["offset_mapping"][i]
+        starts = self._starts(example["input_ids"])
         if given is not None:
-            return np.array([-1 if w is None else int(w) for w in given], np.int64)
+            numbers = np.array([-1 if w is None else int(w) for w in given], np.int64)
+            # Of a tokenizer that splits nothing beforehand the whole text is one word
+            parts = np.cumsum(np.zeros(len(numbers)) if starts is None else starts)
+            changes = np.r_[True, (np.diff(numbers) != 0) | (np.diff(parts) != 0)][: len(numbers)]
+            return np.where(numbers < 0, -1, np.cumsum(changes))
         if offsets is None:
             raise ValueError(
                 "whole_word_mask: expected examples with word_ids or offset_mapping (tokenizers "
@@ -151,10 +161,18 @@ class MaskingCollator:
         begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
         special = example.get("special_tokens_mask")
         if special is None:
-            special = np.isin(example["input_ids"], self.tokenizer.all_special_ids)
+            special = np.isin(example["input_ids"], self._special)
         special = np.asarray(special).astype(bool)
         touches = np.r_[False, (begins[1:] == ends[:-1]) & ~special[:-1]]
+        if starts is not None:
+            touches &= ~starts
         return np.where(special, -1, np.cumsum(~special & ~touches))
+
+    def _starts(self, ids: Sequence[int]) -> np.ndarray | None:
+        """Which tokens carry the space before a word; None where none of the vocabulary does."""
+        if self._spaced is None:
+            return None
+        return np.isin(np.asarray(ids), self._spaced)
 
     def _mask(self, ids, attention, special, words, lengths, samples):
         """(masked ids, labels); sequences are masked from their first token on, wherever it is."""
@@ -177,11 +195,11 @@ class MaskingCollator:
         masked, labels, _ = mlm_mask(
             ids,
             mask_token_id=self.tokenizer.mask_token_id,
-            vocab_size=len(self.tokenizer),
+            vocab_size=self._vocabulary,
             mask_prob=float(self.mlm_probability),
             mask_token_prob=float(self.mask_replace_prob),
             random_token_prob=float(self.random_replace_prob),
-            special_token_ids=self.tokenizer.all_special_ids,
+            special_token_ids=self._special,
             special_tokens_mask=special,
             attention_mask=attention,
             seed=int(torch.randint(2**62, ())) if self.seed is None else self.seed,

@@ -15,15 +15,18 @@ MASK_DTYPES = ("bool", "uint8", "int8", "int32", "int64")  # the kernels take th
 
 
 def special_runs(special_ids: Sequence[int], vocab_size: int) -> tuple[list[int], int]:
-    """Runs [first, count, first, count, ...] of the special ids, and how many ids are ordinary."""
-    special = sorted({i for i in special_ids if 0 <= i < vocab_size})
+    """Runs [first, count, first, count, ...] of the special ids, and how many ids are ordinary.
+
+    Special ids beyond the vocabulary, such as those of added tokens, are not chosen either.
+    """
+    special = sorted({i for i in special_ids if i >= 0})
     runs: list[int] = []
     for i in special:
         if runs and i == runs[-2] + runs[-1]:
             runs[-1] += 1
         else:
             runs += [i, 1]
-    return runs, vocab_size - len(special)
+    return runs, vocab_size - sum(i < vocab_size for i in special)
 
 
 def normalised(input_ids, special_tokens_mask, attention_mask, sample_ids, word_ids):

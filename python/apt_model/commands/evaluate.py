@@ -18,7 +18,7 @@ class EvaluateOptions:
     run: Path = field(
         metadata={"metavar": "FOLDER", "help": "output folder of a training command that finished"}
     )
-    eval_data: Path = field(
+    eval_data: tuple[Path, ...] = field(
         metadata={"names": ("--eval",), "metavar": "PATH", "help": "rows to measure"}
     )
     batch_size: int | None = field(
@@ -33,8 +33,9 @@ class EvaluateOptions:
         check_at_least(self, 1, "batch_size")
         if not (self.run / "run.yaml").is_file() or not (self.run / "model").is_dir():
             raise FileNotFoundError(f"{self.run} holds no run.yaml and model of a finished run")
-        if not self.eval_data.exists():
-            raise FileNotFoundError(f"{self.eval_data} does not exist")
+        for path in self.eval_data:
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist")
 
 
 @dataclass(kw_only=True)

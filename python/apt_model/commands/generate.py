@@ -6,11 +6,15 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .arguments import check_at_least
 
 BATCH = 16
+
+
+if TYPE_CHECKING:
+    from ..data.preferences import PairTokenizer
 
 
 @dataclass(kw_only=True)
@@ -72,6 +76,7 @@ def run(options: Options) -> int:
     """Writes the responses to stdout."""
     import torch
 
+    from ..data.preferences import PairTokenizer
     from .folders import load_causal, model_folder
     from .samples import generate
 
@@ -81,10 +86,11 @@ def run(options: Options) -> int:
     sampling: dict[str, Any] = {}
     if given.temperature:
         sampling = {"do_sample": True, "temperature": given.temperature, "top_p": given.top_p}
+    tokenize = PairTokenizer(tokenizer, chat_template=given.chat_template)
     prompts = [*given.prompt, *_read(given.data)]
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
-        ids = [_ids(tokenizer, text, given.chat_template) for text in part]
+        ids = [_ids(tokenize, prompt) for prompt in part]
         written = generate(model, tokenizer, ids, given.max_new_tokens, **sampling)
         for prompt, response in zip(part, written, strict=True):
             line = {"prompt": prompt, "response": response}
@@ -92,18 +98,19 @@ def run(options: Options) -> int:
     return 0
 
 
-def _read(path: Path | None) -> list[str]:
+def _read(path: Path | None) -> list[Any]:
     from ..data.preferences import load_rows
+    from ..data.prompts import prompt_of
 
     if path is None:
         return []
-    return load_rows(path, lambda row: row["prompt"], ("prompt",), fail_on_bad_row=True)
+    return load_rows(
+        path, lambda row, told: prompt_of(row), None, fail_on_bad_row=True, wanted="prompt"
+    )
 
 
-def _ids(tokenizer: Any, text: str, chat_template: bool) -> list[int]:
-    from ..data.preferences import PairTokenizer
-
-    ids = PairTokenizer(tokenizer, chat_template=chat_template).prompt_ids(text)
+def _ids(tokenize: PairTokenizer, prompt: Any) -> list[int]:
+    ids = tokenize.prompt_ids(prompt)
     if not ids:
-        raise ValueError(f"--prompt: {text!r} has no token")
+        raise ValueError(f"--prompt: {prompt!r} has no token")
     return ids

@@ -46,40 +46,6 @@ class PrecisionOptions:
 
 
 @dataclass(kw_only=True)
-class TextOptions:
-    """Text."""
-
-    max_length: int = field(
-        default=512, metadata={"help": "tokens of prompt and answer; cut beyond"}
-    )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "tokens of a prompt; without it half of --max-length"}
-    )
-    chat_template: bool = field(
-        default=False, metadata={"help": "put the prompt into the chat template"}
-    )
-
-    def check(self) -> None:
-        """Raises for numbers that cannot be."""
-        check_at_least(self, 1, "max_length", "max_prompt_length")
-
-
-@dataclass(kw_only=True)
-class PromptOptions(TextOptions):
-    """Text."""
-
-    max_length: int = field(
-        default=512, metadata={"help": "tokens of prompt and response; sampling ends there"}
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "rows with longer prompts cannot be used; without it one less than --max-length"
-        },
-    )
-
-
-@dataclass(kw_only=True)
 class RewardOptions:
     """Reward."""
 

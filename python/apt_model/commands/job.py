@@ -15,7 +15,7 @@ import torch
 from ..data.order import ShuffledBatches, hash_of
 from ..training import processes
 from ..training.checkpoint import PREVIOUS, Checkpoint
-from ..training.files import FolderLock, naming, sha256_of, write_whole
+from ..training.files import FolderLock, naming, sha256_of, sha256_of_all, write_whole
 from ..training.loop import TrainingLoop
 from ..training.schedule import schedule
 from .arguments import COMMAND, as_mapping, deciding
@@ -115,7 +115,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _hashes(options: Any, job: Job) -> dict[str, str]:
     """Returns the hashes of what the run reads: where it lies does not count."""
-    hashes = {"data_sha256": sha256_of(options.run.data)}
+    hashes = {"data_sha256": sha256_of_all(options.run.data)}
     models = {**job.inputs, "model": options.model.model}
     for name, path in models.items():
         if path is not None:
@@ -223,7 +223,7 @@ def _save_model(
 def _evaluation(run: RunOptions, job: Job) -> Evaluation | None:
     if job.measure is None:
         return None
-    rows = "" if run.eval_data is None else sha256_of(run.eval_data)
+    rows = sha256_of_all(run.eval_data) if run.eval_data else ""
     return Evaluation(
         job.measure, job.key, job.higher_is_better, run.eval_every, run.patience,
         run.output / "best.pt", rows,
@@ -313,6 +313,7 @@ def pretrained(options: Any, kind: str, folder: Path | None = None) -> Any:
 
     model = options.model
     gguf = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
-    dtype = {} if kind == "AutoTokenizer" else {"dtype": getattr(torch, options.precision.dtype)}
+    typed = kind not in ("AutoTokenizer", "AutoConfig")
+    dtype = {"dtype": getattr(torch, options.precision.dtype)} if typed else {}
     loader = getattr(transformers, kind)
     return loader.from_pretrained(model.model if folder is None else folder, **gguf, **dtype)

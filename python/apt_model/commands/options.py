@@ -15,7 +15,7 @@ KEPT = {"decides": False}  # an option that may change when a run is continued
 class RunOptions:
     """Run."""
 
-    data: Path = field(metadata={"metavar": "PATH", "help": "rows to train on"})
+    data: tuple[Path, ...] = field(metadata={"metavar": "PATH", "help": "rows to train on"})
     output: Path | None = field(
         default=None,
         metadata={
@@ -25,8 +25,8 @@ class RunOptions:
             "here; without it out/NAME",
         },
     )
-    eval_data: Path | None = field(
-        default=None,
+    eval_data: tuple[Path, ...] = field(
+        default=(),
         metadata={
             **KEPT,
             "names": ("--eval",),
@@ -136,10 +136,10 @@ class RunOptions:
         """Raises for numbers that cannot be, and for files that are not there."""
         check_at_least(self, 0, "eval_every", "patience", "checkpoint_every", "samples")
         check_at_least(self, 1, "sample_tokens")
-        if self.patience and self.eval_data is None:
+        if self.patience and not self.eval_data:
             raise ValueError("--patience needs --eval")
-        for path in (self.data, self.eval_data):
-            if path is not None and not path.exists():
+        for path in (*self.data, *self.eval_data):
+            if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
 
 

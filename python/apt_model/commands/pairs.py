@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ..data.lengths import LengthLimit
 from ..data.order import ShuffledBatches, of_rows
 from ..data.preferences import PairTokenizer, PreferencePair, collate, load_pairs
 from .evaluation import mean_over_rows
 from .job import shares
+from .texts import counted, reading
 
 Batch = Mapping[str, Any]
 
 
 def load_all_pairs(
-    options: Any, tokenizer: Any
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Returns the pairs to train on and the held-out ones, of the options of a command."""
+    options: Any, tokenizer: Any, limit: LengthLimit
+) -> tuple[list[PreferencePair], list[PreferencePair], dict[str, int]]:
+    """Returns the pairs to train on, the held-out ones, and what is counted of both.
+
+    Args:
+        options: of a command.
+        tokenizer: of the model.
+        limit: tokens of prompt and answer.
+    """
     text, run = options.text, options.run
-    tokenize = PairTokenizer(tokenizer, text.max_length, text.max_prompt_length, text.chat_template)
-    load = partial(load_pairs, tokenize=tokenize, fail_on_bad_row=run.bad_rows == "fail")
-    return load(run.data), load(run.eval_data) if run.eval_data else []
+    tokenize = PairTokenizer(
+        tokenizer,
+        limit,
+        text.max_prompt_length,
+        text.chat_template,
+        text.truncate,
+        all_turns=text.answer_turns == "all",
+    )
+    counts, of_held_out = Counter(), Counter()
+    pairs = load_pairs(run.data, tokenize, **reading(options, counts))
+    held_out = []
+    if run.eval_data:
+        held_out = load_pairs(run.eval_data, tokenize, **reading(options, of_held_out, True))
+    numbers = {"pairs": len(pairs), "held_out_pairs": len(held_out)}
+    return pairs, held_out, {**numbers, **counted(counts, of_held_out)}
 
 
 def batches_of_pairs(

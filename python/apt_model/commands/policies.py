@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.lengths import LengthLimit
 from ..data.order import ShuffledBatches
-from ..data.preferences import BadRow, PairTokenizer, load_rows
+from ..data.preferences import PairTokenizer
+from ..data.prompts import Prompt, load_prompts
 from ..rl.response_end import read_end_tokens
 from ..scoring.model_access import without_wrapper
 from .evaluation import mean_over_rows
@@ -19,17 +21,9 @@ from .job import Job, pretrained, shares, trainer_options
 from .models import save_pretrained, trained_part
 from .rewards import inputs_of, read_rewards, reward_of, stop_strings
 from .samples import Samples
+from .texts import PAIR_LENGTH, counted, length_limit, reading
 
 SHOWN = {"reward": "mean_reward", "loss": "policy_loss"}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a prompt, and the row of the file it is of."""
-
-    ids: tuple[int, ...]
-    row: Mapping[str, Any]
-    place: str = ""
 
 
 def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job:
@@ -43,7 +37,8 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
     training, sampling = options.training, options.sampling
     functions = read_rewards(options.reward)  # a mistake in a file is told before models are loaded
     tokenizer = pretrained(options, "AutoTokenizer")
-    prompts, held_out = load_all_prompts(options, tokenizer)
+    limit = length_limit(options, tokenizer, PAIR_LENGTH)
+    prompts, held_out, counts = load_all_prompts(options, tokenizer, limit)
     every = [*prompts, *held_out]
     batches = ShuffledBatches(
         len(prompts), training.batch_size, training.seed,
@@ -52,6 +47,7 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
     model = trained_part(options, pretrained(options, "AutoModelForCausalLM"))
     shared = {
         **trainer_options(options, batches),
+        "max_length": limit.tokens,
         "tokenizer": tokenizer,
         "stop_strings": stop_strings(sampling.stop),
         "max_new_tokens": sampling.max_new_tokens,
@@ -77,7 +73,7 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
         samples=Samples(
             trainer.policy_model, tokenizer, [prompt.ids for prompt in held_out or prompts]
         ),
-        counts={"prompts": len(prompts), "held_out_prompts": len(held_out)},
+        counts=counts,
         train_step=getattr(trainer, step),
         inputs=inputs_of(options.reward),
         settings={"reward": ", ".join(n.rpartition(":")[2] for n in options.reward.reward)},
@@ -120,24 +116,34 @@ def _answered(name: str, figures: Mapping[str, float]) -> float:
     return 1.0
 
 
-def load_all_prompts(options: Any, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns the prompts to train on and the held-out ones, of the options of a command."""
+def load_all_prompts(
+    options: Any, tokenizer: Any, limit: LengthLimit
+) -> tuple[list[Prompt], list[Prompt], dict[str, int]]:
+    """Returns the prompts to train on, the held-out ones, and what is counted of both.
+
+    Args:
+        options: of a command.
+        tokenizer: of the model.
+        limit: tokens of prompt and response.
+
+    Raises:
+        ValueError: sampling would go beyond the positions of the model.
+    """
     text, run = options.text, options.run
-    room = text.max_length - 1
-    longest = room if text.max_prompt_length is None else text.max_prompt_length
-    tokenize = PairTokenizer(tokenizer, text.max_length, longest, text.chat_template)
-
-    def use(row: Mapping[str, Any]) -> Prompt:
-        ids = tuple(tokenize.prompt_ids(row["prompt"]))
-        if not ids:
-            raise BadRow("'prompt' has no token")
-        if len(ids) > longest:
-            raise BadRow(f"'prompt' has {len(ids)} tokens, at most {longest} leave room")
-        return Prompt(ids, row)
-
-    fail = run.bad_rows == "fail"
-    load = partial(load_rows, use=use, fields=("prompt",), fail_on_bad_row=fail)
-    return load(run.data), load(run.eval_data) if run.eval_data else []
+    tokenize = PairTokenizer(
+        tokenizer, limit, chat_template=text.chat_template, truncate=text.truncate
+    )
+    most = limit.tokens - 1 if text.max_prompt_length is None else text.max_prompt_length
+    counts, of_held_out = Counter(), Counter()
+    prompts = load_prompts(run.data, tokenize, most, **reading(options, counts))
+    held_out = []
+    if run.eval_data:
+        told = reading(options, of_held_out, True)
+        held_out = load_prompts(run.eval_data, tokenize, most, **told)
+    longest = max(len(prompt.ids) for prompt in [*prompts, *held_out])
+    limit.check(longest + options.sampling.max_new_tokens)
+    numbers = {"prompts": len(prompts), "held_out_prompts": len(held_out)}
+    return prompts, held_out, {**numbers, **counted(counts, of_held_out)}
 
 
 def make_batch(prompts: Sequence[Prompt], numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -8,33 +8,42 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..data.files import is_text_path
 from ..data.image_options import ImageOptions
+from ..data.options import ContrastiveTextOptions
+from ..data.rows import names_of
 from .groups import ModelOptions, PrecisionOptions
 from .options import RunOptions, TrainingOptions, default_of
-from .pretrain_mlm import MLMTextOptions
 
 if TYPE_CHECKING:
+    from ..data.lengths import LengthLimit
     from .job import Job
 
 SHOWN = {"loss": "loss", "accuracy": "accuracy"}
-TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
 
 
 @dataclass(kw_only=True)
 class ContrastiveRunOptions(RunOptions):
     """Run."""
 
-    data: Path = field(
+    data: tuple[Path, ...] = field(
         metadata={
             "metavar": "PATH",
-            "help": "texts: .txt with one a line, .jsonl with the string text and, where there is "
-            "one, positive; images: a folder, or an array .npy or .npz",
+            "help": "texts: .txt with one a line, or rows (JSON lines, JSON, CSV, Parquet, a "
+            "folder of datasets) with the string text and, where there are such, positive and "
+            "negative, also several; images: a folder, or an array .npy or .npz",
         }
     )
 
     def is_text(self) -> bool:
-        """Returns whether the data are texts, by the suffix."""
-        return self.data.suffix in TEXT_SUFFIXES
+        """Returns whether the data are texts, by the suffixes."""
+        return all(is_text_path(path) for path in self.data)
+
+    def check(self) -> None:
+        """Raises for numbers that cannot be, and for files that are not there."""
+        super().check()
+        if len(self.data) > 1 and not self.is_text():
+            raise ValueError("--data: expected one folder or array of images, got several")
 
 
 @dataclass(kw_only=True)
@@ -108,7 +117,7 @@ class Options:
 
     run: ContrastiveRunOptions
     model: EncoderOptions
-    text: MLMTextOptions
+    text: ContrastiveTextOptions
     images: ImageOptions
     views: ViewOptions
     training: ContrastiveTrainingOptions
@@ -124,25 +133,36 @@ def make_job(options: Options) -> Job:
     from ..training.batch_norm import synchronize
     from .images import read_processor
     from .job import Job, shares, trainer_options
+    from .messages import say
     from .pretraining import evaluate, save_encoder, tokenizer_with_mask
+    from .texts import TEXT_LENGTH, counted, length_limit
 
     run, training, loss = options.run, options.training, options.loss
     if run.is_text() and options.model.model is None:
         raise ValueError("--model is needed to train on texts")
-    tokenizer = None
+    tokenizer = limit = None
     if run.is_text():
         tokenizer = tokenizer_with_mask(options, needed=options.views.mask_prob > 0)
+        limit = length_limit(options, tokenizer, TEXT_LENGTH)
     processor = None if run.is_text() else read_processor(options)
-    counts = Counter()
-    data = _load(options, tokenizer, processor, run.data, training.seed, counts)
-    held_out = run.eval_data and _load(
-        options, tokenizer, processor, run.eval_data, training.seed - 1, Counter()
-    )
+    counts, of_held_out = Counter(), Counter()
+    data = _load(options, tokenizer, processor, limit, counts)
+    held_out = None
+    if run.eval_data:
+        held_out = _load(options, tokenizer, processor, limit, of_held_out, True)
     if held_out is not None and len(held_out) < 2:
-        raise ValueError(f"{run.eval_data} must hold two samples or more: one has no negatives")
+        raise ValueError(
+            f"{names_of(run.eval_data)} must hold two samples or more: one has no negatives"
+        )
     batches = ShuffledBatches(
-        len(data), training.batch_size, training.seed, data, whole=True, share=shares(training)
-    )
+        len(data), training.batch_size, training.seed, data, whole=True, share=shares(training),
+        groups=getattr(data, "groups", None),
+    )  # fmt: skip
+    if batches.left_out:
+        say(
+            f"{batches.left_out} rows repeat a text so often that an epoch leaves them out: no "
+            "batch holds one text twice"
+        )
     model, width = _encoder(options, data)
     trainer = create_contrastive_pretrainer(
         model,
@@ -176,24 +196,32 @@ def make_job(options: Options) -> Job:
         counts={
             "samples": len(data),
             "held_out_samples": len(held_out) if held_out else 0,
-            **counts,
+            **counted(counts, of_held_out),
         },
     )
 
 
 def _load(
-    options: Options, tokenizer: Any, processor: Any, path: Path, seed: int, counts: Counter[str]
+    options: Options,
+    tokenizer: Any,
+    processor: Any,
+    limit: LengthLimit | None,
+    counts: Counter[str],
+    held_out: bool = False,
 ) -> Any:
-    from ..data.texts import TextViews, load_texts
+    """Returns the samples to train on, or the held-out ones."""
+    from ..data.texts import TextViews, load_texts, only_special
     from .images import load_views
-    from .pretraining import only_special
+    from .texts import reading
 
-    views, fail = options.views, options.run.bad_rows == "fail"
+    views, seed = options.views, options.training.seed - held_out
+    paths = options.run.eval_data if held_out else options.run.data
     if tokenizer is None:
-        return load_views(options, path, seed, processor, counts)
-    texts = load_texts(path, fail_on_bad_row=fail, usable=partial(only_special, tokenizer))
+        return load_views(options, paths[0], seed, processor, counts)
+    told = reading(options, counts, held_out)
+    texts = load_texts(paths, usable=only_special(tokenizer), **told)
     probabilities = (views.mask_prob, views.delete_prob, views.swap_prob)
-    return TextViews(texts, tokenizer, options.text.max_length, seed, *probabilities)
+    return TextViews(texts, tokenizer, limit, seed, *probabilities, counts=counts)
 
 
 def _encoder(options: Options, data: Any) -> tuple[Any, int]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.options import DocumentOptions
 from .arguments import check_at_least
 from .groups import ModelOptions, PrecisionOptions
 from .options import RunOptions, TrainingOptions, default_of
 
 if TYPE_CHECKING:
+    from ..data.lengths import LengthLimit
     from .job import Job
 
 SHOWN = {"loss": "total_loss", "accuracy": "mlm_accuracy"}
@@ -21,20 +24,14 @@ SHOWN = {"loss": "total_loss", "accuracy": "mlm_accuracy"}
 class MLMRunOptions(RunOptions):
     """Run."""
 
-    data: Path = field(
-        metadata={"metavar": "FILE", "help": "a text a line, or JSON lines with the string text"}
+    data: tuple[Path, ...] = field(
+        metadata={
+            "metavar": "FILE",
+            "help": "a text a line (with --nsp also a sentence a line, and a blank line between "
+            "documents), or rows with the string text: JSON lines, JSON, CSV, Parquet, or a "
+            "folder of datasets; also several",
+        }
     )
-
-
-@dataclass(kw_only=True)
-class MLMTextOptions:
-    """Text."""
-
-    max_length: int = field(default=128, metadata={"help": "tokens of a text; cut beyond"})
-
-    def check(self) -> None:
-        """Raises for numbers that cannot be."""
-        check_at_least(self, 1, "max_length")
 
 
 @dataclass(kw_only=True)
@@ -78,7 +75,7 @@ class Options:
 
     run: MLMRunOptions
     model: ModelOptions
-    text: MLMTextOptions
+    text: DocumentOptions
     training: MLMTrainingOptions
     masks: MaskOptions
     precision: PrecisionOptions
@@ -86,16 +83,23 @@ class Options:
 
 def make_job(options: Options) -> Job:
     """Returns what the command trains."""
-    from ..data.order import ShuffledBatches  # takes seconds, --help need not wait
+    from apt_kernels.ops.masking.tokenizer_ids import (
+        never_words,
+    )  # takes seconds, --help need not wait
+
+    from ..data.order import ShuffledBatches
     from ..pretraining import create_mlm_pretrainer
     from .job import Job, pretrained, shares, trainer_options
     from .models import trained_part, without_pooler, wrapped
-    from .pretraining import evaluate, save_mlm, tokenizer_with_mask, without_token
+    from .pretraining import evaluate, save_mlm, tokenizer_with_mask
+    from .texts import TEXT_LENGTH, counted, length_limit
 
     masks, training, run = options.masks, options.training, options.run
     tokenizer = tokenizer_with_mask(options)
-    data = _load(options, tokenizer, run.data, training.seed)
-    held_out = run.eval_data and _load(options, tokenizer, run.eval_data, training.seed - 1)
+    limit = length_limit(options, tokenizer, TEXT_LENGTH)
+    counts, of_held_out = Counter(), Counter()
+    data = _load(options, tokenizer, limit, counts)
+    held_out = _load(options, tokenizer, limit, of_held_out, True) if run.eval_data else None
     batches = ShuffledBatches(
         len(data), training.batch_size, training.seed, data, share=shares(training)
     )
@@ -114,7 +118,7 @@ def make_job(options: Options) -> Job:
         pad_token_id=tokenizer.pad_token_id,
         cls_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id,
-        special_token_ids=[*tokenizer.all_special_ids, *without_token(tokenizer, rows)],
+        special_token_ids=never_words(tokenizer, rows),
         lm_head=embedding,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
@@ -133,22 +137,33 @@ def make_job(options: Options) -> Job:
         higher_is_better=False,
         save=partial(save_mlm, trainer, tokenizer),
         tokenizer=tokenizer,
-        counts={"texts": len(data), "held_out_texts": len(held_out) if held_out else 0},
+        counts=counted(counts, of_held_out),
     )
 
 
-def _load(options: Options, tokenizer: Any, path: Path, seed: int) -> Any:
-    from ..data.texts import MaskedTexts, SentencePairs, Text, load_texts, segments
-    from .pretraining import only_special
+def _load(
+    options: Options,
+    tokenizer: Any,
+    limit: LengthLimit,
+    counts: Counter[str],
+    held_out: bool = False,
+) -> Any:
+    """Returns the sequences to train on, or the held-out ones."""
+    from ..data.sentences import segments
+    from ..data.texts import MaskedTexts, SentencePairs, load_documents, load_texts, only_special
+    from .texts import reading
 
     masks = options.masks
-    read = partial(load_texts, path, fail_on_bad_row=options.run.bad_rows == "fail")
+    paths = options.run.eval_data if held_out else options.run.data
+    told = reading(options, counts, held_out)
     if not masks.nsp:
-        rows = read(usable=partial(only_special, tokenizer))
-        return MaskedTexts(rows, tokenizer, options.text.max_length, masks.whole_word)
-
-    def split(text: Text) -> list[str]:
-        return segments(text.text, masks.segment_sentences)
-
-    rows = read(usable=lambda text: None if len(split(text)) > 1 else "has no two segments")
-    return SentencePairs([split(row) for row in rows], tokenizer, options.text.max_length, seed)
+        rows = load_texts(paths, pairs=False, usable=only_special(tokenizer), **told)
+        counts["texts"] = len(rows)
+        return MaskedTexts(
+            rows, tokenizer, limit, masks.whole_word, options.text.long_texts, counts
+        )
+    documents = load_documents(paths, **told)
+    counts["texts"] = len(documents)
+    parts = [segments(document, masks.segment_sentences) for document in documents]
+    seed = options.training.seed - held_out
+    return SentencePairs(parts, tokenizer, limit, seed, counts=counts)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..data.texts import Text
 from ..scoring.model_access import without_wrapper
 from .evaluation import mean_over_rows
 from .job import pretrained
@@ -19,22 +18,6 @@ def tokenizer_with_mask(options: Any, needed: bool = True) -> Any:
     if needed and tokenizer.mask_token_id is None:
         raise ValueError(f"the tokenizer of {options.model.model} has no mask token")
     return tokenizer
-
-
-def without_token(tokenizer: Any, rows: int) -> list[int]:
-    """Returns the rows of an embedding that belong to no token, such as those that pad it."""
-    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
-
-
-def only_special(tokenizer: Any, text: Text) -> str | None:
-    """Returns the reason why a text of which nothing can be learned cannot be used."""
-    special = set(tokenizer.all_special_ids)
-    for part in (text.text, text.positive):
-        if part is not None and special.issuperset(
-            tokenizer(part, add_special_tokens=False)["input_ids"]
-        ):
-            return "has no tokens but special ones"
-    return None
 
 
 def evaluate(trainer: Any, data: Any, batch_size: int, at_least: int = 1) -> dict[str, float]:

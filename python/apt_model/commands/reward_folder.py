@@ -57,16 +57,15 @@ def load_text_reward(
     model = RewardModel(base, base.config.hidden_size, layers, use_pooling=pooling)
     model.value_head.load_state_dict(torch.load(folder / HEAD, weights_only=True))
     model.to(device).requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenize, end_token = PairTokenizer(tokenizer, **settings), tokenizer.eos_token_id
+    tokenize = PairTokenizer(AutoTokenizer.from_pretrained(folder), **settings)
 
     @torch.no_grad()
     def reward(
-        prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool] | None = None
+        prompts: Sequence[Any], responses: Sequence[str], finished: Sequence[bool] | None = None
     ) -> list[float]:
         ends = [True] * len(prompts) if finished is None else finished
         rows = [
-            torch.tensor(_as_written(tokenize.sequence(prompt, response), end_token, end))
+            torch.tensor(tokenize.sequence(prompt, response, finished=end))
             for prompt, response, end in zip(prompts, responses, ends, strict=True)
         ]
         rewards: list[float] = []
@@ -81,8 +80,3 @@ def load_text_reward(
         return rewards
 
     return reward
-
-
-def _as_written(ids: list[int], end_token: int | None, finished: bool) -> list[int]:
-    """Returns the tokens without the end token of a response that was cut."""
-    return ids if finished or not ids or ids[-1] != end_token else ids[:-1]

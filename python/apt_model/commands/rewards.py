@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..data.prompts import prompt_of
 from ..rl.reward_files import source_file
 from ..rl.reward_functions import RewardFunction, RowReward, read_functions
 from .reward_folder import load_text_reward
@@ -60,7 +61,7 @@ def _of_model(folder: Path, device: torch.device | str) -> RewardFunction:
     def reward_model(
         rows: list[dict[str, Any]], responses: list[str], finished: list[bool]
     ) -> list[float]:
-        return score([row["prompt"] for row in rows], responses, finished)
+        return score([prompt_of(row) for row in rows], responses, finished)
 
     return RewardFunction(reward_model, origin=str(folder))
 

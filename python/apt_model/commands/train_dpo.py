@@ -6,21 +6,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .groups import ModelOptions, PrecisionOptions, TextOptions
+from ..data.options import TextOptions
+from .groups import ModelOptions, PrecisionOptions
 from .options import RunOptions, TrainingOptions, default_of
 
 if TYPE_CHECKING:
     from .job import Job
 
 SHOWN = {"loss": "loss", "accuracy": "accuracy", "margin": "reward_margin"}
-PAIRS = "JSON lines with the strings prompt, chosen and rejected"
+PAIRS = (
+    "rows with prompt, chosen and rejected, strings or lists of messages: JSON lines, JSON, CSV, "
+    "Parquet, or a folder of datasets; also several"
+)
 
 
 @dataclass(kw_only=True)
 class PairRunOptions(RunOptions):
     """Run."""
 
-    data: Path = field(metadata={"metavar": "FILE", "help": PAIRS})
+    data: tuple[Path, ...] = field(metadata={"metavar": "FILE", "help": PAIRS})
 
 
 @dataclass(kw_only=True)
@@ -81,10 +85,12 @@ def make_job(options: Options) -> Job:
     from .models import reference_of, save_pretrained, trained_part
     from .pairs import batches_of_pairs, load_all_pairs, measure_of
     from .samples import Samples
+    from .texts import PAIR_LENGTH, length_limit
 
     loss, training = options.loss, options.training
     tokenizer = pretrained(options, "AutoTokenizer")
-    pairs, held_out = load_all_pairs(options, tokenizer)
+    limit = length_limit(options, tokenizer, PAIR_LENGTH)
+    pairs, held_out, counts = load_all_pairs(options, tokenizer, limit)
     batches = batches_of_pairs(options, pairs)
     model = trained_part(options, pretrained(options, "AutoModelForCausalLM"))
     config = DPOConfig(
@@ -114,6 +120,6 @@ def make_job(options: Options) -> Job:
         save=save_pretrained(trainer.policy_model, tokenizer),
         tokenizer=tokenizer,
         samples=Samples(trainer.policy_model, tokenizer, prompts),
-        counts={"pairs": len(pairs), "held_out_pairs": len(held_out)},
+        counts=counts,
         inputs={"reference_model": loss.reference_model} if loss.reference_model else {},
     )

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..data.options import PromptOptions
 from .arguments import check_at_least
 from .groups import (
     ModelOptions,
     PrecisionOptions,
-    PromptOptions,
     RewardOptions,
     SamplingOptions,
 )
@@ -20,14 +20,17 @@ from .options import RunOptions, TrainingOptions, default_of
 if TYPE_CHECKING:
     from .job import Job
 
-PROMPTS = "JSON lines with the string prompt; other fields are for the reward function"
+PROMPTS = (
+    "rows with prompt, a string or a list of messages: JSON lines, JSON, CSV, Parquet, or a folder "
+    "of datasets; also several; other columns are for the reward function"
+)
 
 
 @dataclass(kw_only=True)
 class PromptRunOptions(RunOptions):
     """Run."""
 
-    data: Path = field(metadata={"metavar": "FILE", "help": PROMPTS})
+    data: tuple[Path, ...] = field(metadata={"metavar": "FILE", "help": PROMPTS})
 
 
 @dataclass(kw_only=True)
@@ -112,7 +115,6 @@ def make_job(options: Options) -> Job:
             kl_coef=loss.kl_coef,
             target_kl=loss.target_kl,
             sampling_temperature=loss.sampling_temperature,
-            max_length=options.text.max_length,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from .groups import ModelOptions, PrecisionOptions, TextOptions
+from ..data.options import TextOptions
+from .groups import ModelOptions, PrecisionOptions
 from .options import TrainingOptions, default_of
 from .train_dpo import SHOWN, PairRunOptions
 
 if TYPE_CHECKING:
     from .job import Job
 
-NOT_TAKEN = ("prompt_lengths",)
+NOT_TAKEN = ("prompt_lengths", "chosen_response_mask", "rejected_response_mask")
 
 
 @dataclass(kw_only=True)
@@ -71,10 +72,12 @@ def make_job(options: Options) -> Job:
     from .models import trained_part, without_pooler, wrapped
     from .pairs import batches_of_pairs, load_all_pairs, measure_of
     from .reward_folder import save_reward_model
+    from .texts import PAIR_LENGTH, length_limit
 
     reward, training = options.reward, options.training
     tokenizer = pretrained(options, "AutoTokenizer")
-    pairs, held_out = load_all_pairs(options, tokenizer)
+    limit = length_limit(options, tokenizer, PAIR_LENGTH)
+    pairs, held_out, counts = load_all_pairs(options, tokenizer, limit)
     batches = batches_of_pairs(options, pairs, NOT_TAKEN)
     base = without_pooler(pretrained(options, "AutoModel"))
     base = trained_part(options, base, none_is_possible=True, wrap=False)
@@ -94,6 +97,7 @@ def make_job(options: Options) -> Job:
         max_grad_norm=training.max_grad_norm,
         **trainer_options(options, batches),
     )
+    text = replace(options.text, max_length=limit.tokens)
     return Job(
         trainer,
         batches,
@@ -101,7 +105,7 @@ def make_job(options: Options) -> Job:
         measure_of(trainer, held_out, options, NOT_TAKEN),
         key="loss",
         higher_is_better=False,
-        save=partial(save_reward_model, model, tokenizer, options.text, reward.head_layers),
+        save=partial(save_reward_model, model, tokenizer, text, reward.head_layers),
         tokenizer=tokenizer,
-        counts={"pairs": len(pairs), "held_out_pairs": len(held_out)},
+        counts=counts,
     )

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..data.options import PromptOptions
 from .arguments import check_at_least
 from .groups import (
     ModelOptions,
     PrecisionOptions,
-    PromptOptions,
     RewardOptions,
     SamplingOptions,
 )
@@ -93,7 +93,6 @@ def make_job(options: Options) -> Job:
             gamma=loss.gamma,
             gae_lambda=loss.gae_lambda,
             temperature=loss.temperature,
-            max_length=options.text.max_length,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from .duplicates import batches_apart, count_batches
 
 
 def generator_of(*keys: int | str) -> torch.Generator:
@@ -33,6 +36,11 @@ class ShuffledBatches:
             told the step.
         whole: leave out the last batch of an epoch where it would be smaller.
         share: returns the part of a batch's rows that this process trains on; None: all of them.
+        groups: of each row the number of its group: no batch holds two rows of one group. Of a
+            group with more rows than an epoch has batches each epoch leaves some out.
+
+    Attributes:
+        left_out: how many rows an epoch leaves out because of their groups.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class ShuffledBatches:
         collate: Callable[[list[int], int], Mapping[str, Any]],
         whole: bool = False,
         share: Callable[[list[int]], list[int]] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> None:
         if count < 1 or batch_size < 1:
             raise ValueError(
@@ -50,18 +59,28 @@ class ShuffledBatches:
             )
         self.count, self.batch_size = count, batch_size
         self._seed, self._collate, self._share = seed, collate, share
-        self.per_epoch = max(1, count // batch_size) if whole else -(-count // batch_size)
-        self._epoch, self._order = -1, []
+        self._groups = groups if groups is not None and len(set(groups)) < count else None
+        numbers = range(count) if self._groups is None else self._groups
+        self.per_epoch = count_batches(numbers, batch_size, whole)
+        sizes = Counter(numbers).values()
+        self.left_out = sum(max(size - self.per_epoch, 0) for size in sizes)
+        self._epoch, self._batches = -1, []
 
     def rows(self, step: int) -> list[int]:
         """Returns the numbers of all rows of step `step`, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = generator_of("order", self._seed, epoch)
-            self._order = torch.randperm(self.count, generator=generator).tolist()
+            order = torch.randperm(self.count, generator=generator).tolist()
+            self._batches = self._cut(order)
             self._epoch = epoch
-        start = position * self.batch_size
-        return self._order[start : start + self.batch_size]
+        return self._batches[position]
+
+    def _cut(self, order: list[int]) -> list[list[int]]:
+        size = self.batch_size
+        if self._groups is not None:
+            return batches_apart(order, self._groups, size, self.per_epoch)
+        return [order[start : start + size] for start in range(0, self.count, size)]
 
     def __getitem__(self, step: int) -> Mapping[str, Any]:
         """Returns the arguments of `train_step` of step `step`."""

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,12 @@ def sha256_of(path: Path, whole: bool = True) -> str:
                 opened.seek(size - BLOCK)
                 digest.update(opened.read(BLOCK))
     return digest.hexdigest()
+
+
+def sha256_of_all(paths: Sequence[Path]) -> str:
+    """Returns the hash of the contents of several files or folders, of one as `sha256_of`."""
+    hashes = [sha256_of(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], keep: Path | None = None) -> None:
