@@ -81,10 +81,11 @@ SAMPLING = ("--max-new-tokens=4", "--learning-rate=3e-2", "--eval-every=4", "--k
 
 
 def grpo(model_folder, files, output, *more):
+    own = any(option.startswith("--reward=") for option in more)
     return command(
         "train-grpo", model_folder, files["prompts"], output, "--epochs=4",
-        f"--reward={files['reward']}:happy", f"--eval={files['held_out_prompts']}", *SAMPLING,
-        *more,
+        *([] if own else [f"--reward={files['reward']}:happy"]),
+        f"--eval={files['held_out_prompts']}", *SAMPLING, *more,
     )  # fmt: skip
 
 
@@ -225,7 +226,8 @@ def test_a_run_with_another_reward_is_not_continued(model_folder, files, tmp_pat
     assert "a run with other settings (reward_sha256: " in capsys.readouterr().err
     files["reward"].write_bytes(before)
     assert main(run) == 0
-    assert main([*run, f"--reward={files['reward']}:counted"]) == 1
+    other = COUNTED.format(**files)
+    assert main(grpo(model_folder, files, tmp_path / "out", "--epochs=1", other)) == 1
     assert "(reward: 'happy' there, 'counted' here)" in capsys.readouterr().err
 
 
