@@ -452,7 +452,7 @@ def test_a_reward_that_fails_names_function_row_and_line(model_folder, files, tm
                         "--max-new-tokens=2", f"--reward={files['reward']}:failing")  # fmt: skip
     assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: reward {files['reward']}:failing failed on " in error
+    assert f"error: reward {files['reward']}:failing failed on {files['prompts']}:" in error
     assert ": KeyError: '" in error and error.endswith(f"({files['reward']}:12)")
 
 
