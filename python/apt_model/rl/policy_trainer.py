@@ -98,18 +98,8 @@ class PolicyTrainer(TrainingLoop):
             move_modules([reward_model], device)
         self._backend = backend
         self._policy = NextTokenScorer(policy_model, use_hidden_states, backend)
-        self._reference = self.ref_policy_model = None
-        if isinstance(ref_policy_model, str) and ref_policy_model != COPY:
-            raise ValueError(
-                f"ref_policy_model must be a model or 'copy', got {ref_policy_model!r}"
-            )
-        if ref_policy_model is not None:
-            given = None if ref_policy_model == COPY else ref_policy_model
-            self._reference = ReferenceModel(self._policy, given, self.device)
-            self.ref_policy_model = self._reference.model
-            self.with_state["reference"] = self._reference
-        elif config.target_kl is not None:
-            raise ValueError("target_kl needs a reference: pass ref_policy_model")
+        self._reference = self._reference_of(ref_policy_model)
+        self.ref_policy_model = self._reference and self._reference.model
         self._kl_coef = KLCoefficient(config.kl_coef, config.target_kl)
         self.with_state["kl_coefficient"] = self._kl_coef
         self._temperature = temperature
@@ -131,6 +121,20 @@ class PolicyTrainer(TrainingLoop):
             rules=self._ends,
             pad_token_id=pad_token_id,
         )
+
+    def _reference_of(self, model: nn.Module | str | None) -> ReferenceModel | None:
+        """Returns the reference that `ref_policy_model` means, and makes it part of the state."""
+        if isinstance(model, str) and model != COPY:
+            raise ValueError(f"ref_policy_model must be a model or 'copy', got {model!r}")
+        if model is None:
+            if self.config.target_kl is not None:
+                raise ValueError("target_kl needs a reference: pass ref_policy_model")
+            return None
+        reference = ReferenceModel(
+            self._policy, None if isinstance(model, str) else model, self.device
+        )
+        self.with_state["reference"] = reference
+        return reference
 
     def get_log_probs(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
