@@ -327,6 +327,25 @@ def test_what_killed_processes_left_is_cleaned_up(run, tmp_path):
     assert not any(name.startswith(".") for name in names), names
 
 
+def test_saving_is_tried_before_the_first_step(model_folder, data, tmp_path, monkeypatch, capsys):
+    from apt_model.commands import train_dpo
+
+    make_job, trained = train_dpo.make_job, []
+
+    def refusing(folder):
+        raise ValueError(f"{folder}: this model cannot be saved")
+
+    def make(options):
+        job = make_job(options)
+        job.check_saving, job.train_step = refusing, lambda **batch: trained.append(1)
+        return job
+
+    monkeypatch.setattr(train_dpo, "make_job", make)
+    assert main(arguments(model_folder, data, tmp_path / "out")) == 1
+    assert f"{tmp_path / 'out' / 'model'}: this model cannot be saved" in capsys.readouterr().err
+    assert not trained and not (tmp_path / "out").exists()
+
+
 # What is told
 
 

@@ -39,6 +39,7 @@ class Job:
         key: the figure that decides which state is best.
         higher_is_better: whether a higher figure is better.
         save: writes the trained model into a folder.
+        check_saving: raises where `save` would fail; called with that folder before the first step.
         counts: more of the summary.
         train_step: instead of the trainer's.
         tokenizer: makes texts of the batches' tokens; None: they hold none.
@@ -54,6 +55,7 @@ class Job:
     key: str
     higher_is_better: bool
     save: Callable[[Path], None]
+    check_saving: Callable[[Path], Any] | None = None
     counts: Mapping[str, Any] = field(default_factory=dict)
     train_step: Callable[..., Mapping[str, float]] | None = None
     tokenizer: Any = None
@@ -148,6 +150,8 @@ def run_job(
         effective: all options, written to `run.yaml`.
     """
     trainer, output = job.trainer, run.output
+    if job.check_saving is not None:
+        processes.on_main(lambda: job.check_saving(output / "model"))
     evaluation = _evaluation(run, job)
     parts = {} if evaluation is None else {"evaluation": evaluation}
     checkpoint = Checkpoint(output / "checkpoint.pt", settings, parts)
