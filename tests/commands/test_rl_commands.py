@@ -132,9 +132,9 @@ def test_rlhf_learns_from_a_function(model_folder, files, tmp_path, capsys):
     assert summary["before"]["sequence_kl"] == pytest.approx(0, abs=1e-5)
     assert summary["prompts"] == 16 and summary["total_steps"] == 24
     assert {"mean_reward", "mean_kl", "ppo_loss"} <= set(summary["curves"])
-    assert sorted(p.name for p in policy.iterdir()) == [
+    assert {p.name for p in policy.iterdir()} - {"best.pt"} == {
         "checkpoint.pt", "curves.png", "model", "run.yaml", "summary.json",
-    ]  # fmt: skip
+    }  # fmt: skip
     assert not torch.equal(
         parameters(policy)["lm_head.weight"], tiny_llama().float().lm_head.weight
     )
@@ -306,7 +306,7 @@ def test_the_best_state_outlives_a_model_that_could_not_be_saved(
     assert summary["after"] == summary["held_out"][0] != summary["held_out"][-1]
     ours, theirs = parameters(output), parameters(shorter)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not (output / "best.pt").exists()
+    assert (output / "best.pt").exists()  # the last state is another one
 
 
 @pytest.mark.parametrize("same", [False, True])

@@ -6,18 +6,17 @@ import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from .arguments import check_at_least, command_of, read_options
+
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 
 
 @dataclass(kw_only=True)
 class EvaluateOptions:
     """Run and rows."""
 
-    run: Path = field(
-        metadata={"metavar": "FOLDER", "help": "output folder of a training command that finished"}
-    )
+    run: Path = field(metadata={"metavar": "FOLDER", "help": "output folder of a training command"})
     eval_data: tuple[Path, ...] = field(
         metadata={"names": ("--eval",), "metavar": "PATH", "help": "rows to measure"}
     )
@@ -31,8 +30,9 @@ class EvaluateOptions:
     def check(self) -> None:
         """Raises where there is no trained run, or no such file."""
         check_at_least(self, 1, "batch_size")
-        if not (self.run / "run.yaml").is_file() or not (self.run / "model").is_dir():
-            raise FileNotFoundError(f"{self.run} holds no run.yaml and model of a finished run")
+        for name in ("run.yaml", CHECKPOINT):
+            if not (self.run / name).is_file():
+                raise FileNotFoundError(f"{self.run} holds no {name}: it is no run of a command")
         for path in self.eval_data:
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
@@ -42,7 +42,8 @@ class EvaluateOptions:
 class Options:
     """Measure a trained model on other rows, with the figures that its training had.
 
-    What a policy is compared with is the model that its training began with.
+    The model is made as the training made it, and gets the best state, or the last where nothing
+    was measured. So a policy is compared with what its training began with.
     """
 
     rows: EvaluateOptions
@@ -51,6 +52,7 @@ class Options:
 def run(options: Options) -> int:
     """Prints the figures as JSON."""
     from ..training import processes
+    from ..training.files import load_tensors
 
     given = options.rows
     file = given.run / "run.yaml"
@@ -60,14 +62,12 @@ def run(options: Options) -> int:
     of_run.run.data = of_run.run.eval_data = given.eval_data
     of_run.run.device = str(processes.begin(given.device, of_run.run.process_timeout))
     of_run.training.batch_size = given.batch_size or of_run.training.batch_size
-    _begin_with_the_trained(of_run, given.run / "model")
-    figures = module.make_job(of_run).measure()
-    print(json.dumps({"command": command, **figures}, indent=2))
+    job = module.make_job(of_run)
+    best = given.run / BEST
+    if best.exists():
+        state = load_tensors(best)
+    else:
+        state = load_tensors(given.run / CHECKPOINT)["trainer"]
+    job.trainer.load_modules(state["modules"])
+    print(json.dumps({"command": command, **job.measure()}, indent=2))
     return 0
-
-
-def _begin_with_the_trained(options: Any, folder: Path) -> None:
-    loss = getattr(options, "loss", None)
-    if getattr(loss, "reference_model", "") is None and options.model.gguf_file is None:
-        loss.reference_model = options.model.model
-    options.model.model, options.model.gguf_file = folder, None

@@ -25,7 +25,7 @@ class Evaluation:
         higher_is_better: of that figure.
         every: steps; 0: only at the end.
         patience: the run ends after so many measurements without a better one; 0: never.
-        path: of the file that holds the best state while training goes on.
+        path: of the file that holds the best state, until the checkpoint holds the same.
         rows: hash of the held-out rows: measurements of others are not compared with these.
     """
 

@@ -201,8 +201,8 @@ def run_job(
     processes.on_main(
         lambda: write_whole(output / "summary.json", lambda path: path.write_text(text))
     )
-    if finished and evaluation is not None:
-        evaluation.forget_best()
+    if finished and evaluation is not None and evaluation.best["step"] == trainer.total_steps:
+        evaluation.forget_best()  # the checkpoint holds the same
     return summary
 
 

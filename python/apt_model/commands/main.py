@@ -71,9 +71,19 @@ def _failed(error: Exception) -> int:
     if is_main() or not getattr(error, "of_main", False):
         print(f"apt-model: error{process}: {error}", file=sys.stderr, flush=True)
     if _is_of_several():  # leaving the group properly would wait for the others
-        sys.stdout.flush()
-        os._exit(1)
+        _end(1)
     return 1
+
+
+def _end(status: int) -> None:
+    """Ends this process without the teardown of the interpreter.
+
+    In it a thread of gloo that lets go of its last tensor can abort the process ("terminate called
+    without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _train(command: str, module: Any, options: Any, arguments: Sequence[str]) -> int:
@@ -82,23 +92,39 @@ def _train(command: str, module: Any, options: Any, arguments: Sequence[str]) ->
         options.run.output = Path("out") / name
     check(options)
     from ..rl.reward_source import RewardError
+    from ..training import processes
     from .job import run_command
 
     try:
         summary = run_command(command, module.make_job, options)
     except RewardError as error:
         raise ValueError(str(error)) from error
-    if summary is None:
-        return 0
+    status = 0 if summary is None else _report(command, summary, arguments)
+    if _is_of_several():
+        processes.end()
+        _end(status)
+    return status
+
+
+def _report(command: str, summary: dict[str, Any], arguments: Sequence[str]) -> int:
+    """Says what a run did; returns the exit status."""
     if not summary["finished"]:
         again = [argument for argument in arguments if argument != "--restart"]
         say(
             f"stopped after step {summary['total_steps']}; to continue: "
-            f"{shlex.join(['apt-model', command, *again])}"
+            f"{shlex.join([*_started_by(), 'apt-model', command, *again])}"
         )
     if is_main():
         print(json.dumps({k: v for k, v in summary.items() if k != "curves"}, indent=2))
     return 0 if summary["finished"] else INTERRUPTED
+
+
+def _started_by() -> list[str]:
+    """Returns the command line in front of this one: torchrun's, where there are processes."""
+    if not _is_of_several():
+        return []
+    count = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    return ["torchrun", f"--nproc-per-node={count}", "--no-python"]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from . import processes
 
 Norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _SumOfAll(torch.autograd.Function):
+    """The sum over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _SumOfAll.forward(ctx, grad)
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -29,9 +43,9 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         values = input.transpose(0, 1).flatten(1).float()  # (C, everything else)
         count = torch.tensor(float(values.shape[1]), device=input.device)
         dist.all_reduce(count)
-        mean = all_reduce(values.sum(1)) / count
+        mean = _SumOfAll.apply(values.sum(1)) / count
         centred = values - mean.unsqueeze(1)
-        variance = all_reduce(centred.square().sum(1)) / count
+        variance = _SumOfAll.apply(centred.square().sum(1)) / count
         self._follow(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         shape = (1, -1, *[1] * (input.dim() - 2))
         scale = torch.rsqrt(variance + self.eps)

@@ -37,8 +37,9 @@ def begin(device: str | None, timeout: float) -> torch.device:
 
 
 def end() -> None:
-    """Leaves the group of processes."""
-    if dist.is_available() and dist.is_initialized():
+    """Leaves the group of processes, when all of them are done."""
+    if count() > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
