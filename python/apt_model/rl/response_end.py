@@ -87,6 +87,7 @@ class FoundEnds:
         self._rules = rules
         self._stopped = [0] * rows  # after how many tokens a stop string was complete; 0: not yet
         self._device = device
+        self._none = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def stopped_by_text(self, new: Tensor) -> Tensor:
         """Looks for stop strings that the last tokens of `new` `(B, T)` complete.
@@ -94,10 +95,11 @@ class FoundEnds:
         Returns:
             `(B,)`, True for responses that had one, now or before.
         """
-        if self._rules.strings:
-            for row, tail in enumerate(new[:, -self._rules.window :].tolist()):
-                if not self._stopped[row] and self._rules.has_stop(tail):
-                    self._stopped[row] = new.shape[1]
+        if not self._rules.strings:
+            return self._none
+        for row, tail in enumerate(new[:, -self._rules.window :].tolist()):
+            if not self._stopped[row] and self._rules.has_stop(tail):
+                self._stopped[row] = new.shape[1]
         return torch.tensor([length > 0 for length in self._stopped], device=self._device)
 
     def lengths(self, new: Tensor, rooms: Tensor) -> tuple[Tensor, Tensor]:
