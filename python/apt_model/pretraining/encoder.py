@@ -17,10 +17,12 @@ class Encoded(NamedTuple):
     Attributes:
         hidden: `(B, S, H)`, or `(B, H)` of an encoder that pools itself.
         pooler_output: `(B, H)` of models that have one (BERT), else None.
+        nsp_logits: `(B, 2)` of models that predict the next sentence themselves, else None.
     """
 
     hidden: Tensor
     pooler_output: Tensor | None
+    nsp_logits: Tensor | None = None
 
     @property
     def pooled(self) -> Tensor:
@@ -35,20 +37,22 @@ class Encoder:
     with its input as the only argument where it names that otherwise (encoders of images). It is
     asked for `output_hidden_states` where it takes that. The positions of masked token ids count
     real tokens alone, see `Positions`. Of a plain Hugging Face model with a head only the base
-    model runs.
+    model runs, unless it is asked for the `whole`.
 
     Args:
         model: any module, also DDP- or FSDP2-wrapped or adapted by PEFT.
+        whole: run the model with its head, and ask for no hidden states: what is wanted of it is
+            its `output`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole: bool = False) -> None:
         inner = base_model(model)
         self._name = type(inner).__name__
         self._model = model
         has_head = has_output_embedding(inner)
         plain = model is without_wrapper(model) and not isinstance(model, FSDPModule)
         trunk = getattr(inner, "base_model", None)
-        if has_head and plain and not has_adapter(model) and isinstance(trunk, nn.Module):
+        if has_head and plain and not whole and not has_adapter(model) and isinstance(trunk, nn.Module):
             has_head = trunk is inner
             self._model = inner = trunk
         accepted = inspect.signature(inner.forward).parameters
@@ -58,7 +62,7 @@ class Encoder:
         sizes = getattr(getattr(inner, "config", None), "type_vocab_size", 2)
         self.takes_token_types = "token_type_ids" in accepted and sizes > 1
         self._options: dict[str, Any] = {}
-        if "output_hidden_states" in accepted or (more and has_head):
+        if not whole and ("output_hidden_states" in accepted or (more and has_head)):
             self._options["output_hidden_states"] = True
         if "use_cache" in accepted:
             self._options["use_cache"] = False
@@ -77,6 +81,23 @@ class Encoder:
             attention_mask: `(B, S)`, 1 = real token; None: all are.
             token_type_ids: `(B, S)`, 0 in the first segment, 1 in the second.
         """
+        output = self.output(inputs, attention_mask, token_type_ids)
+        pooled = found(output, "pooler_output")
+        encoded = Encoded(pooled_map(hidden_states_of(output), pooled), pooled)
+        if encoded.hidden.dim() not in (2, 3) or len(encoded.hidden) != len(inputs):
+            raise ValueError(
+                f"{self._name} must return (B, S, H) or (B, H) for a batch "
+                f"{tuple(inputs.shape)}, got {tuple(encoded.hidden.shape)}"
+            )
+        return encoded
+
+    def output(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Any:
+        """Returns the model's own output; arguments as `__call__`."""
         options = dict(self._options)
         if not inputs.is_floating_point():
             inputs, positions = self._positions(inputs, attention_mask)
@@ -86,13 +107,17 @@ class Encoder:
         if self.takes_token_types and token_type_ids is not None:
             options["token_type_ids"] = token_type_ids
         if self._by_name:
-            output = self._model(input_ids=inputs, **options)
-        else:
-            output = self._model(inputs, **options)
-        encoded = Encoded(hidden_states_of(output), found(output, "pooler_output"))
-        if encoded.hidden.dim() not in (2, 3) or len(encoded.hidden) != len(inputs):
-            raise ValueError(
-                f"{self._name} must return (B, S, H) or (B, H) for a batch "
-                f"{tuple(inputs.shape)}, got {tuple(encoded.hidden.shape)}"
-            )
-        return encoded
+            return self._model(input_ids=inputs, **options)
+        return self._model(inputs, **options)
+
+
+def pooled_map(hidden: Tensor, pooled: Tensor | None) -> Tensor:
+    """Returns `(B, C)` of the maps `(B, C, H, W)` of a convolutional encoder; others as they are.
+
+    It is what the encoder's own pooler made `(B, C)` or `(B, C, 1, 1)`, else the mean over places.
+    """
+    if hidden.dim() != 4:
+        return hidden
+    if pooled is not None and pooled.shape[:2].numel() == pooled.numel():
+        return pooled.flatten(1)
+    return hidden.mean((2, 3))

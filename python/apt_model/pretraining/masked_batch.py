@@ -130,7 +130,7 @@ def make_masked_batch(
             _check_shape(name, values, shape, "as input_ids")
     real = None if attention_mask is None else (attention_mask.to(ids.device) != 0)
     if real is not None:
-        ids = ids.masked_fill(~real, config.pad_token_id)
+        ids = ids.masked_fill(~real, config.pad_token_id or 0)
     _check_vocabulary(ids, config.vocab_size)
     nsp_labels = _checked_nsp_labels(config, nsp_labels, len(ids))
     if sample_ids is None:

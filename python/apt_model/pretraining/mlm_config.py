@@ -28,9 +28,10 @@ class MLMConfig:
         warmup_steps: the learning rate rises linearly over so many steps; 0: it does not.
         vocab_size: how many ids there are.
         mask_token_id: id of [MASK].
-        pad_token_id: id of padding.
-        cls_token_id: id of [CLS].
-        sep_token_id: id of [SEP]; what follows the first one is the second segment.
+        pad_token_id: id of padding; None: the tokenizer has none.
+        cls_token_id: id of [CLS]; None: the tokenizer has none.
+        sep_token_id: id of [SEP]; what follows the first one is the second segment. None: the
+            tokenizer has none (ESM's), which next sentences need.
         use_nsp: also predict whether the second segment follows the first.
         mlm_loss_weight: of the masked tokens' loss in the total.
         nsp_loss_weight: of the next sentence's loss in the total.
@@ -49,9 +50,9 @@ class MLMConfig:
     warmup_steps: int = 10000
     vocab_size: int = 50000
     mask_token_id: int = 4
-    pad_token_id: int = 0
-    cls_token_id: int = 2
-    sep_token_id: int = 3
+    pad_token_id: int | None = 0
+    cls_token_id: int | None = 2
+    sep_token_id: int | None = 3
     use_nsp: bool = False
     mlm_loss_weight: float = 1.0
     nsp_loss_weight: float = 1.0
@@ -95,7 +96,11 @@ class MLMConfig:
 
     def _check_ids(self) -> None:
         more = [("special_token_ids", value) for value in self.special_token_ids]
-        for name, value in [*((name, getattr(self, name)) for name in IDS), *more]:
+        own = [(name, getattr(self, name)) for name in IDS]
+        own = [(name, value) for name, value in own if name == "mask_token_id" or value is not None]
+        if self.use_nsp and self.sep_token_id is None:
+            raise ValueError("MLMConfig.sep_token_id must be an id: use_nsp needs it, got None")
+        for name, value in [*own, *more]:
             if type(value) is not int or not 0 <= value < self.vocab_size:
                 raise ValueError(
                     f"MLMConfig.{name} must be an id in [0, vocab_size = {self.vocab_size}), "
@@ -116,4 +121,5 @@ class MLMConfig:
     @property
     def special_ids(self) -> tuple[int, ...]:
         """The ids that are never predicted."""
-        return tuple(sorted({*(getattr(self, name) for name in IDS), *self.special_token_ids}))
+        own = {getattr(self, name) for name in IDS} - {None}
+        return tuple(sorted({*own, *self.special_token_ids}))

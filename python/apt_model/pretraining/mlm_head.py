@@ -9,6 +9,7 @@ from apt_kernels import linear_cross_entropy, token_logprobs
 
 from ..scoring.devices import evaluating
 from ..scoring.model_access import as_autocast
+from .own_head import OwnMLMHead, has_own_head
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 INITIAL_DEVIATION = 0.02  # of BERT's weights
@@ -150,7 +151,12 @@ def make_mlm_head(
     backend: str | None,
     model: nn.Module,
 ) -> nn.Module:
-    """Returns a head of `model` around what the user gave: nothing, a decoder, or a whole head."""
+    """Returns a head of `model` around what the user gave: nothing, a decoder, or a whole head.
+
+    Where nothing was given it is the head that the model has itself, if it has one.
+    """
+    if lm_head is None and has_own_head(model):
+        return OwnMLMHead(model, hidden_size, vocab_size, backend)
     if lm_head is None or isinstance(lm_head, (nn.Linear, nn.Embedding)):
         return MLMHead(hidden_size, vocab_size, hidden_act, lm_head, backend)
     return GivenHead(lm_head, hidden_size, vocab_size, backend, model)

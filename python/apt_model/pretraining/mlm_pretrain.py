@@ -15,10 +15,11 @@ from ..scoring.model_access import vocabulary_size
 from ..training.config import split_options
 from ..training.loop import read_numbers
 from .created_modules import CreatedModulesLoop, warmup
-from .encoder import Encoder
+from .encoder import Encoded, Encoder
 from .masked_batch import MaskedBatch, make_masked_batch, masked
 from .mlm_config import MLMConfig
 from .mlm_head import MLMHead, NSPHead, make_mlm_head
+from .own_head import OwnMLMHead, OwnNSPHead
 
 __all__ = [
     "MLMConfig", "MLMHead", "MLMPretrainer", "NSPDataBuilder", "NSPHead", "create_mlm_pretrainer",
@@ -35,12 +36,13 @@ class MLMPretrainer(CreatedModulesLoop):
     number of processes.
 
     Args:
-        model: the encoder; see `Encoder`. Of BERT take the base model, or give its `lm_head`.
+        model: the encoder; see `Encoder`. A transformers model with heads of its own for masked
+            tokens (`BertForMaskedLM`) and next sentences (`BertForPreTraining`) trains these.
         hidden_size: of its hidden states.
         optimizer: None: AdamW with the configuration's learning rate and weight decay.
         config: None, a mapping or an `MLMConfig`.
         device: None: where the model is.
-        lm_head: None: an `MLMHead` of its own; an `nn.Linear`, or the model's input embedding (a
+        lm_head: None: the model's own head, else an `MLMHead`; an `nn.Linear`, or the model's input embedding (a
             tied decoder), as that head's decoder; any other module as the whole head.
         scheduler: replaces the warm-up.
         backend: of the kernels.
@@ -73,7 +75,11 @@ class MLMPretrainer(CreatedModulesLoop):
         self.mlm_head = make_mlm_head(
             lm_head, hidden_size, self.config.vocab_size, self.config.hidden_act, backend, model
         )
-        self.nsp_head = NSPHead(hidden_size, backend) if self.config.use_nsp else None
+        own = self.mlm_head if isinstance(self.mlm_head, OwnMLMHead) else None
+        self.nsp_head: nn.Module | None = None
+        if self.config.use_nsp:
+            has_nsp = own is not None and own.has_nsp
+            self.nsp_head = OwnNSPHead(own, backend) if has_nsp else NSPHead(hidden_size, backend)
         steps = self.config.warmup_steps
         super().__init__(
             "model",
@@ -87,7 +93,8 @@ class MLMPretrainer(CreatedModulesLoop):
             scheduler=partial(warmup, steps=steps) if scheduler is None and steps else scheduler,
             **options,
         )
-        self._encoder = Encoder(model)
+        self._own_head = own
+        self._encoder = Encoder(model, whole=own is not None)
         self._backend = backend
 
     def create_mlm_mask(
@@ -212,17 +219,38 @@ class MLMPretrainer(CreatedModulesLoop):
         loss, right = self.mlm_head(hidden.flatten(0, 1)[positions], targets, count)
         return loss, right.double() / count
 
+    def _mlm_of(
+        self, batch: MaskedBatch, count: int | Tensor
+    ) -> tuple[Tensor, Tensor, Encoded]:
+        """Returns the share of loss and accuracy, and what next sentences are predicted from."""
+        inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
+        if self._own_head is None:
+            encoded = self._encoder(*inputs)
+            share = self._mlm_share(encoded.hidden, batch.positions, batch.targets, count)
+            return *share, encoded
+        count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        loss, correct, encoded = self._own_head.of_pass(
+            partial(self._encoder.output, *inputs), batch.positions, batch.targets, count
+        )
+        return loss, correct.double() / count, encoded
+
+    def _nsp_of(
+        self, encoded: Encoded, labels: Tensor, count: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(self.nsp_head, OwnNSPHead):
+            return self.nsp_head.loss_of(encoded.nsp_logits, labels, count)
+        return self.nsp_head(encoded.pooled, labels, count)
+
     def _share(
         self, batch: MaskedBatch, tokens: int | Tensor, rows: int | Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the batch's share of the loss and metrics of so many tokens and rows."""
-        encoded = self._encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        mlm_loss, accuracy = self._mlm_share(encoded.hidden, batch.positions, batch.targets, tokens)
+        mlm_loss, accuracy, encoded = self._mlm_of(batch, tokens)
         num_masked = torch.full((), float(len(batch.targets)), device=self.device)
         metrics = {"mlm_loss": mlm_loss, "mlm_accuracy": accuracy, "num_masked": num_masked}
         loss = self.config.mlm_loss_weight * mlm_loss
         if self.nsp_head is not None:
-            nsp_loss, right = self.nsp_head(encoded.pooled, batch.nsp_labels, rows)
+            nsp_loss, right = self._nsp_of(encoded, batch.nsp_labels, rows)
             loss = loss + self.config.nsp_loss_weight * nsp_loss
             metrics.update(nsp_loss=nsp_loss, nsp_accuracy=right.double() / rows)
         return loss, metrics
