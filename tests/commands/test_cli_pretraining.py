@@ -45,6 +45,11 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def summary_class(output):
+    """The class of transformers that a folder was saved of."""
+    return json.loads((output / "model" / "config.json").read_text())["architectures"][0]
+
+
 def texts(count):
     return [f"w{i % 5} w{i % 5} w{i % 7} a. w{i % 3} w{i % 5} b. w{i % 7} a." for i in range(count)]
 
@@ -75,12 +80,30 @@ def test_mlm_on_lines_learns_and_leaves_a_model(model_folder, lines, tmp_path, n
     assert summary["curves"]["learning_rate"][:3] == pytest.approx([1.5e-3, 3e-3, 3e-3])
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert '"finished": true' in capsys.readouterr().out
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import (
+        AutoModel,
+        AutoModelForMaskedLM,
+        AutoModelForPreTraining,
+        AutoTokenizer,
+    )
 
     AutoModel.from_pretrained(output / "model")
     assert AutoTokenizer.from_pretrained(output / "model").mask_token_id == 4
-    heads = torch.load(output / "model" / "heads.pt", weights_only=True)
-    assert set(heads) == ({"mlm_head", "nsp_head"} if nsp else {"mlm_head"})
+    assert not (output / "model" / "heads.pt").exists()  # they are the model's own
+    made = AutoModelForPreTraining if nsp else AutoModelForMaskedLM
+    assert type(made.from_pretrained(output / "model")).__name__ == summary_class(output)
+    first = summary["after"]
+    again = tmp_path / "again"
+    more = [*options, f"--model={output / 'model'}", f"--eval-data={lines}", "--max-steps=1"]
+    assert run("pretrain-mlm", lines, again, *more) == 0
+    before = json.loads((again / "summary.json").read_text())["before"]
+    assert before == pytest.approx(
+        {k: first[k] for k in before}, abs=1e-5
+    )  # a second stage begins where this one ended
+    if nsp:
+        assert first["total_loss"] == pytest.approx(first["mlm_loss"] + first["nsp_loss"])
+    else:
+        assert first["total_loss"] == pytest.approx(first["mlm_loss"], abs=1e-12)
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco"])

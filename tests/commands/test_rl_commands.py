@@ -10,6 +10,7 @@ import types
 from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
 
 from apt_model.commands.evaluation import Evaluation
@@ -253,8 +254,9 @@ def test_a_reward_model_takes_rows_of_the_same_prompt(model_folder, files, tmp_p
                             "--max-new-tokens=2", f"--reward-model={judge / 'model'}")  # fmt: skip
         assert main(arguments) == 0
         assert summary_of(tmp_path / name)["total_steps"] == 2
-    head = torch.load(judge / "model" / "value_head.pt")
-    torch.save({name: value + 1 for name, value in head.items()}, judge / "model" / "value_head.pt")
+    weights = safetensors.torch.load_file(judge / "model" / "model.safetensors")
+    weights["score.weight"] += 1
+    safetensors.torch.save_file(weights, judge / "model" / "model.safetensors", {"format": "pt"})
     assert main(arguments) == 1
     assert "other settings (reward_model_sha256: " in capsys.readouterr().err
 
@@ -425,7 +427,7 @@ WRONG = [
     (["--reward=operator:contains", "--stop="], "--stop: expected texts, got an empty one"),
     (["--reward=operator:contains", "--cut-penalty=-1"], "--cut-penalty must not be negative"),
     (["--reward=json:loads", "--reward-model=."], "one of --reward and --reward-model"),
-    (["--reward-model=."], "holds no reward_model.json"),
+    (["--reward-model=."], "Unrecognized model in ."),
     (["--reward=json:loads", "--group-size=0"], "--group-size must be at least 1"),
     (["--reward=operator:contains", "--kl-coef=-1"], "GRPOConfig.kl_coef"),
     (
@@ -579,7 +581,7 @@ OF_PROMPTS = ["longer prompts cannot be used", "one less than --max-length", "sa
 @pytest.mark.parametrize(
     ("name", "recommended"),
     [
-        ("train-reward-model", ["(default: last)", "1e-6-1e-5", "--center-coef"]),
+        ("train-reward-model", ["(default: own)", "1e-6-1e-5", "--center-coef"]),
         (
             "train-grpo",
             ["recommended 4-8", "relative first", "1e-6-1e-5", "(default: 0.2)", *OF_PROMPTS],

@@ -790,13 +790,13 @@ def test_first_layers_that_differ_in_training_are_not_shared(monkeypatch):
     trainer = create_dpo_trainer(policy, learning_rate=0.01)
     batch = random_pairs()
     expected = trainer.compute_reference_logps(**batch)
-    seen, loss = [], DPOConfig.loss
+    seen, loss = [], trainer._loss
 
-    def spied(config, logps, ref_logps, *rest):
+    def spied(logps, ref_logps, counted):
         seen.append(ref_logps)
-        return loss(config, logps, ref_logps, *rest)
+        return loss(logps, ref_logps, counted)
 
-    monkeypatch.setattr(DPOConfig, "loss", spied)
+    monkeypatch.setattr(trainer, "_loss", spied)
     for _ in range(3):
         trainer.train_step(**batch)
     assert len(seen) == 3

@@ -24,7 +24,8 @@ XLM = dict(vocab_size=VOCABULARY, emb_dim=WIDTH, n_layers=2, n_heads=2, dropout=
            attention_dropout=0.0, max_position_embeddings=64)  # fmt: skip
 ESM = {**SIZES, "mask_token_id": 4, "token_dropout": True}
 MODERN = {**SIZES, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
-KINDS = {  # the class before ForMaskedLM, its options, whether the loss takes the last layer's place
+# The class before ForMaskedLM, its options, whether the loss takes the last layer's place
+KINDS = {
     "Bert": (SIZES, True), "Roberta": (SIZES, True), "Albert": (NARROW, True),
     "Electra": (NARROW, True), "MobileBert": (MOBILE, False), "RemBert": (REM, True),
     "DistilBert": (DISTIL, True), "Esm": (ESM, False), "ModernBert": (MODERN, True),

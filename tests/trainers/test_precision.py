@@ -9,7 +9,8 @@ from torch import nn
 
 from apt_model.pretraining import create_contrastive_pretrainer, create_mlm_pretrainer
 from apt_model.rl import RewardModel, RewardModelTrainer, create_dpo_trainer
-from apt_model.training.precision import MasterWeights, PrecisionOptions
+from apt_model.training.master_weights import MasterWeights
+from apt_model.training.precision import PrecisionOptions
 from support.tiny_encoders import VOCABULARY, WIDTH, TinyEncoder, random_texts
 from support.tiny_models import random_pairs, tiny_llama
 
@@ -208,22 +209,14 @@ def test_weight_decay_leaves_norms_and_biases_alone(dtype):
     assert len(RewardModelTrainer(copy.deepcopy(normed)).optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize(
-    "dtype, autocast",
-    [("bfloat16", "fp16"), ("float16", "bf16"), ("int8", "none"), ("float32", "x")],
-)
+@pytest.mark.parametrize("dtype, autocast", [("bfloat16", "fp16"), ("float16", "bf16")])
 def test_options_that_cannot_work_are_named(dtype, autocast):
-    with pytest.raises(ValueError, match=r"--dtype|--autocast") as error:
-        PrecisionOptions(dtype, autocast).check()
-    if autocast != "x" and dtype != "int8":
-        assert "--dtype" in str(error.value) and "--autocast" in str(error.value)
+    with pytest.raises(ValueError, match=f"--dtype {dtype} and --autocast {autocast}"):
+        PrecisionOptions(dtype=dtype, autocast=autocast).check()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_options_that_work(dtype):
     own = {"bfloat16": ["bf16"], "float16": ["fp16"]}.get(dtype, ["bf16", "fp16"])
     for autocast in ["none", *own]:
-        options = PrecisionOptions(dtype, autocast)
-        options.check()
-        assert options.torch_dtype == getattr(torch, dtype)
-        assert options.autocast_dtype == (None if autocast == "none" else autocast)
+        PrecisionOptions(dtype=dtype, autocast=autocast).check()

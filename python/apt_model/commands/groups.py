@@ -7,42 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..scoring.options import ModelOptions
+from ..training.precision import PrecisionOptions
 from .arguments import check_at_least
 from .options import KEPT
 
-
-@dataclass(kw_only=True)
-class ModelOptions:
-    """Model."""
-
-    model: Path = field(metadata={"metavar": "FOLDER", "help": "Hugging Face model folder"})
-    gguf_file: str | None = field(
-        default=None, metadata={"metavar": "NAME", "help": "GGUF file inside the model's folder"}
-    )
-    train_last_layers: int | None = field(
-        default=None,
-        metadata={
-            "metavar": "N",
-            "help": "freeze all but the last N layers; without it everything is trained",
-        },
-    )
-
-    def check(self) -> None:
-        """Raises for a folder that is not there."""
-        if self.model is not None and not self.model.is_dir():
-            raise FileNotFoundError(f"{self.model} is not a folder")
-
-
-@dataclass(kw_only=True)
-class PrecisionOptions:
-    """Precision."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "type of the parameters"}
-    )
-    autocast: Literal["none", "bf16", "fp16"] = field(
-        default="none", metadata={"help": "type of the computation"}
-    )
+__all__ = ["ModelOptions", "PrecisionOptions", "RewardOptions", "SamplingOptions"]
 
 
 @dataclass(kw_only=True)

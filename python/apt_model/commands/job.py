@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 from ..data.order import ShuffledBatches, hash_of
+from ..rl import RewardModel
+from ..scoring.loading import load_config, load_model, load_tokenizer
+from ..scoring.model_access import without_wrapper
+from ..scoring.saving import check_saving
 from ..training import processes
 from ..training.checkpoint import PREVIOUS, Checkpoint
 from ..training.files import FolderLock, naming, sha256_of, sha256_of_all, write_whole
@@ -39,7 +43,8 @@ class Job:
         key: the figure that decides which state is best.
         higher_is_better: whether a higher figure is better.
         save: writes the trained model into a folder.
-        check_saving: raises where `save` would fail; called with that folder before the first step.
+        check_saving: raises where `save` would fail; called with that folder before the first step;
+            None: the model is saved beside it to see.
         counts: more of the summary.
         train_step: instead of the trainer's.
         tokenizer: makes texts of the batches' tokens; None: they hold none.
@@ -152,6 +157,8 @@ def run_job(
     trainer, output = job.trainer, run.output
     if job.check_saving is not None:
         processes.on_main(lambda: job.check_saving(output / "model"))
+    elif not run.fsdp:  # of shards the main process alone could save nothing
+        processes.on_main(lambda: _try_saving(job, output / "model"))
     evaluation = _evaluation(run, job)
     parts = {} if evaluation is None else {"evaluation": evaluation}
     checkpoint = Checkpoint(output / "checkpoint.pt", settings, parts)
@@ -204,6 +211,14 @@ def run_job(
     if finished and evaluation is not None and evaluation.best["step"] == trainer.total_steps:
         evaluation.forget_best()  # the checkpoint holds the same
     return summary
+
+
+def _try_saving(job: Job, folder: Path) -> None:
+    """Raises where the model could not be saved at the end of the run."""
+    model = without_wrapper(next(iter(job.trainer.modules())))
+    model = getattr(model, "base_model", model) if isinstance(model, RewardModel) else model
+    if hasattr(model, "save_pretrained"):
+        check_saving(model, job.tokenizer, folder)
 
 
 def _save_model(
@@ -311,13 +326,16 @@ def trainer_options(options: Any, batches: ShuffledBatches) -> dict[str, Any]:
     }
 
 
-def pretrained(options: Any, kind: str, folder: Path | None = None) -> Any:
-    """Returns `transformers.<kind>` of a folder; None: that of the model, which may be GGUF."""
-    import transformers
+def pretrained(options: Any, kind: str, folder: Path | None = None, **more: Any) -> Any:
+    """Returns `transformers.<kind>` of a folder; None: that of the model, which may be GGUF.
 
+    `more` goes to `from_pretrained`.
+    """
     model = options.model
-    gguf = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
-    typed = kind not in ("AutoTokenizer", "AutoConfig")
-    dtype = {"dtype": getattr(torch, options.precision.dtype)} if typed else {}
-    loader = getattr(transformers, kind)
-    return loader.from_pretrained(model.model if folder is None else folder, **gguf, **dtype)
+    gguf = model.gguf_file if folder is None else None
+    folder = model.model if folder is None else folder
+    if kind == "AutoTokenizer":
+        return load_tokenizer(folder, gguf)
+    if kind == "AutoConfig":
+        return load_config(folder, gguf)
+    return load_model(folder, kind, getattr(torch, options.precision.dtype), gguf, **more)

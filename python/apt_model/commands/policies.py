@@ -48,6 +48,7 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
     shared = {
         **trainer_options(options, batches),
         "max_length": limit.tokens,
+        "router_aux_loss_coef": options.model.router_aux_loss_coef,
         "tokenizer": tokenizer,
         "stop_strings": stop_strings(sampling.stop),
         "max_new_tokens": sampling.max_new_tokens,
@@ -68,7 +69,7 @@ def policy_job(options: Any, make_trainer: Callable[..., Any], step: str) -> Job
         measure if held_out else None,
         key="mean_reward",
         higher_is_better=True,
-        save=save_pretrained(trainer.policy_model, tokenizer),
+        save=save_pretrained(trainer.policy_model, tokenizer, options),
         tokenizer=tokenizer,
         samples=Samples(
             trainer.policy_model, tokenizer, [prompt.ids for prompt in held_out or prompts]

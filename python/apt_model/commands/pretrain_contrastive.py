@@ -134,7 +134,7 @@ def make_job(options: Options) -> Job:
     from .images import read_processor
     from .job import Job, shares, trainer_options
     from .messages import say
-    from .pretraining import evaluate, save_encoder, tokenizer_with_mask
+    from .pretraining import evaluate, load_projection, save_encoder, tokenizer_with_mask
     from .texts import TEXT_LENGTH, counted, length_limit
 
     run, training, loss = options.run, options.training, options.loss
@@ -180,6 +180,7 @@ def make_job(options: Options) -> Job:
         max_grad_norm=training.max_grad_norm,
         **trainer_options(options, batches),
     )
+    load_projection(trainer, options.model.model)
 
     synchronize(trainer.modules())
     least = 2 * processes.count()  # a contrastive loss of one sample alone is 0
@@ -191,7 +192,7 @@ def make_job(options: Options) -> Job:
         measure if held_out else None,
         key="loss",
         higher_is_better=False,
-        save=partial(save_encoder, trainer, tokenizer or processor),
+        save=partial(save_encoder, trainer, tokenizer, processor, options, limit and limit.tokens),
         tokenizer=tokenizer,
         counts={
             "samples": len(data),
@@ -228,16 +229,20 @@ def _encoder(options: Options, data: Any) -> tuple[Any, int]:
     """Returns the encoder and its width."""
     import torch
 
-    from ..data.images import ImageViews, SmallCNN
+    from ..data.images import SmallCNN
+    from ..pretraining.encoder_folder import load_image_encoder
+    from ..scoring.model_access import base_model
     from .images import width_of
     from .job import pretrained
     from .models import trained_part, without_pooler
 
-    if options.model.model is not None:
-        model = pretrained(options, "AutoModel")
-        of_images = isinstance(data, ImageViews)
-        width = width_of(model, data) if of_images else model.config.hidden_size
-        return trained_part(options, without_pooler(model)), width
-    channels = data([0], 0)["input_ids_1"].shape[1]
-    cnn = SmallCNN(channels).to(getattr(torch, options.precision.dtype))
-    return trained_part(options, cnn), cnn.width
+    folder, dtype = options.model.model, getattr(torch, options.precision.dtype)
+    if options.run.is_text():
+        model = without_pooler(pretrained(options, "AutoModel"))
+        return trained_part(options, model), base_model(model).config.hidden_size
+    if folder is None:
+        model = SmallCNN(data([0], 0)["input_ids_1"].shape[1]).to(dtype)
+    else:
+        model = without_pooler(load_image_encoder(folder, dtype))
+    width = width_of(model, data)
+    return trained_part(options, model), width

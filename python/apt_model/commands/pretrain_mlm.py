@@ -89,9 +89,10 @@ def make_job(options: Options) -> Job:
 
     from ..data.order import ShuffledBatches
     from ..pretraining import create_mlm_pretrainer
+    from ..scoring.loading import masked_model_kind
     from .job import Job, pretrained, shares, trainer_options
     from .models import trained_part, without_pooler, wrapped
-    from .pretraining import evaluate, save_mlm, tokenizer_with_mask
+    from .pretraining import evaluate, load_heads, save_mlm, tokenizer_with_mask
     from .texts import TEXT_LENGTH, counted, length_limit
 
     masks, training, run = options.masks, options.training, options.run
@@ -105,11 +106,13 @@ def make_job(options: Options) -> Job:
     )
     if masks.nsp:
         data.per_epoch = batches.per_epoch
-    model = trained_part(options, pretrained(options, "AutoModel"), wrap=False)
+    kind = masked_model_kind(options.model.model, masks.nsp)
+    model = pretrained(options, kind)
+    model = trained_part(options, model if masks.nsp else without_pooler(model), wrap=False)
     rows = model.get_input_embeddings().num_embeddings
     embedding = model.get_input_embeddings()
     trainer = create_mlm_pretrainer(
-        wrapped(options, model if masks.nsp else without_pooler(model)),
+        wrapped(options, model),
         model.config.hidden_size,
         mask_prob=masks.mask_prob,
         use_nsp=masks.nsp,
@@ -119,7 +122,7 @@ def make_job(options: Options) -> Job:
         cls_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id,
         special_token_ids=never_words(tokenizer, rows),
-        lm_head=embedding,
+        lm_head=embedding if kind == "AutoModel" else None,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -127,7 +130,7 @@ def make_job(options: Options) -> Job:
         seed=training.seed,
         **trainer_options(options, batches),
     )
-
+    load_heads(trainer, options.model.model)
     return Job(
         trainer,
         batches,
@@ -135,7 +138,7 @@ def make_job(options: Options) -> Job:
         partial(evaluate, trainer, held_out, training.batch_size) if held_out else None,
         key="total_loss",
         higher_is_better=False,
-        save=partial(save_mlm, trainer, tokenizer),
+        save=partial(save_mlm, trainer, tokenizer, options),
         tokenizer=tokenizer,
         counts=counted(counts, of_held_out),
     )

@@ -107,6 +107,7 @@ def make_job(options: Options) -> Job:
         model,
         reference,
         config,
+        router_aux_loss_coef=options.model.router_aux_loss_coef,
         **trainer_options(options, batches),
     )
     prompts = [pair.prompt for pair in held_out or pairs]
@@ -117,7 +118,7 @@ def make_job(options: Options) -> Job:
         measure_of(trainer, held_out, options),
         key="loss",
         higher_is_better=False,
-        save=save_pretrained(trainer.policy_model, tokenizer),
+        save=save_pretrained(trainer.policy_model, tokenizer, options),
         tokenizer=tokenizer,
         samples=Samples(trainer.policy_model, tokenizer, prompts),
         counts=counts,

@@ -33,14 +33,18 @@ class RewardTrainingOptions(TrainingOptions):
 class RewardModelOptions:
     """Reward model."""
 
-    pooling: Literal["last", "mean", "max"] = field(
-        default="last",
-        metadata={"help": "last suits models that read left to right, mean those that read all"},
+    pooling: Literal["own", "last", "mean", "max"] = field(
+        default="own",
+        metadata={
+            "help": "what of a text is scored: own, as the model's class for classification does, "
+            "whose folder transformers, TRL and vLLM load; or the last, mean or max of the tokens"
+        },
     )
     head_layers: int = field(
-        default=1, metadata={"help": "linear layers of the head; recommended 1-2"}
+        default=1,
+        metadata={"help": "linear layers of the head; with more than 1 the head is our own"},
     )
-    dropout: float = field(default=0.1, metadata={"help": "dropout between them"})
+    dropout: float = field(default=0.1, metadata={"help": "dropout between the layers"})
     margin: float = field(default=0.0, metadata={"help": "by how much chosen answers are better"})
     center_coef: float = field(
         default=0.0,
@@ -67,11 +71,11 @@ class Options:
 
 def make_job(options: Options) -> Job:
     """Returns what the command trains."""
-    from ..rl import RewardModelTrainer, create_reward_model
+    from ..rl import RewardModelTrainer
     from .job import Job, pretrained, trainer_options
-    from .models import trained_part, without_pooler, wrapped
+    from .models import wrapped
     from .pairs import batches_of_pairs, load_all_pairs, measure_of
-    from .reward_folder import save_reward_model
+    from .reward_folder import make_reward_model, save_reward_model
     from .texts import PAIR_LENGTH, length_limit
 
     reward, training = options.reward, options.training
@@ -79,19 +83,12 @@ def make_job(options: Options) -> Job:
     limit = length_limit(options, tokenizer, PAIR_LENGTH)
     pairs, held_out, counts = load_all_pairs(options, tokenizer, limit)
     batches = batches_of_pairs(options, pairs, NOT_TAKEN)
-    base = without_pooler(pretrained(options, "AutoModel"))
-    base = trained_part(options, base, none_is_possible=True, wrap=False)
-    model = create_reward_model(
-        base,
-        base.config.hidden_size,
-        num_layers=reward.head_layers,
-        dropout=reward.dropout,
-        use_pooling=reward.pooling,
-    )
+    model = make_reward_model(options, tokenizer)
     trainer = RewardModelTrainer(
         wrapped(options, model),
         margin=reward.margin,
         center_coef=reward.center_coef,
+        router_aux_loss_coef=options.model.router_aux_loss_coef,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -105,7 +102,14 @@ def make_job(options: Options) -> Job:
         measure_of(trainer, held_out, options, NOT_TAKEN),
         key="loss",
         higher_is_better=False,
-        save=partial(save_reward_model, model, tokenizer, text, reward.head_layers),
+        save=partial(
+            save_reward_model,
+            model,
+            tokenizer,
+            text,
+            reward.head_layers,
+            merge_adapter=options.model.merge_adapter,
+        ),
         tokenizer=tokenizer,
         counts=counts,
     )

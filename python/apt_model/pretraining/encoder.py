@@ -52,7 +52,8 @@ class Encoder:
         has_head = has_output_embedding(inner)
         plain = model is without_wrapper(model) and not isinstance(model, FSDPModule)
         trunk = getattr(inner, "base_model", None)
-        if has_head and plain and not whole and not has_adapter(model) and isinstance(trunk, nn.Module):
+        plain = plain and not whole and not has_adapter(model)
+        if has_head and plain and isinstance(trunk, nn.Module):
             has_head = trunk is inner
             self._model = inner = trunk
         accepted = inspect.signature(inner.forward).parameters

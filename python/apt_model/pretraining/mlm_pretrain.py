@@ -42,8 +42,8 @@ class MLMPretrainer(CreatedModulesLoop):
         optimizer: None: AdamW with the configuration's learning rate and weight decay.
         config: None, a mapping or an `MLMConfig`.
         device: None: where the model is.
-        lm_head: None: the model's own head, else an `MLMHead`; an `nn.Linear`, or the model's input embedding (a
-            tied decoder), as that head's decoder; any other module as the whole head.
+        lm_head: None: the model's own head, else an `MLMHead`; an `nn.Linear`, or the model's input
+            embedding (a tied decoder), as that head's decoder; any other module as the whole head.
         scheduler: replaces the warm-up.
         backend: of the kernels.
         **options: fields of the configuration, which replace its own;
@@ -219,9 +219,7 @@ class MLMPretrainer(CreatedModulesLoop):
         loss, right = self.mlm_head(hidden.flatten(0, 1)[positions], targets, count)
         return loss, right.double() / count
 
-    def _mlm_of(
-        self, batch: MaskedBatch, count: int | Tensor
-    ) -> tuple[Tensor, Tensor, Encoded]:
+    def _mlm_of(self, batch: MaskedBatch, count: int | Tensor) -> tuple[Tensor, Tensor, Encoded]:
         """Returns the share of loss and accuracy, and what next sentences are predicted from."""
         inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
         if self._own_head is None:

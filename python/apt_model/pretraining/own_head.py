@@ -161,7 +161,13 @@ class OwnMLMHead(nn.Module):
             flat, weight, bias = as_autocast(features.flatten(0, -2), layer.weight, layer.bias)
             made.append(
                 linear_cross_entropy(
-                    flat, weight, labels, bias=bias, normalizer=normalizer, backend=self._backend
+                    flat,
+                    weight,
+                    labels,
+                    bias=bias,
+                    normalizer=normalizer,
+                    return_correct=True,
+                    backend=self._backend,
                 )
             )
             return made[0][0] + 0 * features[..., :1]  # a part of the graph, whatever is hooked

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from apt_kernels import dpo_loss
 
 from ..training.config import check_flag, check_number
 
 WITHOUT_REFERENCE = ("simpo", "orpo")  # and on averaged log-probabilities
+LENGTHS = ("chosen_lengths", "rejected_lengths")  # arguments of `dpo_loss`
 OF_WHOLE_BATCH = ("aot", "aot_unpaired", "kto_pair")  # a pair's loss depends on the other pairs
 
 
@@ -59,8 +60,11 @@ class DPOConfig:
         check_number(self, "weight_decay", at_least=0)
         check_flag(self, "reference_free")
         check_flag(self, "average_logps", optional=True)
-        no_pairs = torch.zeros(2, 0)
-        self.loss(no_pairs, no_pairs if self.has_reference else None, no_pairs[:, :, None])
+        none = torch.zeros(0)
+        references = [none, none] if self.has_reference else []
+        of_lengths = self.loss_type == "sigmoid_norm"
+        lengths = dict.fromkeys(LENGTHS, none.long()) if of_lengths else {}
+        dpo_loss(none, none, *references, **lengths, **self.loss_options())
         if self.average_logps and self.loss_type == "sigmoid_norm":
             raise ValueError("average_logps and loss_type sigmoid_norm would divide twice")
 
@@ -80,29 +84,14 @@ class DPOConfig:
         default = self.loss_type in WITHOUT_REFERENCE
         return default if self.average_logps is None else self.average_logps
 
-    def loss(
-        self, logps: Tensor, ref_logps: Tensor | None, counted: Tensor, backend: str | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `dpo_loss` of these options, summed over pairs.
-
-        Args:
-            logps: `(2, B)`, of the chosen and the rejected answers.
-            ref_logps: `(2, B)` or None.
-            counted: `(2, B, S)`, True at the tokens that count.
-            backend: of the kernel.
-        """
-        options = {"discopop_tau": self.discopop_tau, "simpo_gamma": self.simpo_gamma}
-        if self.loss_type == "sigmoid_norm":
-            lengths = counted.sum(-1)
-            options.update(chosen_lengths=lengths[0], rejected_lengths=lengths[1])
-        return dpo_loss(
-            *logps.unbind(),
-            *((None, None) if ref_logps is None else ref_logps.unbind()),
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            reference_free=self.reference_free,
-            loss_type=self.loss_type,
-            reduction="sum",
-            backend=backend,
-            **options,
-        )
+    def loss_options(self) -> dict[str, Any]:
+        """Returns the options of `apt_kernels.dpo_loss`, which is to be summed over pairs."""
+        return {
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "reference_free": self.reference_free,
+            "loss_type": self.loss_type,
+            "discopop_tau": self.discopop_tau,
+            "simpo_gamma": self.simpo_gamma,
+            "reduction": "sum",
+        }

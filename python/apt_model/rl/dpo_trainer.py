@@ -10,26 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apt_kernels import sequence_logps
+from apt_kernels import dpo_loss, sequence_logps
 
 from ..scoring.devices import evaluating
+from ..scoring.expert_balance import add_balance
 from ..scoring.model_access import vocabulary_size
 from ..scoring.next_token import NextTokenScorer
 from ..training.config import split_options
-from ..training.loop import TrainingLoop, read_numbers
 from .batch_checks import check_responses
 from .dpo_config import DPOConfig
 from .pair_batch import PairBatch, make_pair_batch
+from .pair_trainer import PairTrainer
 from .reference_model import ReferenceModel
 
 
-class DPOTrainer(TrainingLoop):
+class DPOTrainer(PairTrainer):
     """Trains a policy on preference pairs.
 
     Args:
         policy_model: called as `model(input_ids, attention_mask=…)`; Hugging Face, PEFT, DDP- or
             FSDP2-wrapped or any other. Dropout is left as it is: 0 is recommended.
-        ref_policy_model: None: the PEFT adapter disabled, else a frozen copy of the policy.
+        ref_policy_model: None: the PEFT adapter disabled, else a frozen copy of the policy;
+            "start": a frozen copy of the policy as it is now, its adapter included.
         optimizer: None: AdamW with the configuration's learning rate.
         config: None, a mapping or a `DPOConfig`.
         device: None: where the policy is.
@@ -37,6 +39,8 @@ class DPOTrainer(TrainingLoop):
             `ref_rejected_logps` (see `compute_reference_logps`).
         use_hidden_states: False: always form the logits.
         backend: of the kernels.
+        router_aux_loss_coef: weight of the balancing loss of a mixture of experts; None: the
+            configuration's.
         **options: fields of the configuration, which replace its own;
             `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`, as `TrainingLoop`
             has them.
@@ -52,7 +56,7 @@ class DPOTrainer(TrainingLoop):
     def __init__(
         self,
         policy_model: nn.Module,
-        ref_policy_model: nn.Module | None = None,
+        ref_policy_model: nn.Module | str | None = None,
         optimizer: Optimizer | None = None,
         config: DPOConfig | Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
@@ -60,6 +64,7 @@ class DPOTrainer(TrainingLoop):
         precomputed_reference: bool = False,
         use_hidden_states: bool = True,
         backend: str | None = None,
+        router_aux_loss_coef: float | None = None,
         **options: Any,
     ) -> None:
         self.config, options = split_options(config, DPOConfig, options, DPOTrainer)
@@ -79,7 +84,9 @@ class DPOTrainer(TrainingLoop):
         )
         self.policy_model = policy_model
         self._backend = backend
-        self._policy = NextTokenScorer(policy_model, use_hidden_states, backend)
+        self._policy = NextTokenScorer(
+            policy_model, use_hidden_states, backend, router_aux_loss_coef
+        )
         self._reference = self.ref_policy_model = None
         if wants_reference:
             self._reference = ReferenceModel(self._policy, ref_policy_model, self.device)
@@ -127,8 +134,7 @@ class DPOTrainer(TrainingLoop):
                 `ref_chosen_logps`, `ref_rejected_logps`, as `make_pair_batch` has them.
         """
         pairs = self._batch(chosen_ids, rejected_ids, chosen_mask, rejected_mask, **batch)
-        with self.autocast():
-            return self._share(pairs, pairs.pairs)
+        return self._share_of_all(pairs)
 
     def train_step(
         self,
@@ -150,7 +156,7 @@ class DPOTrainer(TrainingLoop):
                 finite. Either way no parameter was changed.
         """
         pairs = self._batch(chosen_ids, rejected_ids, chosen_mask, rejected_mask, **batch)
-        return self._train(pairs.chunk(self.gradient_accumulation_steps))
+        return self._train_on(pairs)
 
     def train_micro_batches(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Makes one optimizer step on several batches, as if they were one.
@@ -160,15 +166,7 @@ class DPOTrainer(TrainingLoop):
         """
         if self.config.needs_whole_batch and len(batches) > 1:
             raise ValueError(f"{self.config.loss_type} needs all pairs in one batch")
-        return self._train([self._batch(**batch) for batch in batches])
-
-    @torch.no_grad()
-    def eval_step(self, *args: Any, **batch: Any) -> dict[str, float]:
-        """Returns what `train_step` does, of all processes' batches, in evaluation mode."""
-        pairs = self._batch(*args, **batch)
-        with evaluating(self.policy_model), self.autocast():
-            loss, metrics = self._share(pairs, self.count_over_processes(pairs.pairs))
-        return read_numbers({"loss": loss, **metrics}, self._data_parallel_groups)
+        return super().train_micro_batches(batches)
 
     @torch.no_grad()
     def compute_reference_logps(self, *args: Any, **batch: Any) -> tuple[Tensor, Tensor]:
@@ -197,12 +195,6 @@ class DPOTrainer(TrainingLoop):
             raise ValueError("ref_chosen_logps are given, but these options use no reference")
         return pairs
 
-    def _train(self, batches: list[PairBatch]) -> dict[str, float]:
-        if not self.policy_model.training:
-            self.policy_model.train()
-        count = self.count_over_processes(sum(batch.pairs for batch in batches))
-        return self.update(batches, lambda batch: self._share(batch, count))
-
     def _answer_logps(
         self, score: Callable[..., Tensor], batch: PairBatch
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,20 +206,39 @@ class DPOTrainer(TrainingLoop):
         )
         return answers.unflatten(0, (2, -1)), logps, counted
 
+    def _loss(
+        self, logps: Tensor, ref_logps: Tensor | None, counted: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the loss, summed over pairs, and both rewards of log-probabilities `(2, B)`."""
+        lengths: dict[str, Tensor] = {}
+        if self.config.loss_type == "sigmoid_norm":
+            of_chosen, of_rejected = counted.sum(-1)
+            lengths = {"chosen_lengths": of_chosen, "rejected_lengths": of_rejected}
+        references = (None, None) if ref_logps is None else ref_logps.unbind()
+        options = self.config.loss_options()
+        return dpo_loss(*logps, *references, backend=self._backend, **lengths, **options)
+
     def _share(self, batch: PairBatch, count: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the batch's share of the loss and metrics of `count` pairs."""
         ref_logps = batch.ref_logps
         reference = self._reference if ref_logps is None else None
         if ref_logps is None and reference is None and self.config.has_reference:
             raise ValueError("without a reference model each step needs ref_chosen_logps")
-        policy = partial(self._answer_logps, self._policy, batch)
+        balance: list[Tensor] = []
+
+        def score(ids: Tensor, attention_mask: Tensor | None, mask: Tensor) -> Tensor:
+            scores = self._policy.score(ids, attention_mask, mask)
+            balance.extend([] if scores.balance is None else [scores.balance])
+            return scores.logps
+
+        policy = partial(self._answer_logps, score, batch)
         if reference is None:
             logps, token_logps, counted = policy()
         else:
             (logps, token_logps, counted), (ref_logps, *_) = reference.beside(
                 policy, partial(self._answer_logps, reference, batch)
             )
-        loss, chosen, rejected = self.config.loss(logps, ref_logps, batch.counted, self._backend)
+        loss, chosen, rejected = self._loss(logps, ref_logps, batch.counted)
         if self.config.sft_coef:
             of_chosen = token_logps[: batch.pairs], counted[: batch.pairs]
             mean_logps = sequence_logps(*of_chosen, average=True, backend=self._backend)
@@ -238,7 +249,9 @@ class DPOTrainer(TrainingLoop):
             "reward_margin": (chosen - rejected).sum(),
             "accuracy": 0.5 * (1 + (chosen - rejected).sign()).sum(),
         }
-        return loss / count, {name: value / count for name, value in sums.items()}
+        shares = {name: value / count for name, value in sums.items()}
+        kept = balance[0] if balance else None
+        return add_balance(kept, batch.pairs / count, loss / count, shares)
 
 
 def create_dpo_trainer(

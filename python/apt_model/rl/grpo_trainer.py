@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from apt_kernels import policy_loss, value_loss
 
+from ..scoring.expert_balance import add_balance
 from ..scoring.output_head import Scoring
 from ..training.config import split_options
 from .groups import complete_rows, within_groups
@@ -290,7 +291,7 @@ class GRPOTrainer(PolicyTrainer):
                 scores.values, targets, tokens, normalizer=counts["tokens"], backend=self._backend
             )
             loss = loss + config.value_loss_coef * metrics["value_loss"]
-        return loss, metrics
+        return add_balance(scores.balance, batch.rows / counts["rows"], loss, metrics)
 
 
 def create_grpo_trainer(

@@ -19,7 +19,7 @@ from ..training.curves import read_numbers
 from ..training.loop import TrainingLoop
 from ..training.options import evaluating, move_modules
 from .kl_control import KLCoefficient
-from .reference_model import ReferenceModel
+from .reference_model import START, ReferenceModel
 from .response_end import StopRules, read_end_tokens
 from .reward_source import Rewards, RewardSource
 from .rollout import Rollout, Sampler
@@ -35,7 +35,8 @@ class PolicyTrainer(TrainingLoop):
         policy_model: called as `model(input_ids, attention_mask=…)`.
         reward_model: as `RewardSource` takes it, or None.
         ref_policy_model: a model; "copy": the PEFT adapter disabled, else a frozen copy of the
-            policy; None: nothing.
+            policy; "start": a frozen copy of the policy as it is now, its adapter included; None:
+            nothing.
         optimizer: None: AdamW. The value head's parameters are added to one that is given.
         config: checked; has learning_rate, weight_decay, max_grad_norm, max_length, kl_coef,
             target_kl, cut_responses and cut_penalty.
@@ -50,6 +51,8 @@ class PolicyTrainer(TrainingLoop):
         pad_token_id: what follows the end of a response.
         use_hidden_states: False: always form the logits.
         backend: of the kernels.
+        router_aux_loss_coef: weight of the balancing loss of a mixture of experts; None: the
+            configuration's.
         **options: `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `log`, as
             `TrainingLoop` has them.
     """
@@ -72,6 +75,7 @@ class PolicyTrainer(TrainingLoop):
         pad_token_id: int = 0,
         use_hidden_states: bool = True,
         backend: str | None = None,
+        router_aux_loss_coef: float | None = None,
         **options: Any,
     ) -> None:
         self.config = config
@@ -97,7 +101,9 @@ class PolicyTrainer(TrainingLoop):
         if isinstance(reward_model, nn.Module):
             move_modules([reward_model], device)
         self._backend = backend
-        self._policy = NextTokenScorer(policy_model, use_hidden_states, backend)
+        self._policy = NextTokenScorer(
+            policy_model, use_hidden_states, backend, router_aux_loss_coef
+        )
         self._reference = self._reference_of(ref_policy_model)
         self.ref_policy_model = self._reference and self._reference.model
         self._kl_coef = KLCoefficient(config.kl_coef, config.target_kl)
@@ -124,15 +130,14 @@ class PolicyTrainer(TrainingLoop):
 
     def _reference_of(self, model: nn.Module | str | None) -> ReferenceModel | None:
         """Returns the reference that `ref_policy_model` means, and makes it part of the state."""
-        if isinstance(model, str) and model != COPY:
-            raise ValueError(f"ref_policy_model must be a model or 'copy', got {model!r}")
+        if isinstance(model, str) and model not in (COPY, START):
+            raise ValueError(f"ref_policy_model must be a model, 'copy' or 'start', got {model!r}")
         if model is None:
             if self.config.target_kl is not None:
                 raise ValueError("target_kl needs a reference: pass ref_policy_model")
             return None
-        reference = ReferenceModel(
-            self._policy, None if isinstance(model, str) else model, self.device
-        )
+        given = None if isinstance(model, str) and model == COPY else model
+        reference = ReferenceModel(self._policy, given, self.device)
         self.with_state["reference"] = reference
         return reference
 
@@ -280,11 +285,6 @@ class PolicyTrainer(TrainingLoop):
         return self._reference.beside(
             policy, lambda: self._reference(*batch.sequences(), how.temperature)
         )
-
-    def _train_mode(self) -> None:
-        for module in self._modules.values():
-            if not module.training:
-                module.train()
 
     @torch.no_grad()
     def eval_step(

@@ -22,6 +22,7 @@ from ..scoring.next_token import NextTokenScorer
 from ..training.state import snapshot
 from .shared_prefix import SharedPrefix
 
+START = "start"
 Ours, Theirs = TypeVar("Ours"), TypeVar("Theirs")
 
 
@@ -31,15 +32,20 @@ class ReferenceModel:
     Args:
         policy: the scorer of the policy.
         model: the reference. None: the policy with its adapter disabled where it has one, else a
-            frozen copy of it as it is now. The copy shares the policy's frozen parameters and takes
-            over the output of its frozen first layers, so that a policy of which only the last
-            layers are trained costs only those layers once more, in memory and in time.
+            frozen copy of it as it is now; "start": such a copy, of an adapter too. The copy shares
+            the policy's frozen parameters and takes over the output of its frozen first layers, so
+            that a policy of which only the last layers are trained costs only those layers once
+            more, in memory and in time.
         device: where a given model is moved.
     """
 
     def __init__(
-        self, policy: NextTokenScorer, model: nn.Module | None, device: torch.device
+        self, policy: NextTokenScorer, model: nn.Module | str | None, device: torch.device
     ) -> None:
+        if isinstance(model, str) and model != START:
+            raise ValueError(f"ref_policy_model must be a model, None or 'start', got {model!r}")
+        wants_copy = isinstance(model, str) or (model is None and not has_adapter(policy.model))
+        model = None if isinstance(model, str) else model
         self._policy = policy
         self._shared: list[nn.Parameter] = []
         self._copied: nn.Module | None = None
@@ -49,7 +55,7 @@ class ReferenceModel:
             if device_of(model) != device:
                 model.to(device)
             model.eval()
-        elif not has_adapter(policy.model):
+        elif wants_copy:
             self.model = self._copied = self._frozen_copy(without_wrapper(policy.model))
         self._prefix = SharedPrefix.of(without_wrapper(policy.model), self._copied)
         self._scorer = policy if self.model is None else policy.of_model(self.model)

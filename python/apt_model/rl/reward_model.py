@@ -12,7 +12,8 @@ from ..scoring.hidden_states import HiddenStates, last_real
 from ..scoring.model_access import hidden_width
 from .batch_checks import check_real_rows
 from .pair_batch import make_pair_batch
-from .reward_source import rewards_of, wants_token_mask
+from .reward_output import rewards_of
+from .reward_source import wants_token_mask
 from .reward_trainer import RewardModelTrainer
 
 __all__ = ["RewardEnsemble", "RewardModel", "RewardModelTrainer", "create_reward_model"]
@@ -157,7 +158,8 @@ class RewardEnsemble(nn.Module):
             rewards_of(
                 member(input_ids, attention_mask, response_token_mask=response_token_mask)
                 if wanted
-                else member(input_ids, attention_mask)
+                else member(input_ids, attention_mask),
+                len(input_ids),
             )
             for member, wanted in self._members
         )

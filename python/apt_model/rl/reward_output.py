@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 NAMES = ("rewards", "logits")  # as keys or attributes: ours, and those of transformers' classifiers
-WANTED = (
-    "one number a row: a tensor (B,) or (B, 1), B numbers, or such a thing as `rewards` or `logits`"
-    " of a dictionary or an output, or first in a tuple"
+FORMS = (
+    "a reward model must return rewards as a tensor (B,) or (B, 1) or as B numbers, bare, as "
+    "`rewards` or `logits` of a dictionary or an output, or first in a tuple"
 )
 
 
-def rewards_of(output: Any, rows: int, name: str = "the reward model's output") -> Tensor:
+class RewardOutputError(TypeError, ValueError):
+    """A reward model returned what is not one number a row."""
+
+
+def rewards_of(output: Any, rows: int, name: str = "the reward model's rewards") -> Tensor:
     """Returns the rewards `(rows,)` in what a reward model returned, with their graph.
 
     Args:
@@ -25,17 +29,20 @@ def rewards_of(output: Any, rows: int, name: str = "the reward model's output") 
         name: of the output, for errors.
 
     Raises:
-        ValueError: it is something else; the message says what to return.
+        RewardOutputError: it is something else; the message says what to return.
     """
     found = _found(output, rows)
     if found is None or found.is_complex():
-        raise ValueError(f"{name}: expected {WANTED}, got {_described(output)}")
+        raise RewardOutputError(
+            f"{name} must be a tensor, {rows} numbers or {{'rewards': …}} of them, got "
+            f"{_described(output)}; {FORMS}"
+        )
     if found.shape not in ((rows,), (rows, 1)):
         several = found.dim() == 2 and found.shape[0] == rows and found.shape[1] > 1
-        hint = "; a classifier must have num_labels=1" if several else ""
-        raise ValueError(
-            f"{name}: expected {WANTED}, got {_described(output)} of shape {tuple(found.shape)} "
-            f"for {rows} rows{hint}"
+        hint = " (a classifier with num_labels=1)" if several else ""
+        raise RewardOutputError(
+            f"{name} must be one a row, {rows}, got {tuple(found.shape)} of {_described(output)}; "
+            f"{FORMS}{hint}"
         )
     found = found.reshape(rows)
     return found if found.dtype in (torch.float32, torch.float64) else found.float()

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..scoring.model_access import without_wrapper
+from ..scoring.sequence_scores import SequenceScores
 from ..training.options import device_of, evaluating
+from .reward_output import rewards_of
 
 
 class RewardError(RuntimeError):
@@ -60,6 +62,7 @@ class RewardSource:
         self.model = reward_model
         self._is_module = isinstance(reward_model, nn.Module)
         self._wanted = wanted_of(reward_model)
+        self._call = SequenceScores(reward_model) if self._is_module else _call_plainly
         self._has_answered = False
 
     @torch.no_grad()
@@ -87,7 +90,7 @@ class RewardSource:
             given = {k: None if v is None else v.to(there) for k, v in given.items()}
         try:
             with evaluating(self.model) if self._is_module else nullcontext():
-                output = self.model(ids, masks, **given)
+                output = self._call(self.model, ids, masks, **given)
         except RewardError:
             raise
         except Exception as error:
@@ -113,6 +116,10 @@ class RewardSource:
                 f"{message}: expected a number for some of them (is there a `return`?)"
             )
         warnings.warn(f"{message}: nothing is learned from it", stacklevel=2)
+
+
+def _call_plainly(function: Callable[..., Any], *given: Any, **more: Any) -> Any:
+    return function(*given, **more)
 
 
 def wanted_of(reward_model: Callable[..., Any]) -> set[str]:
@@ -147,12 +154,7 @@ def _checked_values(
     name: str, rewards: Any, rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     rewards, abstains = _without_none(rewards)
-    rewards = _as_tensor(name, rewards, rows)
-    if rewards.shape not in ((rows,), (rows, 1)):
-        raise ValueError(f"{name} must be one a row, {rows}, got {tuple(rewards.shape)}")
-    rewards = rewards.detach().reshape(rows)
-    if rewards.dtype not in (torch.float32, torch.float64):
-        rewards = rewards.float()
+    rewards = rewards_of(rewards, rows, name).detach()
     if rewards.device.type == "cpu" and not rewards.isfinite().all():
         row = int((~rewards.isfinite()).nonzero()[0])
         raise ValueError(f"{name} must be finite, got {float(rewards[row])} in row {row}")
@@ -165,22 +167,6 @@ def _without_none(rewards: Any) -> tuple[Any, Tensor | None]:
         return rewards, None
     missing = torch.tensor([reward is None for reward in rewards])
     return [0.0 if reward is None else reward for reward in rewards], missing
-
-
-def _as_tensor(name: str, rewards: Any, rows: int) -> Tensor:
-    found = rewards.get("rewards") if isinstance(rewards, Mapping) else rewards
-    if not isinstance(found, Tensor):
-        try:
-            found = torch.as_tensor(found, dtype=torch.float64).to(torch.float32)
-        except (TypeError, ValueError, RuntimeError):
-            found = None
-    if found is None or found.is_complex():
-        came = type(rewards).__name__
-        came += f" with {list(rewards)}" if isinstance(rewards, Mapping) else ""
-        raise ValueError(
-            f"{name} must be a tensor, {rows} numbers or {{'rewards': …}} of them, got {came}"
-        )
-    return found
 
 
 def check_special_tokens(choice: str) -> None:
@@ -221,13 +207,3 @@ class TextReward:
             return self._tokenizer.batch_decode(rows, skip_special_tokens=self._strips)
 
         return self._function(texts(real & ~response), texts(real & response))
-
-
-def rewards_of(output: Any) -> Tensor:
-    """Returns the rewards `(B,)` in what a reward model returned, with their graph."""
-    rewards = output["rewards"] if isinstance(output, Mapping) else output
-    if isinstance(rewards, (list, tuple)):
-        rewards = torch.tensor(rewards, dtype=torch.float32)
-    if not isinstance(rewards, Tensor) or rewards.dim() not in (1, 2):
-        raise TypeError(f"a reward model must return rewards (B, 1) or (B,), got {type(rewards)}")
-    return rewards.squeeze(-1) if rewards.dim() == 2 else rewards

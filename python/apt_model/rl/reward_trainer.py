@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,25 +11,29 @@ from torch.optim import Optimizer
 
 from apt_kernels import bradley_terry_loss
 
-from ..scoring.devices import evaluating
-from ..scoring.model_access import vocabulary_size, without_wrapper
-from ..training.loop import TrainingLoop, read_numbers
+from ..scoring.expert_balance import ExpertBalance, add_balance
+from ..scoring.model_access import base_model, vocabulary_size
+from ..scoring.sequence_scores import SequenceScores
 from .batch_checks import check_real_rows
 from .pair_batch import PairBatch, make_pair_batch
-from .reward_source import rewards_of
+from .pair_trainer import PairTrainer
+from .reward_output import rewards_of
 
 
-class RewardModelTrainer(TrainingLoop):
+class RewardModelTrainer(PairTrainer):
     """Trains a reward model on preference pairs: mean of -log sigmoid(r_c - r_r - margin).
 
     Args:
-        reward_model: a `RewardModel`, or any other that takes `(ids, masks)`.
+        reward_model: a `RewardModel`, a classifier of transformers with one label, or any other
+            module that takes `(ids, masks)`; what it may return is in `rewards_of`.
         optimizer: None: AdamW.
         device: None: where the model is.
         margin: by how much the chosen answers are better; a step may bring one a pair.
         center_coef: weight of mean((r_c + r_r)^2), which keeps the rewards around 0.
         learning_rate: of the AdamW that is made without an optimizer.
         backend: of the kernel.
+        router_aux_loss_coef: weight of the balancing loss of a mixture of experts; None: the
+            configuration's.
         **options: `gradient_accumulation_steps`, `autocast_dtype`, `scheduler`, `max_grad_norm`,
             `weight_decay`, `log`, as `TrainingLoop` has them.
     """
@@ -52,6 +56,7 @@ class RewardModelTrainer(TrainingLoop):
         center_coef: float = 0.0,
         learning_rate: float = 1e-5,
         backend: str | None = None,
+        router_aux_loss_coef: float | None = None,
         **options: Any,
     ) -> None:
         # The kernel checks its own options
@@ -67,7 +72,10 @@ class RewardModelTrainer(TrainingLoop):
         self.margin = margin
         self.center_coef = center_coef
         self._backend = backend
-        base = getattr(without_wrapper(reward_model), "base_model", reward_model)
+        self._call = SequenceScores(reward_model)
+        inner = base_model(reward_model)
+        base = getattr(inner, "base_model", inner)
+        self._balance = ExpertBalance(base, router_aux_loss_coef)
         self._vocabulary_size = vocabulary_size(base)
 
     def compute_loss(
@@ -88,8 +96,7 @@ class RewardModelTrainer(TrainingLoop):
             margin: a number or `(B,)`, instead of the trainer's.
         """
         pairs = self._batch(chosen_ids, rejected_ids, chosen_mask, rejected_mask, margin)
-        with self.autocast():
-            return self._share(pairs, pairs.pairs)[0]
+        return self._share_of_all(pairs)[0]
 
     def train_step(
         self,
@@ -112,19 +119,7 @@ class RewardModelTrainer(TrainingLoop):
                 finite. Either way no parameter was changed.
         """
         pairs = self._batch(chosen_ids, rejected_ids, chosen_mask, rejected_mask, margin)
-        return self._train(pairs.chunk(self.gradient_accumulation_steps))
-
-    def train_micro_batches(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Makes one optimizer step on several batches (arguments of `train_step`) as if one."""
-        return self._train([self._batch(**batch) for batch in batches])
-
-    @torch.no_grad()
-    def eval_step(self, *args: Any, **batch: Any) -> dict[str, float]:
-        """Returns what `train_step` does, of all processes' batches, in evaluation mode."""
-        pairs = self._batch(*args, **batch)
-        with evaluating(self.model), self.autocast():
-            loss, metrics = self._share(pairs, self.count_over_processes(pairs.pairs))
-        return read_numbers({"loss": loss, **metrics}, self._data_parallel_groups)
+        return self._train_on(pairs)
 
     def _batch(
         self,
@@ -147,16 +142,17 @@ class RewardModelTrainer(TrainingLoop):
                 check_real_rows(name, mask)
         return pairs.with_margins(self.margin if margin is None else margin)
 
-    def _train(self, batches: list[PairBatch]) -> dict[str, float]:
-        if not self.model.training:
-            self.model.train()
-        count = self.count_over_processes(sum(batch.pairs for batch in batches))
-        return self.update(batches, lambda batch: self._share(batch, count))
-
     def _share(self, batch: PairBatch, count: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the batch's share of the loss and metrics of `count` pairs."""
         ids, mask, _ = batch.sequences()
-        chosen, rejected = rewards_of(self.model(ids, mask)).chunk(2)
+        with self._balance.listening(mask) as balance:
+            rewards = rewards_of(self._call(self.model, ids, mask), len(ids))
+        if torch.is_grad_enabled() and not rewards.requires_grad:
+            raise ValueError(
+                "the reward model's rewards have no gradient: expected tensors that its parameters "
+                "made, not numbers or detached tensors"
+            )
+        chosen, rejected = rewards.chunk(2)
         loss = bradley_terry_loss(
             chosen,
             rejected,
@@ -172,4 +168,6 @@ class RewardModelTrainer(TrainingLoop):
             "rejected_reward_mean": rejected.sum(),
             "reward_margin": (chosen - rejected).sum(),
         }
-        return loss / count, {name: value / count for name, value in sums.items()}
+        shares = {name: value / count for name, value in sums.items()}
+        kept = balance[0] if balance else None
+        return add_balance(kept, batch.pairs / count, loss / count, shares)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from apt_kernels import gae, kl_penalty, policy_loss, value_loss
 
+from ..scoring.expert_balance import add_balance
 from ..scoring.output_head import Scoring, TokenScores
 from ..training.config import split_options
 from ..training.curves import read_numbers
@@ -334,7 +335,8 @@ class RLHFTrainer(PolicyTrainer):
         weight = mask.sum().double() / tokens
         means = {k: of_policy[k] * weight for k in ("entropy", "clip_fraction", "approx_kl")}
         metrics = {"ppo_loss": loss, "policy_loss": of_policy["policy_loss"]}
-        return loss, {**metrics, "value_loss": of_values, **means}
+        metrics = {**metrics, "value_loss": of_values, **means}
+        return add_balance(scores.balance, weight, loss, metrics)
 
 
 def create_rlhf_trainer(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from apt_kernels import linear_token_logprobs, token_logprobs
 
+from .expert_balance import ExpertBalance
 from .hidden_states import Positions
 from .model_access import (
     FSDPModule,
@@ -48,10 +49,15 @@ class NextTokenScorer:
         model: takes `(input_ids, attention_mask=…)`, returns logits `(B, S, V)`.
         use_hidden_states: False: always from the logits.
         backend: of the kernels.
+        router_aux_loss_coef: of a mixture of experts, see `ExpertBalance`.
     """
 
     def __init__(
-        self, model: nn.Module, use_hidden_states: bool = True, backend: str | None = None
+        self,
+        model: nn.Module,
+        use_hidden_states: bool = True,
+        backend: str | None = None,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -60,6 +66,7 @@ class NextTokenScorer:
         inner = base_model(model)
         accepted = inspect.signature(inner.forward).parameters
         self._positions = Positions(model)
+        self._balance = ExpertBalance(model, router_aux_loss_coef)
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
         self._head = self._find_head(inner) if use_hidden_states else None
         self._head_is_checked = False
@@ -124,7 +131,10 @@ class NextTokenScorer:
         if self._head is not None and not self._head_is_checked and input_ids.shape[1] > 1:
             self._check_head(input_ids[:1, :PROBED_TOKENS])
         score = self._from_logits if self._head is None else self._from_hidden
-        return score(input_ids, attention_mask, mask, token_ids, how)
+        with self._balance.listening(attention_mask) as losses:
+            scores = score(input_ids, attention_mask, mask, token_ids, how)
+        scores.balance = losses[0] if losses else None
+        return scores
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Returns the logits `(B, V)` after the last column, so padding must be on the left."""

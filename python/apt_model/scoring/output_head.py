@@ -157,8 +157,10 @@ class TokenScores:
         logps: its log-probability.
         entropy: of the distribution it was drawn from.
         values: the value before it.
+        balance: of the whole pass, 0-dim: the weighted balancing loss of a mixture of experts.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
     values: Tensor | None = None
+    balance: Tensor | None = None

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..scoring.model_access import FSDPModule
 from .curves import Curves, read_numbers
+from .master_weights import FIRST_SCALE, FIRST_SCALE_OF_FLOAT16, MasterWeights
 from .options import (
     data_parallel_groups,
     move_modules,
@@ -25,7 +26,6 @@ from .options import (
     read_optimizer,
     read_scheduler,
 )
-from .precision import FIRST_SCALE, FIRST_SCALE_OF_FLOAT16, MasterWeights
 from .state import (
     load_module_state,
     load_optimizer_state,
