@@ -16,9 +16,8 @@ from .ops.masking.mlm_mask import mlm_mask
 from .ops.policy.gae import gae
 from .ops.policy.group_advantages import group_advantages
 from .ops.policy.kl_penalty import kl_penalty
-from .ops.policy.linear_policy_loss import linear_policy_loss
-from .ops.policy.policy_loss import policy_loss
-from .ops.policy.policy_modules import LinearPolicyLoss, PolicyLoss
+from .ops.policy.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
+from .ops.policy.policy_loss import PolicyLoss, policy_loss
 from .ops.policy.value_loss import ValueLoss, value_loss
 from .ops.preference.bradley_terry_loss import BradleyTerryLoss, bradley_terry_loss
 from .ops.preference.dpo_loss import DPOLoss, dpo_loss

@@ -21,3 +21,5 @@ AGGREGATIONS = {
 POLICY_LOSS_TYPES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
 RATIO_LEVELS = {"token": 0, "sequence": 1}
 KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3, "unbiased_k3": 4}
+
+GROUP_ADVANTAGE_KINDS = {"relative": 0, "normalized": 1, "rank": 2, "leave_one_out": 3}

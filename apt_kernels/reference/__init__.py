@@ -5,15 +5,20 @@ Written from the papers, differentiable by autograd, on any device. Nothing is v
 float64; all others in float32.
 """
 
-from .advantages import gae, group_advantages
 from .bookkeeping import ema_update_, queue_push_
 from .contrastive import info_nce, nt_xent, siglip_loss, sup_con_loss
 from .head import linear_token_logprobs, sequence_logps, token_logprobs
 from .logprobs import linear_cross_entropy
 from .masking import mlm_mask
-from .policy import kl_penalty, linear_policy_loss, policy_loss
+from .policy import (
+    gae,
+    group_advantages,
+    kl_penalty,
+    linear_policy_loss,
+    policy_loss,
+    value_loss,
+)
 from .preference import bradley_terry_loss, dpo_loss, linear_dpo_loss
-from .value import value_loss
 
 __all__ = [
     "bradley_terry_loss",

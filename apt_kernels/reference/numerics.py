@@ -49,7 +49,10 @@ def at_least_one(count: Tensor) -> Tensor:
 def aggregate(
     losses: Tensor, mask: Tensor, aggregation: str, normalizer: float | Tensor | None
 ) -> Tensor:
-    """Returns one number from the losses of tokens `(B, T)`: see the table of `policy_loss`."""
+    """Returns one number from the losses of tokens `(B, T)`: see the table of `policy_loss`.
+
+    It has the dtype of the losses, also where the normalizer is a tensor of another one.
+    """
     lengths = mask.sum(-1)
     rows = at_least_one((lengths > 0).sum())
     if aggregation == "sequence_mean":
@@ -62,4 +65,6 @@ def aggregate(
             "sequence_sum": rows,
             "dr_grpo": rows * max(mask.shape[-1], 1),
         }[aggregation]
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(losses.dtype)
     return keep(mask, losses).sum() / normalizer

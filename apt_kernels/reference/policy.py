@@ -1,4 +1,4 @@
-"""Losses of policy optimisation: PPO, GRPO and their family, values, KL penalties, advantages."""
+"""Losses of policies (PPO, GRPO and their family) and values, KL penalties and advantages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .head import linear_token_logprobs
 from .numerics import accumulate_dtype, aggregate, at_least_one, keep
 
 LOG_RATIO_BOUND = 20.0  # e^20 = 4.9e8: beyond it a ratio says nothing and its exponential overflows
+WHITEN_EPSILON = 1e-8
 
 
 def policy_loss(
@@ -35,8 +36,9 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the aggregate of w * surrogate + kl_coef * kl - entropy_coef * entropy, and metrics.
 
-    With x = clamp(logps - old_logps, -20, 20), r = exp(x), A the advantage, sg(.) without
-    gradient, t the SAPO temperature of the sign of A:
+    w are the rollout weights. A term with a coefficient of 0 takes no part. With
+    x = clamp(logps - old_logps, -20, 20), r = exp(x), A the advantage, sg(.) without gradient and
+    t the SAPO temperature of the sign of A:
 
     | loss_type | surrogate of a token                           | source           |
     |-----------|------------------------------------------------|------------------|
@@ -57,34 +59,15 @@ def policy_loss(
     | sequence_sum  | sum l / denominator (LUSPO)                | rows with tokens           |
     | dr_grpo       | sum l / denominator (Liu 2025)             | rows with tokens times T   |
 
-    Args:
-        logps: `(B, T)`, differentiable.
-        old_logps: `(B, T)`; None: those of the policy itself, a ratio of 1.
-        advantages: `(B,)` or `(B, T)`.
-        mask: `(B, T)`, True counts. What masked slots hold, in any argument, does not matter.
-        loss_type: a row of the first table.
-        clip_low: how far below 1 the ratio may fall.
-        clip_high: how far above 1 the ratio may rise.
-        dual_clip: the largest ratio that counts where the advantage is negative; above 1.
-        ratio_level: "token" or "sequence".
-        sapo_temperature_pos: 1.0 unless given.
-        sapo_temperature_neg: 1.05 unless given.
-        ref_logps: `(B, T)`, for the KL term.
-        kl_coef: weight of the KL term.
-        kl_estimator: "k1", "k2" or "k3", see `kl_penalty`; or "unbiased_k3": r k3, which has the
-            expectation and gradient of the KL over tokens of the old policy (DeepSeek-AI 2025,
-            DeepSeek-V3.2, section 3.1).
-        entropy: `(B, T)`, differentiable.
-        entropy_coef: weight of the entropy bonus.
-        rollout_weights: `(B,)` or `(B, T)`, w above: correction for what sampled the tokens.
-        aggregation: a row of the second table.
-        normalizer: replaces the denominator (batches split over steps or devices).
+    Arguments as `apt_kernels.policy_loss`. The KL estimator "unbiased_k3" is r k3, which has the
+    expectation and the gradient of the KL over tokens of the old policy (DeepSeek-AI 2025,
+    DeepSeek-V3.2, section 3.1).
 
     Returns:
-        `(loss, metrics)`. Metrics are 0-dim and detached: `policy_loss` (the aggregate of the
-        surrogate alone); means over the tokens that count of `approx_kl` (r - 1 - log r),
-        `ppo_kl` (-log r), `clip_fraction`, `dual_clip_fraction`, `ref_kl` and `entropy`. No token
-        that counts: 0.
+        `(loss, metrics)`. Metrics are 0-dim and detached. `policy_loss` is the aggregate of the
+        surrogate alone. The others are means over the tokens that count: `approx_kl`
+        (r - 1 - log r), `ppo_kl` (-log r), `clip_fraction`, `dual_clip_fraction`, `ref_kl` and
+        `entropy`; 0 where no token counts.
     """
     dtype = accumulate_dtype(logps)
     mask = mask.bool()
@@ -176,11 +159,7 @@ def kl_penalty(
     "k1": d; "k2": d^2 / 2; "k3": exp(x) - 1 - x with x = clamp(-d, -20, 20). Source: Schulman
     2020, "Approximating KL divergence".
 
-    Args:
-        logps: any shape, differentiable.
-        ref_logps: the same shape.
-        estimator: "k1", "k2" or "k3".
-        mask: the same shape, True counts; 0 elsewhere.
+    Arguments as `apt_kernels.kl_penalty`.
     """
     dtype = accumulate_dtype(logps)
     d = keep(mask, logps.to(dtype)) - keep(mask, ref_logps.detach().to(dtype))
@@ -221,34 +200,7 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns `policy_loss` of the log-probabilities and entropies of hidden states.
 
-    Args:
-        hidden: `(B, T, D)`, differentiable.
-        weight: `(V, D)`, differentiable.
-        token_ids: `(B, T)`.
-        old_logps: `(B, T)` or None.
-        advantages: `(B,)` or `(B, T)`.
-        mask: `(B, T)`, True counts.
-        bias: `(V,)` or None, differentiable.
-        temperature: as in `linear_token_logprobs`; also `softcap` and `logit_scale`.
-        softcap: the bound of the tanh cap, or None.
-        logit_scale: a factor of the logits.
-        loss_type: as in `policy_loss`; also all that follows.
-        clip_low: see `policy_loss`.
-        clip_high: see `policy_loss`.
-        dual_clip: see `policy_loss`.
-        ratio_level: see `policy_loss`.
-        sapo_temperature_pos: see `policy_loss`.
-        sapo_temperature_neg: see `policy_loss`.
-        ref_logps: see `policy_loss`.
-        kl_coef: see `policy_loss`.
-        kl_estimator: see `policy_loss`.
-        entropy_coef: weight of the entropy of the full distribution.
-        rollout_weights: see `policy_loss`.
-        aggregation: see `policy_loss`.
-        normalizer: see `policy_loss`.
-
-    Returns:
-        `(loss, metrics)`; the metric `entropy` is always measured.
+    Arguments as `apt_kernels.linear_policy_loss`. The metric `entropy` is always measured.
     """
     logps, entropy = linear_token_logprobs(
         hidden,
@@ -282,3 +234,194 @@ def linear_policy_loss(
         aggregation=aggregation,
         normalizer=normalizer,
     )
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+    aggregation: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the aggregate of max((v - R)^2, (v' - R)^2) / 2 and metrics.
+
+    v' = clamp(v, old_values - clip_range, old_values + clip_range); without a `clip_range` it is
+    (v - R)^2 / 2. Source: Schulman 2017 and the implementation of Dhariwal 2017.
+
+    Arguments as `apt_kernels.value_loss`.
+
+    Returns:
+        `(loss, metrics)`: `clip_fraction`, and `explained_variance` = 1 - Var(R - v) / Var(R)
+        over the tokens that count, 0 where their returns are all equal.
+    """
+    dtype = accumulate_dtype(values)
+    mask = mask.bool()
+    v, target = keep(mask, values.to(dtype)), keep(mask, returns.detach().to(dtype))
+    losses = (v - target) ** 2
+    clipped = torch.zeros_like(mask)
+    if clip_range is not None:
+        old = keep(mask, old_values.detach().to(dtype))
+        bounded = torch.minimum(torch.maximum(v, old - clip_range), old + clip_range)
+        bounded_losses = (bounded - target) ** 2
+        clipped = bounded_losses > losses
+        losses = torch.where(clipped, bounded_losses, losses)
+    loss = aggregate(0.5 * losses, mask, aggregation, normalizer)
+    tokens = at_least_one(mask.sum())
+    spread = _sum_of_squares(target, mask, tokens)
+    unexplained = _sum_of_squares(target - v.detach(), mask, tokens)
+    explained = 1 - unexplained / torch.where(spread > 0, spread, torch.ones_like(spread))
+    explained = torch.where((spread > 0) & _vary(target, mask), explained, 0.0)
+    return loss, {
+        "clip_fraction": (clipped & mask).sum().to(dtype) / tokens,
+        "explained_variance": explained,
+    }
+
+
+def _vary(values: Tensor, mask: Tensor) -> Tensor:
+    """Whether the values that count are not all equal: around a rounded mean these vary too."""
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.bool, device=values.device)
+    largest = values.masked_fill(~mask, -torch.inf).amax()
+    return largest > values.masked_fill(~mask, torch.inf).amin()
+
+
+def _sum_of_squares(values: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """Sum of squared distances from the mean, over the tokens that count."""
+    return (keep(mask, values - keep(mask, values).sum() / tokens) ** 2).sum()
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = 0.99,
+    gae_lambda: float = 0.95,
+    mask: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    whiten: bool = False,
+    time_major: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns A_t = delta_t + gamma * gae_lambda * A_(t+1) and the returns A + V.
+
+    delta_t = r_t + gamma V_(t+1) - V_t. Source: Schulman 2016, "High-dimensional continuous
+    control using generalized advantage estimation", eq. 16.
+
+    Arguments as `apt_kernels.gae`. Steps that do not count are passed over: their trace is handed
+    on, and their outputs are 0, whatever they hold.
+
+    Returns:
+        `(advantages, returns)` in the shape of `rewards`, without a gradient.
+    """
+    dtype = accumulate_dtype(rewards, values)
+
+    def rows(x: Tensor | None) -> Tensor | None:  # one row a sequence, or one row of them all
+        if x is None:
+            return None
+        return x.unsqueeze(0) if cu_seqlens is not None else x.mT if time_major else x
+
+    r, v = rows(rewards).to(dtype), rows(values).to(dtype)
+    counts = torch.ones_like(v, dtype=torch.bool) if mask is None else rows(mask).bool()
+    sequence = _sequence_of(v, cu_seqlens)
+    following, last = _next_step_that_counts(counts, sequence)
+    never = torch.zeros_like(counts)
+    ends = never if terminated is None else rows(terminated).bool()
+    breaks = never if truncated is None else rows(truncated).bool()
+    if bootstrap is None:
+        after = torch.zeros_like(v)
+    elif bootstrap.shape == (len(v) if cu_seqlens is None else len(cu_seqlens) - 1,):
+        after = keep(last, bootstrap.to(dtype)[sequence])
+    else:
+        after = rows(bootstrap).to(dtype)
+    r, v = keep(counts, r), keep(counts, v)
+    next_values = torch.where(last | breaks, after, v.gather(-1, following))
+    deltas = keep(counts, r + gamma * keep(~ends, next_values) - v)
+    # a step that does not count hands the trace on
+    decays = torch.full_like(v, gamma * gae_lambda).masked_fill(~counts, 1.0)
+    cut = counts & (ends | breaks | last)
+    advantages = keep(counts, _backward_recurrence(deltas, decays, cut))
+    returns = advantages + v
+    if whiten:
+        advantages = _whitened(advantages, counts)
+    if cu_seqlens is not None:
+        return advantages.squeeze(0), returns.squeeze(0)
+    return (advantages.mT, returns.mT) if time_major else (advantages, returns)
+
+
+def _sequence_of(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The number of the sequence that each step belongs to, and so its row of `bootstrap`."""
+    if cu_seqlens is None:
+        return torch.arange(v.shape[0], device=v.device).unsqueeze(-1).expand_as(v)
+    steps = torch.arange(v.shape[1], device=v.device)
+    return (torch.searchsorted(cu_seqlens.long(), steps, right=True) - 1).unsqueeze(0)
+
+
+def _next_step_that_counts(counts: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """The column of the next step that counts (0 if none), and whether a sequence has none."""
+    length = counts.shape[-1]
+    steps = torch.arange(length, device=counts.device).expand_as(counts)
+    from_here = torch.where(counts, steps, length).flip(-1).cummin(-1).values.flip(-1)
+    following = torch.cat([from_here[:, 1:], torch.full_like(from_here[:, :1], length)], dim=-1)
+    none = following == length
+    following = following.masked_fill(none, 0)
+    return following, none | (sequence.gather(-1, following) != sequence)
+
+
+def _backward_recurrence(deltas: Tensor, decays: Tensor, cut: Tensor) -> Tensor:
+    """Returns a with a_t = deltas_t + decays_t * a_(t+1), along the last dimension.
+
+    Where it is cut a_t = deltas_t: behind it lies another episode, which may hold anything.
+    """
+    carry = torch.zeros_like(deltas[:, 0]) if deltas.shape[-1] else None
+    steps = []
+    columns = (reversed(t.unbind(-1)) for t in (deltas, decays, cut))
+    for delta, decay, ends in zip(*columns, strict=True):
+        carry = torch.where(ends, delta, torch.addcmul(delta, decay, carry))
+        steps.append(carry)
+    return torch.stack(steps[::-1], dim=-1) if steps else deltas
+
+
+def _whitened(advantages: Tensor, counts: Tensor) -> Tensor:
+    count = counts.sum()
+    centred = keep(counts, advantages - advantages.sum() / count.clamp(min=1))
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    return keep(counts, centred * torch.rsqrt(variance + WHITEN_EPSILON))
+
+
+def group_advantages(
+    rewards: Tensor, group_size: int, kind: str = "relative", *, eps: float = 1e-8
+) -> Tensor:
+    """Returns each reward relative to its group of G = `group_size` consecutive rows.
+
+    | kind          | advantage                                             | source              |
+    |---------------|-------------------------------------------------------|---------------------|
+    | relative      | r - mean                                              | Liu 2025 (Dr. GRPO) |
+    | normalized    | (r - mean) / (std + eps), unbiased std                | Shao 2024 (GRPO)    |
+    | rank          | (rank - (G-1)/2) / (G/2), 0 the lowest, ties averaged |                     |
+    | leave_one_out | r - mean of the others                                | Ahmadian 2024       |
+
+    A group of one, and a group of equal rewards, give exactly 0.
+
+    Arguments as `apt_kernels.group_advantages`.
+    """
+    r = rewards.detach().to(accumulate_dtype(rewards)).reshape(-1, group_size)
+    if kind == "rank":
+        others = r.unsqueeze(-2)
+        below = (others < r.unsqueeze(-1)).sum(-1)
+        equal = (others == r.unsqueeze(-1)).sum(-1) - 1
+        rank = below.to(r.dtype) + 0.5 * equal
+        return ((rank - (group_size - 1) / 2) / (group_size / 2)).reshape(-1)
+    r = r - r[:, :1]  # equal rewards become exact zeros, whatever the rounding of their mean
+    centred = r - r.mean(-1, keepdim=True)
+    if kind == "normalized":
+        variance = centred.square().sum(-1, keepdim=True) / max(group_size - 1, 1)
+        centred = centred / (variance.sqrt() + eps)
+    elif kind == "leave_one_out":
+        centred = centred * (group_size / max(group_size - 1, 1))
+    return centred.reshape(-1)

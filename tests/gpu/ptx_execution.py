@@ -191,11 +191,13 @@ class Triton(_Counting):
             self._kernels[key] = kernel(code.asm["ptx"]), block, code.metadata.shared
         executable, block, shared = self._kernels[key]
         tensors, arguments = [], []
-        for name, kind in source.signature.items():
-            if kind == "constexpr":
-                continue
+        for name, kinds in source.signature.items():
             value = launch.arguments[name]
-            for item in value if isinstance(value, tuple) else (value,):
+            if not isinstance(kinds, tuple):
+                kinds, value = (kinds,), (value,)
+            for kind, item in zip(kinds, value, strict=True):
+                if kind == "constexpr":
+                    continue
                 if isinstance(item, torch.Tensor):
                     tensors.append(item)
                     item = item.data_ptr()

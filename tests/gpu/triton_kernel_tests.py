@@ -534,7 +534,7 @@ SEEDED = [
      _check(*_cross, "equal_logits")),
     ("clips on the wrong side", "policy/policy_loss", "tl.where(negative, low, ",
      "tl.where(negative, high, ", _of("policy_loss", "plain")),
-    ("loses the dual clip", "policy/policy_loss", "tl.where(negative, dual, high)", "high",
+    ("loses the dual clip", "policy/policy_loss", "tl.where(negative, dual_clip, high)", "high",
      _of("policy_loss", "dual_clip_token_mean")),
     ("forgets the weights' gradient", "policy/policy_loss", "        grad *= weight\n", "",
      _of("policy_loss", "clip_weights")),

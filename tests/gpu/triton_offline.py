@@ -85,6 +85,20 @@ def launches(launcher, *arguments, **named_arguments) -> list[Launch]:
     return seen
 
 
+def _type_of_item(item: torch.Tensor | float | int | None) -> str:
+    if item is None or (isinstance(item, int) and item == 1):
+        return "constexpr"
+    if isinstance(item, torch.Tensor):
+        return "*" + TYPES[item.dtype]
+    if isinstance(item, float):
+        return "fp32"
+    return "i32" if abs(item) < 2**31 else "i64"
+
+
+def _in_sixteens(value: float | int) -> bool:
+    return isinstance(value, int) and value % 16 == 0
+
+
 def source(launch: Launch, by_address: bool = False) -> ASTSource:
     """The launch as Triton itself would specialise it: for aligned tensors, or by their address."""
 
@@ -100,11 +114,13 @@ def source(launch: Launch, by_address: bool = False) -> ASTSource:
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
             continue
-        if isinstance(value, tuple):  # of tensors
-            signature[parameter.name] = tuple("*" + TYPES[t.dtype] for t in value)
-            for item, tensor in enumerate(value):
-                if aligned(tensor):
-                    attributes[place, item] = [["tt.divisibility", 16]]
+        if isinstance(value, tuple):  # its items are specialised, whatever the parameter is
+            signature[parameter.name] = tuple(_type_of_item(item) for item in value)
+            for number, item in enumerate(value):
+                if signature[parameter.name][number] == "constexpr":
+                    constants[place, number] = item
+                elif aligned(item) if isinstance(item, torch.Tensor) else _in_sixteens(item):
+                    attributes[place, number] = [["tt.divisibility", 16]]
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
@@ -113,7 +129,7 @@ def source(launch: Launch, by_address: bool = False) -> ASTSource:
             default = "fp32" if isinstance(value, float) else "i32"
             default = "i64" if default == "i32" and abs(value) >= 2**31 else default
             signature[parameter.name] = parameter.annotation_type or default
-            divisible = specialised and isinstance(value, int) and value % 16 == 0
+            divisible = specialised and _in_sixteens(value)
         if divisible:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)

@@ -1,4 +1,4 @@
-"""What the losses of tokens `(B, T)` share: aggregation, and inputs as their kernels want them."""
+"""The inputs of losses of tokens `(B, T)`, as their kernels take them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from torch import Tensor
 
 from ...reference.numerics import accumulate_dtype
 
-# The argument `aggregation` of the kernels.
-AGGREGATIONS = {
-    "token_mean": 0, "token_sum": 1, "sequence_mean": 2, "sequence_sum": 3, "dr_grpo": 4,
-}  # fmt: skip
-
 
 def adjacent(t: Tensor) -> Tensor:
-    """The tensor with adjacent elements in a row; a copy only where they are not."""
+    """The tensor with rows of stride 1; it is copied only where they have another stride."""
     return t if t.dim() < 2 or t.stride(-1) == 1 else t.contiguous()
 
 
 def boolean(mask: Tensor) -> Tensor:
+    """The mask as booleans: True where it is not 0."""
     return mask if mask.dtype == torch.bool else mask != 0
 
 
 def alike(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in one dtype: their own, or what the first is accumulated in; rows adjacent."""
+    """The tensors in one dtype: their common one, else the accumulation dtype of the first.
+
+    Rows have stride 1.
+    """
     dtype = tensors[0].dtype
-    if any(t is not None and t.dtype != dtype for t in tensors):
-        dtype = accumulate_dtype(tensors[0])
-    return [None if t is None else adjacent(t.to(dtype)) for t in tensors]
+    for t in tensors:  # small losses are called often: no conversion where all is well
+        if t is not None and t.dtype != dtype:
+            dtype = accumulate_dtype(tensors[0])
+            tensors = [None if t is None else t.to(dtype) for t in tensors]
+            break
+    return [None if t is None else adjacent(t) for t in tensors]
 
 
 def normalizer_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """The normalizer as a 0-dim tensor in the accumulation dtype of `like`, or None."""
     if value is None:
         return None
     dtype = accumulate_dtype(like)

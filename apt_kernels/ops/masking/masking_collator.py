@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from .mlm_mask import mlm_mask
-from .mlm_mask_arguments import ROUNDING
+from .mlm_mask import ROUNDING, mlm_mask
 from .tokenizer_ids import never_words, spaced_ids, vocabulary_size
 
 IGNORED = -100

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import checks, dispatch, reference
+from ...codes import KL_ESTIMATORS
 from ...reference.numerics import accumulate_dtype
-from ..common.autograd import differentiable_once
+from ..common.autograd import differentiable_once, gradients, save_call, saved_call
 from ..common.token_inputs import alike, boolean
 
+FORWARD, BACKWARD = "kl_penalty_fwd", "kl_penalty_bwd"
 dispatch.define(
     "kl_penalty_fwd(Tensor logps, Tensor ref_logps, Tensor? mask, int estimator) -> Tensor"
 )
@@ -17,9 +21,9 @@ dispatch.define(
     "kl_penalty_bwd(Tensor grad, Tensor logps, Tensor ref_logps, Tensor? mask, "
     "int estimator) -> Tensor"
 )
-dispatch.register("kl_penalty", "kl_penalty_fwd", "kl_penalty_bwd")
+dispatch.register("kl_penalty", FORWARD, BACKWARD)
 
-_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+_ESTIMATORS = ("k1", "k2", "k3")  # unbiased_k3 needs a ratio
 
 
 def kl_penalty(
@@ -32,16 +36,17 @@ def kl_penalty(
 ) -> Tensor:
     """An estimate of KL(policy || reference) at each token, from d = logps - ref_logps.
 
-    "k1": d; "k2": d^2 / 2; "k3": exp(x) - 1 - x with x = clamp(-d, -20, 20), without gradient
-    beyond. Reads both once. Source: Schulman 2020, "Approximating KL divergence".
+    "k1" is d. "k2" is d^2 / 2. "k3" is exp(x) - 1 - x with x = clamp(-d, -20, 20), and has no
+    gradient where the clamp holds x. Both tensors are read once. Source: Schulman 2020,
+    "Approximating KL divergence".
 
     Args:
         logps: any shape, in nats; float32, bfloat16, float16 or float64; any strides;
             differentiable.
         ref_logps: the same shape; no gradient.
         estimator: "k1", "k2" or "k3".
-        mask: the same shape, True counts; elsewhere value and gradient are exactly 0, whatever
-            the log-probabilities are there.
+        mask: the same shape, True counts. Elsewhere the value and the gradient are exactly 0,
+            whatever the log-probabilities are there.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
@@ -59,36 +64,47 @@ def kl_penalty(
     if backend == "reference":
         return reference.kl_penalty(logps, ref_logps, estimator, mask=mask)
     logps, ref_logps = alike(logps, ref_logps)
-    mask = mask if mask is None else boolean(mask).contiguous()
-    return _KlPenalty.apply(
-        logps.contiguous(), ref_logps.contiguous(), mask, _ESTIMATORS[estimator], backend
+    call = KLPenaltyCall(
+        logps=logps.contiguous(),
+        ref_logps=ref_logps.contiguous(),
+        mask=None if mask is None else boolean(mask).contiguous(),
+        estimator=KL_ESTIMATORS[estimator],
     )
+    return _KLPenalty.apply(*call, backend)
 
 
-class _KlPenalty(torch.autograd.Function):
+class KLPenaltyCall(NamedTuple):
+    """The arguments of the forward kernel; the backward kernel takes the gradient before them."""
+
+    logps: Tensor
+    ref_logps: Tensor
+    mask: Tensor | None
+    estimator: int
+
+
+class _KLPenalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logps, ref_logps, mask, estimator, backend):
-        ctx.save_for_backward(logps, ref_logps, mask)
-        ctx.options = (estimator, backend)
-        return dispatch.kernel("kl_penalty_fwd", backend)(logps, ref_logps, mask, estimator)
+    def forward(ctx, *arguments):
+        *fields, backend = arguments
+        call = KLPenaltyCall(*fields)
+        save_call(ctx, call)
+        ctx.backend = backend
+        return dispatch.kernel(FORWARD, backend)(*call)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
-        logps, ref_logps, mask = ctx.saved_tensors
-        estimator, backend = ctx.options
-        grad_logps = dispatch.kernel("kl_penalty_bwd", backend)(
-            grad.contiguous(), logps, ref_logps, mask, estimator
-        )
-        return grad_logps.to(logps.dtype), None, None, None, None
+        call = saved_call(ctx)
+        grad_logps = dispatch.kernel(BACKWARD, ctx.backend)(grad.contiguous(), *call)
+        return gradients(KLPenaltyCall, logps=grad_logps.to(call.logps.dtype))
 
 
-@dispatch.fake("kl_penalty_fwd")
-def _(logps, ref_logps, mask, estimator):
-    dtype = accumulate_dtype(logps)
-    return logps.new_empty(logps.shape, dtype=dtype)
+@dispatch.fake(FORWARD)
+def _(*fields):
+    logps = KLPenaltyCall(*fields).logps
+    return logps.new_empty(logps.shape, dtype=accumulate_dtype(logps))
 
 
-@dispatch.fake("kl_penalty_bwd")
-def _(grad, logps, ref_logps, mask, estimator):
-    return grad.new_empty(logps.shape)
+@dispatch.fake(BACKWARD)
+def _(grad, *fields):
+    return grad.new_empty(KLPenaltyCall(*fields).logps.shape)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
-from ..common.autograd import differentiable_once
+from ..common.autograd import differentiable_once, gradients, save_call, saved_call
 from ..common.head import (
     check_head,
     fake_gradients,
@@ -16,17 +18,25 @@ from ..common.head import (
     scaled_gradients,
 )
 from ..common.token_inputs import boolean, normalizer_tensor
-from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
+from .options import (
+    METRICS,
+    PolicyModule,
+    PolicyOptions,
+    check_options,
+    check_tensors,
+    kernel_options,
+)
 
 KERNEL = "linear_policy_loss_fwd"
 dispatch.define(
     "linear_policy_loss_fwd(Tensor? upstream, Tensor hidden, Tensor weight, Tensor? bias, "
-    "Tensor token_ids, Tensor mask, Tensor? temperatures, Tensor? old_logps, "
-    "Tensor advantages, Tensor? weights, Tensor? ref_logps, Tensor? normalizer, "
+    "Tensor token_ids, Tensor mask, Tensor? temperature_tensor, Tensor? old_logps, "
+    "Tensor advantages, Tensor? rollout_weights, Tensor? ref_logps, Tensor? normalizer, "
     "float temperature, float softcap, float logit_scale, int loss_type, int ratio_level, "
     "int kl_estimator, int aggregation, float clip_low, float clip_high, float dual_clip, "
-    "float tau_pos, float tau_neg, float kl_coef, float entropy_coef, bool need_hidden, "
-    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "float sapo_temperature_pos, float sapo_temperature_neg, float kl_coef, "
+    "float entropy_coef, bool need_hidden, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 dispatch.register("linear_policy_loss", KERNEL)
 
@@ -106,9 +116,18 @@ def linear_policy_loss(
             id outside [0, V) in a token that counts is a ValueError on the CPU, a NaN on a GPU.
     """
     options = PolicyOptions(
-        loss_type, clip_low, clip_high, dual_clip, ratio_level, sapo_temperature_pos,
-        sapo_temperature_neg, kl_coef, kl_estimator, entropy_coef, aggregation,
-    )  # fmt: skip
+        loss_type=loss_type,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        ratio_level=ratio_level,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        aggregation=aggregation,
+    )
     check_options(options)
     rows = check_head(hidden, weight, bias, softcap, logit_scale)
     checks.dims("hidden", hidden, 3)
@@ -116,51 +135,121 @@ def linear_policy_loss(
     checks.shape("token_ids", token_ids, rows, "one id a row of hidden")
     checks.same_device("token_ids", token_ids, "hidden", hidden)
     checks.temperature("temperature", temperature, hidden, rows)
-    inputs = (old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer)
-    check_tensors("token_ids", token_ids, *inputs)
+    check_tensors(
+        "token_ids",
+        token_ids,
+        old_logps=old_logps,
+        advantages=advantages,
+        mask=mask,
+        ref_logps=ref_logps,
+        kl_coef=kl_coef,
+        rollout_weights=rollout_weights,
+        normalizer=normalizer,
+    )
     backend = dispatch.choose("linear_policy_loss", hidden.device, backend, hidden.dtype)
     if backend == "reference":
         return reference.linear_policy_loss(
-            hidden, weight, token_ids, old_logps, advantages, mask, bias=bias,
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            ref_logps=ref_logps, rollout_weights=rollout_weights, normalizer=normalizer,
+            hidden,
+            weight,
+            token_ids,
+            old_logps,
+            advantages,
+            mask,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ref_logps=ref_logps,
+            rollout_weights=rollout_weights,
+            normalizer=normalizer,
             **options._asdict(),
-        )  # fmt: skip
-    head = kernel_layout(hidden, weight, bias)
-    dtype = accumulate_dtype(head[0])
-    per_token = isinstance(temperature, Tensor)
+        )
+    hidden, weight, bias = kernel_layout(hidden, weight, bias)
+    dtype = accumulate_dtype(hidden)
 
     def floats(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(dtype).contiguous()
 
-    loss, metrics = _LinearPolicyLoss.apply(
-        *head,
-        token_ids.long().reshape(-1).contiguous(),
-        boolean(mask).contiguous(),
-        floats(temperature.reshape(-1)) if per_token else None,
-        *(floats(t) for t in (old_logps, advantages, rollout_weights, ref_logps)),
-        normalizer_tensor(normalizer, head[0]),
-        1.0 if per_token else float(temperature),
-        0.0 if softcap is None else float(softcap),
-        float(logit_scale),
-        *kernel_options(options),
-        tuple(needs_gradient(t) for t in head),
-        backend,
+    temperature_tensor = None
+    if isinstance(temperature, Tensor):
+        temperature_tensor, temperature = floats(temperature.reshape(-1)), 1.0
+    call = LinearPolicyLossCall(
+        upstream=None,
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        token_ids=token_ids.long().reshape(-1).contiguous(),
+        mask=boolean(mask).contiguous(),
+        temperature_tensor=temperature_tensor,
+        old_logps=floats(old_logps),
+        advantages=floats(advantages),
+        rollout_weights=floats(rollout_weights),
+        ref_logps=floats(ref_logps),
+        normalizer=normalizer_tensor(normalizer, hidden),
+        temperature=float(temperature),
+        softcap=0.0 if softcap is None else float(softcap),
+        logit_scale=float(logit_scale),
+        **kernel_options(options),
+        need_hidden=needs_gradient(hidden),
+        need_weight=needs_gradient(weight),
+        need_bias=needs_gradient(bias),
     )
+    loss, metrics = _LinearPolicyLoss.apply(*call, backend)
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
+class LinearPolicyLossCall(NamedTuple):
+    """The arguments of the kernel: contiguous tensors, rows flat, options as numbers."""
+
+    upstream: Tensor | None
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    token_ids: Tensor
+    mask: Tensor
+    temperature_tensor: Tensor | None
+    old_logps: Tensor | None
+    advantages: Tensor
+    rollout_weights: Tensor | None
+    ref_logps: Tensor | None
+    normalizer: Tensor | None
+    temperature: float
+    softcap: float
+    logit_scale: float
+    loss_type: int
+    ratio_level: int
+    kl_estimator: int
+    aggregation: int
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    kl_coef: float
+    entropy_coef: float
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+    def needed(self) -> tuple[bool, bool, bool]:
+        return self.need_hidden, self.need_weight, self.need_bias
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
+    """float16 gradients are formed in the backward pass, by a second call of the kernel."""
+
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, needed, backend = arguments
-        wait = inputs[0].dtype == torch.float16
-        loss, metrics, *grads = dispatch.kernel(KERNEL, backend)(
-            None, *inputs, *((False,) * 3 if wait else needed)
-        )
-        ctx.needed, ctx.backend, ctx.wait = needed, backend, wait
-        ctx.options = inputs[11:]
-        ctx.save_for_backward(*(inputs[:11] if wait else grads))
+        *fields, backend = arguments
+        call = LinearPolicyLossCall(*fields)
+        ctx.needed, ctx.backend = call.needed(), backend
+        ctx.wait = call.hidden.dtype == torch.float16
+        if ctx.wait:
+            save_call(ctx, call)
+            call = call._replace(need_hidden=False, need_weight=False, need_bias=False)
+        loss, metrics, *grads = dispatch.kernel(KERNEL, backend)(*call)
+        if not ctx.wait:
+            ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)  # the metrics' gradient would be zeros, a tensor
         return loss, metrics
@@ -169,16 +258,59 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad_loss, _):
         if ctx.wait:
-            _, _, *grads = dispatch.kernel(KERNEL, ctx.backend)(
-                grad_loss, *ctx.saved_tensors, *ctx.options, *ctx.needed
-            )
+            call = saved_call(ctx)._replace(upstream=grad_loss)
+            _, _, *grads = dispatch.kernel(KERNEL, ctx.backend)(*call)
             grads = [g if n else None for g, n in zip(grads, ctx.needed, strict=True)]
         else:
             grads = scaled_gradients(ctx.saved_tensors, ctx.needed, grad_loss)
-        return *grads, *(None,) * (10 + len(ctx.options))
+        grad_hidden, grad_weight, grad_bias = grads
+        return gradients(
+            LinearPolicyLossCall, hidden=grad_hidden, weight=grad_weight, bias=grad_bias
+        )
 
 
 @dispatch.fake(KERNEL)
-def _(upstream, hidden, weight, *rest):
-    loss = hidden.new_empty((), dtype=accumulate_dtype(hidden))
-    return loss, loss.new_empty(len(METRICS)), *fake_gradients(hidden, weight, rest[-3:])
+def _(*fields):
+    call = LinearPolicyLossCall(*fields)
+    loss = call.hidden.new_empty((), dtype=accumulate_dtype(call.hidden))
+    grads = fake_gradients(call.hidden, call.weight, call.needed())
+    return loss, loss.new_empty(len(METRICS)), *grads
+
+
+class LinearPolicyLoss(PolicyModule):
+    """`linear_policy_loss` as a module. Its arguments are the options of `policy_loss`."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        token_ids: Tensor,
+        old_logps: Tensor | None,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        bias: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ref_logps: Tensor | None = None,
+        rollout_weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and the metrics."""
+        return linear_policy_loss(
+            hidden,
+            weight,
+            token_ids,
+            old_logps,
+            advantages,
+            mask,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ref_logps=ref_logps,
+            rollout_weights=rollout_weights,
+            normalizer=normalizer,
+            **self.options,
+        )

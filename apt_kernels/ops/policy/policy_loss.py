@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
-from ..common.autograd import differentiable_once
+from ..common.autograd import differentiable_once, gradients
+from ..common.head import needs_gradient
 from ..common.token_inputs import adjacent, alike, boolean, normalizer_tensor
-from .policy_options import METRICS, PolicyOptions, check_options, check_tensors, kernel_options
+from .options import (
+    METRICS,
+    PolicyModule,
+    PolicyOptions,
+    check_options,
+    check_tensors,
+    kernel_options,
+)
 
+KERNEL = "policy_loss_fwd"
 dispatch.define(
     "policy_loss_fwd(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor mask, "
-    "Tensor? weights, Tensor? ref_logps, Tensor? entropy, Tensor? normalizer, int loss_type, "
-    "int ratio_level, int kl_estimator, int aggregation, float clip_low, float clip_high, "
-    "float dual_clip, float tau_pos, float tau_neg, float kl_coef, float entropy_coef, "
-    "bool need_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? rollout_weights, Tensor? ref_logps, Tensor? entropy, Tensor? normalizer, "
+    "int loss_type, int ratio_level, int kl_estimator, int aggregation, float clip_low, "
+    "float clip_high, float dual_clip, float sapo_temperature_pos, float sapo_temperature_neg, "
+    "float kl_coef, float entropy_coef, bool need_entropy) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-dispatch.register("policy_loss", "policy_loss_fwd")
+dispatch.register("policy_loss", KERNEL)
 
 
 def policy_loss(
@@ -84,14 +96,32 @@ def policy_loss(
         ValueError, TypeError: a wrong argument, or an option that the loss type does not use.
     """
     options = PolicyOptions(
-        loss_type, clip_low, clip_high, dual_clip, ratio_level, sapo_temperature_pos,
-        sapo_temperature_neg, kl_coef, kl_estimator, entropy_coef, aggregation,
-    )  # fmt: skip
+        loss_type=loss_type,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        ratio_level=ratio_level,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        aggregation=aggregation,
+    )
     check_options(options)
     checks.tensor("logps", logps)
     checks.dims("logps", logps, 2)
-    inputs = (old_logps, advantages, mask, ref_logps, kl_coef, rollout_weights, normalizer)
-    check_tensors("logps", logps, *inputs)
+    check_tensors(
+        "logps",
+        logps,
+        old_logps=old_logps,
+        advantages=advantages,
+        mask=mask,
+        ref_logps=ref_logps,
+        kl_coef=kl_coef,
+        rollout_weights=rollout_weights,
+        normalizer=normalizer,
+    )
     if entropy is not None:
         checks.pair("entropy", entropy, "logps", logps)
     elif entropy_coef:
@@ -99,32 +129,68 @@ def policy_loss(
     backend = dispatch.choose("policy_loss", logps.device, backend, logps.dtype)
     if backend == "reference":
         return reference.policy_loss(
-            logps, old_logps, advantages, mask, ref_logps=ref_logps, entropy=entropy,
-            rollout_weights=rollout_weights, normalizer=normalizer, **options._asdict(),
-        )  # fmt: skip
-    loss, metrics = _PolicyLoss.apply(
-        *alike(logps, old_logps, advantages, rollout_weights, ref_logps, entropy),
-        adjacent(boolean(mask)),
-        normalizer_tensor(normalizer, logps),
-        *kernel_options(options),
-        backend,
+            logps,
+            old_logps,
+            advantages,
+            mask,
+            ref_logps=ref_logps,
+            entropy=entropy,
+            rollout_weights=rollout_weights,
+            normalizer=normalizer,
+            **options._asdict(),
+        )
+    logps, old_logps, advantages, rollout_weights, ref_logps, entropy = alike(
+        logps, old_logps, advantages, rollout_weights, ref_logps, entropy
     )
+    call = PolicyLossCall(
+        logps=logps,
+        old_logps=old_logps,
+        advantages=advantages,
+        mask=adjacent(boolean(mask)),
+        rollout_weights=rollout_weights,
+        ref_logps=ref_logps,
+        entropy=entropy,
+        normalizer=normalizer_tensor(normalizer, logps),
+        **kernel_options(options),
+        need_entropy=entropy_coef != 0 and needs_gradient(entropy),
+    )
+    loss, metrics = _PolicyLoss.apply(*call, backend)
     return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+class PolicyLossCall(NamedTuple):
+    """The arguments of the kernel: tensors of one dtype, rows of stride 1, options as numbers."""
+
+    logps: Tensor
+    old_logps: Tensor | None
+    advantages: Tensor
+    mask: Tensor
+    rollout_weights: Tensor | None
+    ref_logps: Tensor | None
+    entropy: Tensor | None
+    normalizer: Tensor | None
+    loss_type: int
+    ratio_level: int
+    kl_estimator: int
+    aggregation: int
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    kl_coef: float
+    entropy_coef: float
+    need_entropy: bool
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, logps, old_logps, advantages, weights, ref_logps, entropy, mask, normalizer, *options
-    ):
-        *options, backend = options
-        need_entropy = entropy is not None and ctx.needs_input_grad[5] and options[-1] != 0
-        loss, metrics, *grads, scales = dispatch.kernel("policy_loss_fwd", backend)(
-            logps, old_logps, advantages, mask, weights, ref_logps, entropy, normalizer, *options,
-            need_entropy,
-        )  # fmt: skip
-        ctx.save_for_backward(*grads, scales)
-        ctx.dtype, ctx.need_entropy, ctx.arguments = logps.dtype, need_entropy, 9 + len(options)
+    def forward(ctx, *arguments):
+        *fields, backend = arguments
+        call = PolicyLossCall(*fields)
+        loss, metrics, grad_logps, grad_entropy, scales = dispatch.kernel(KERNEL, backend)(*call)
+        ctx.save_for_backward(grad_logps, grad_entropy, scales)
+        ctx.dtype, ctx.need_entropy = call.logps.dtype, call.need_entropy
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)  # the metrics' gradient would be zeros, a tensor
         return loss, metrics
@@ -134,18 +200,49 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         grad_logps, grad_entropy, scales = ctx.saved_tensors
         factors = scales * grad_loss  # of the rows
-        grads = [None] * ctx.arguments
-        if ctx.needs_input_grad[0]:
-            grads[0] = (grad_logps * factors).to(ctx.dtype)
+        grads = {}
+        if ctx.needs_input_grad[PolicyLossCall._fields.index("logps")]:
+            grads["logps"] = grad_logps * factors
         if ctx.need_entropy:
-            grads[5] = (grad_entropy * factors).to(ctx.dtype)
-        return tuple(grads)
+            grads["entropy"] = grad_entropy * factors
+        if factors.dtype != ctx.dtype:
+            grads = {name: grad.to(ctx.dtype) for name, grad in grads.items()}
+        return gradients(PolicyLossCall, **grads)
 
 
-@dispatch.fake("policy_loss_fwd")
-def _(logps, *arguments):
-    dtype = accumulate_dtype(logps)
-    need_entropy = arguments[-1]
-    of_entropy = logps.shape if need_entropy else (0,)
+@dispatch.fake(KERNEL)
+def _(*fields):
+    call = PolicyLossCall(*fields)
+    logps = call.logps
+    of_entropy = logps.shape if call.need_entropy else (0,)
     shapes = (), (len(METRICS),), logps.shape, of_entropy, (logps.shape[0], 1)
-    return tuple(logps.new_empty(shape, dtype=dtype) for shape in shapes)
+    return tuple(logps.new_empty(shape, dtype=accumulate_dtype(logps)) for shape in shapes)
+
+
+class PolicyLoss(PolicyModule):
+    """`policy_loss` as a module. Its arguments are the options of the function."""
+
+    def forward(
+        self,
+        logps: Tensor,
+        old_logps: Tensor | None,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        ref_logps: Tensor | None = None,
+        entropy: Tensor | None = None,
+        rollout_weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and the metrics."""
+        return policy_loss(
+            logps,
+            old_logps,
+            advantages,
+            mask,
+            ref_logps=ref_logps,
+            entropy=entropy,
+            rollout_weights=rollout_weights,
+            normalizer=normalizer,
+            **self.options,
+        )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import checks, dispatch, reference
+from ...codes import AGGREGATIONS
 from ...reference.numerics import accumulate_dtype
-from ..common.autograd import differentiable_once
-from ..common.token_inputs import AGGREGATIONS, adjacent, alike, boolean, normalizer_tensor
+from ..common.autograd import differentiable_once, gradients
+from ..common.module import LossModule
+from ..common.token_inputs import adjacent, alike, boolean, normalizer_tensor
 
+KERNEL = "value_loss_fwd"
 dispatch.define(
     "value_loss_fwd(Tensor values, Tensor returns, Tensor mask, Tensor? old_values, "
-    "Tensor? normalizer, int aggregation, "
-    "float clip_range) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? normalizer, int aggregation, float clip_range) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-dispatch.register("value_loss", "value_loss_fwd")
+dispatch.register("value_loss", KERNEL)
 
 
 def value_loss(
@@ -29,26 +33,27 @@ def value_loss(
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The aggregate of (v - R)^2 / 2, or of max((v - R)^2, (v' - R)^2) / 2 with clipping; metrics.
+    """The aggregate of (v - R)^2 / 2, with clipping of max((v - R)^2, (v' - R)^2) / 2, and metrics.
 
-    v' = clamp(v, old_values - clip_range, old_values + clip_range). One pass forms the loss, the
-    metrics and the gradient; backward scales it. Source: Schulman 2017, Dhariwal 2017.
+    R are the returns and v' = clamp(v, old_values - clip_range, old_values + clip_range). One pass
+    forms the loss, the metrics and the gradient; the backward pass scales the gradient. Sources:
+    Schulman 2017, Dhariwal 2017.
 
     Args:
         values: `(B, T)` float32, bfloat16, float16 or float64; any strides; differentiable. A
-            masked token of any argument may hold anything; it has exactly no gradient.
+            masked token may hold anything, in any argument; its gradient is exactly 0.
         returns: `(B, T)`.
-        mask: `(B, T)`, True counts. Nothing counts: a loss of 0 with a graph.
-        old_values: `(B, T)`, the values at sampling time; with `clip_range` alone.
-        clip_range: how far the value may move, above 0; None: no clipping.
+        mask: `(B, T)`, True counts. Where nothing counts the loss is 0, with a graph.
+        old_values: `(B, T)`, the values at sampling time; with `clip_range` only.
+        clip_range: how far a value may move, above 0; None means no clipping.
         aggregation: as in `policy_loss`.
         normalizer: as in `policy_loss`.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
-        `(loss, metrics)`, 0-dim float32 (float64 for float64 values). The metrics, without a
-        graph: clip_fraction, and explained_variance = 1 - Var(R - v) / Var(R) over the tokens
-        that count, 0 where their returns are all equal.
+        `(loss, metrics)`, 0-dim float32 (float64 for float64 values). The metrics have no graph:
+        clip_fraction, and explained_variance = 1 - Var(R - v) / Var(R) over the tokens that count,
+        0 where their returns are all equal.
 
     Raises:
         ValueError, TypeError: a wrong argument.
@@ -66,20 +71,25 @@ def value_loss(
     backend = dispatch.choose("value_loss", values.device, backend, values.dtype)
     if backend == "reference":
         return reference.value_loss(
-            values, returns, mask, old_values=old_values, clip_range=clip_range,
-            aggregation=aggregation, normalizer=normalizer,
-        )  # fmt: skip
+            values,
+            returns,
+            mask,
+            old_values=old_values,
+            clip_range=clip_range,
+            aggregation=aggregation,
+            normalizer=normalizer,
+        )
     values, returns, old_values = alike(values, returns, old_values)
-    loss, metrics = _ValueLoss.apply(
-        values,
-        returns,
-        adjacent(boolean(mask)),
-        old_values,
-        normalizer_tensor(normalizer, values),
-        AGGREGATIONS[aggregation],
-        0.0 if clip_range is None else float(clip_range),
-        backend,
+    call = ValueLossCall(
+        values=values,
+        returns=returns,
+        mask=adjacent(boolean(mask)),
+        old_values=old_values,
+        normalizer=normalizer_tensor(normalizer, values),
+        aggregation=AGGREGATIONS[aggregation],
+        clip_range=0.0 if clip_range is None else float(clip_range),
     )
+    loss, metrics = _ValueLoss.apply(*call, backend)
     clip_fraction, explained_variance = metrics.unbind()
     return loss, {"clip_fraction": clip_fraction, "explained_variance": explained_variance}
 
@@ -90,8 +100,46 @@ def _check_options(clip_range: float | None, aggregation: str) -> None:
         checks.positive("clip_range", clip_range)
 
 
-class ValueLoss(nn.Module):
-    """`value_loss` as a module; its arguments are the options of the function."""
+class ValueLossCall(NamedTuple):
+    """The arguments of the kernel: tensors of one dtype, rows of stride 1, options as numbers."""
+
+    values: Tensor
+    returns: Tensor
+    mask: Tensor
+    old_values: Tensor | None
+    normalizer: Tensor | None
+    aggregation: int
+    clip_range: float
+
+
+class _ValueLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *fields, backend = arguments
+        call = ValueLossCall(*fields)
+        loss, metrics, grad_values, scales = dispatch.kernel(KERNEL, backend)(*call)
+        ctx.save_for_backward(grad_values, scales)
+        ctx.dtype = call.values.dtype
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)  # the metrics' gradient would be zeros, a tensor
+        return loss, metrics
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad_loss, _):
+        grad_values, scales = ctx.saved_tensors
+        return gradients(ValueLossCall, values=(grad_values * (scales * grad_loss)).to(ctx.dtype))
+
+
+@dispatch.fake(KERNEL)
+def _(*fields):
+    values = ValueLossCall(*fields).values
+    shapes = (), (2,), values.shape, (values.shape[0], 1)
+    return tuple(values.new_empty(shape, dtype=accumulate_dtype(values)) for shape in shapes)
+
+
+class ValueLoss(LossModule):
+    """`value_loss` as a module. Its arguments are the options of the function."""
 
     def __init__(
         self,
@@ -100,11 +148,8 @@ class ValueLoss(nn.Module):
         aggregation: str = "token_mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         _check_options(clip_range, aggregation)
-        self.options = {
-            "clip_range": clip_range, "aggregation": aggregation, "backend": backend
-        }  # fmt: skip
+        super().__init__(clip_range=clip_range, aggregation=aggregation, backend=backend)
 
     def forward(
         self,
@@ -115,38 +160,7 @@ class ValueLoss(nn.Module):
         old_values: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics)."""
+        """Returns the loss and the metrics."""
         return value_loss(
             values, returns, mask, old_values=old_values, normalizer=normalizer, **self.options
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
-
-
-class _ValueLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, values, returns, mask, old_values, normalizer, aggregation, clip_range, backend
-    ):
-        loss, metrics, grad_values, scales = dispatch.kernel("value_loss_fwd", backend)(
-            values, returns, mask, old_values, normalizer, aggregation, clip_range
-        )
-        ctx.save_for_backward(grad_values, scales)
-        ctx.dtype = values.dtype
-        ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)
-        return loss, metrics
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad_loss, _):
-        grad_values, scales = ctx.saved_tensors
-        return (grad_values * (scales * grad_loss)).to(ctx.dtype), *[None] * 7
-
-
-@dispatch.fake("value_loss_fwd")
-def _(values, *arguments):
-    dtype = accumulate_dtype(values)
-    shapes = (), (2,), values.shape, (values.shape[0], 1)
-    return tuple(values.new_empty(shape, dtype=dtype) for shape in shapes)

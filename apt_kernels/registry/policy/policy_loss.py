@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ... import reference
+from ... import codes, reference
 from ...ops.policy.policy_loss import policy_loss
 from ..entry import Benchmark, Op, Rejected, Sample, seeded
 
@@ -23,8 +23,8 @@ LOSSES = {
     },
     "reinforce": {"loss_type": "reinforce"},
 }  # fmt: skip
-ESTIMATORS = ("k1", "k2", "k3", "unbiased_k3")
-AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "dr_grpo")
+ESTIMATORS = tuple(codes.KL_ESTIMATORS)
+AGGREGATIONS = tuple(codes.AGGREGATIONS)
 
 
 def _randn(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -83,13 +83,31 @@ def _options(dtype: torch.dtype) -> Iterator[Sample]:
             kwargs = {"kl_estimator": estimator, "kl_coef": coefficient}
             yield _call(f"{estimator}_{coefficient}", x, "ref_logps", **kwargs)
     for aggregation in AGGREGATIONS:
-        for normalizer in (50, 12.5, torch.tensor(33.0), torch.tensor(20)):
+        for normalizer in (
+            50,
+            12.5,
+            torch.tensor(33.0),
+            torch.tensor(20),
+            torch.tensor(7.0, dtype=torch.float64),
+        ):
             kind = "tensor" if isinstance(normalizer, torch.Tensor) else "number"
             name = f"normalizer_{kind}_{float(normalizer)}_{aggregation}"
             yield _call(name, x, aggregation=aggregation, normalizer=normalizer)
+    yield from _without_coefficients(x)
     yield _call("entropy_measured", x, "entropy")
     yield _call("entropy_frozen", {**x, "logps": x["logps"].detach()}, entropy_coef=0.1)
     yield _call("frozen", {**x, "logps": x["logps"].detach()}, "entropy")
+
+
+def _without_coefficients(x: dict[str, torch.Tensor]) -> Iterator[Sample]:
+    """Terms that are infinite at a token that counts take no part where their coefficient is 0."""
+    place = tuple(x["mask"].nonzero()[0])
+    infinite = {name: x[name].clone() for name in ("ref_logps", "entropy")}
+    infinite["ref_logps"][place], infinite["entropy"][place] = -torch.inf, torch.inf
+    for estimator in ESTIMATORS:
+        name = f"infinite_{estimator}_without_coefficient"
+        yield _call(name, {**x, **infinite}, "ref_logps", kl_estimator=estimator)
+    yield _call("infinite_entropy_without_coefficient", {**x, **infinite}, "entropy")
 
 
 def _spoiled(x: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:

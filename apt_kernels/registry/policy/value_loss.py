@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from ... import reference
+from ... import codes, reference
 from ...ops.policy.value_loss import value_loss
 from ..entry import Benchmark, Op, Rejected, Sample, seeded
 
-AGGREGATIONS = ("token_mean", "token_sum", "sequence_mean", "sequence_sum", "dr_grpo")
+AGGREGATIONS = tuple(codes.AGGREGATIONS)
 
 
 def _tokens(rows: int, length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

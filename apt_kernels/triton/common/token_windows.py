@@ -53,11 +53,12 @@ def tiles_of(T, unit):
 
 @triton.jit
 def window(row, tile, B, T, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """What a program sees of its row: (start, head, end, live, vectors, rest).
+    """The window of a row that a program takes: (row, start, head, end, live, vectors, rest).
 
-    Its tokens, the live ones, are those from head to end, counted from start, the place in the row
-    (UNIT 0: in the tensor, a multiple of 16). UNIT 0: they are loaded with their neighbours in
-    whole `vectors`; `rest`: some lie behind the last of those in the tensor.
+    Its tokens, the `live` ones, are those from `head` to `end`, counted from `start`, which is the
+    place in the row (with UNIT 0 the place in the tensor, a multiple of 16). With UNIT 0 tokens are
+    loaded with their neighbours in whole `vectors`, and `rest` says whether some lie behind the
+    last vector of the tensor. `read`, `live_flags` and `write` take the window whole.
     """
     i = tl.arange(0, BLOCK)
     if UNIT == 0:
@@ -77,17 +78,16 @@ def window(row, tile, B, T, UNIT: tl.constexpr, BLOCK: tl.constexpr):
         live = i < end
         vectors = live
         rest = False
-    return start, head, end, live, vectors, rest
+    return row, start, head, end, live, vectors, rest
 
 
 @triton.jit
-def read(
-    ptr, row, stride, start, live, vectors, rest, counts, STEP: tl.constexpr, UNIT: tl.constexpr
-):
-    """One number a token of a window, or one a row (STEP 0); 0 where nothing counts.
+def read(ptr, stride, tokens, counts, STEP: tl.constexpr, UNIT: tl.constexpr):
+    """One number a token of a window, or one a row (STEP 0); 0 where a token does not count.
 
-    Loaded wherever there is a token, for a mask from memory would part the vectors.
+    All tokens are loaded, for a load under a mask that comes from memory is not vectorised.
     """
+    row, start, _, _, live, vectors, rest = tokens
     i = tl.arange(0, live.shape[0])
     if STEP == 0:
         x = tl.load(ptr + row * stride)
@@ -101,8 +101,15 @@ def read(
 
 
 @triton.jit
-def write(ptr, row, T, start, head, end, live, x, UNIT: tl.constexpr):
-    """x to the tokens of a window, in a tensor [B, T] without gaps."""
+def live_flags(mask_ptr, stride, tokens, UNIT: tl.constexpr):
+    """Which tokens of a window count."""
+    return read(mask_ptr, stride, tokens, tokens[4], 1, UNIT) != 0
+
+
+@triton.jit
+def write(ptr, T, tokens, x, UNIT: tl.constexpr):
+    """Writes x to the tokens of a window, in a tensor [B, T] without gaps."""
+    row, start, head, end, live, _, _ = tokens
     i = tl.arange(0, live.shape[0])
     if UNIT == 0:  # vectors that lie in the row, and what is left of it at its ends
         low = (head + 15) // 16 * 16
@@ -139,7 +146,7 @@ def kl_term(d, ESTIMATOR: tl.constexpr):
     """The estimate of the divergence from d, and its derivative at d."""
     if ESTIMATOR == 1:
         value = d
-        grad = d * 0.0 + 1.0
+        grad = tl.full(d.shape, 1.0, tl.float32)
     elif ESTIMATOR == 2:
         value = 0.5 * d * d
         grad = d
@@ -163,11 +170,11 @@ def _mean_log_ratios_kernel(
     length = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for tile in range(0, tl.cdiv(T if UNIT else T + 15, BLOCK)):
-        start, _, _, live, vectors, rest = window(row, tile, tl.num_programs(0), T, UNIT, BLOCK)
-        counts = read(mask_ptr, row, mask_b, start, live, vectors, rest, live, 1, UNIT) != 0
+        tokens = window(row, tile, tl.num_programs(0), T, UNIT, BLOCK)
+        counts = live_flags(mask_ptr, mask_b, tokens, UNIT)
         length += counts.to(tl.float32)
-        x = read(x_ptr, row, x_b, start, live, vectors, rest, counts, 1, UNIT)
-        total += x - read(y_ptr, row, y_b, start, live, vectors, rest, counts, 1, UNIT)
+        x = read(x_ptr, x_b, tokens, counts, 1, UNIT)
+        total += x - read(y_ptr, y_b, tokens, counts, 1, UNIT)
     tl.store(means_ptr + row, tl.sum(total, 0) / tl.maximum(tl.sum(length, 0), 1.0))
 
 

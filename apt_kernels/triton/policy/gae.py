@@ -33,44 +33,92 @@ def _first_two(value_later, second_later, number_later, value, second, number):
 
 
 @triton.jit
-def _offset(row, t, place, stride_b, stride_t, WINDOWS: tl.constexpr):
-    if WINDOWS:
-        offset = place
-    else:
-        offset = row * stride_b + t * stride_t
-    return offset
+def _rows(cu_seqlens_ptr, B, T, VECTORS: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The rows of a program: (sequence [BLOCK_B], row [BLOCK_B, 1], first step, steps, all steps).
+
+    With cu_seqlens a program has one sequence, and the tensors have one row. Offsets that lie
+    outside the tensors are cut.
+    """
+    sequence = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row = sequence[:, None]
+    first = T * 0
+    steps = T
+    N = B * T
+    if VECTORS:  # tells the compiler that no vector of 16 bytes lies across the end of a row
+        steps = T // 16 * 16
+    if cu_seqlens_ptr is not None:
+        number = tl.program_id(0).to(tl.int64)
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + number), 0), T)
+        steps = tl.minimum(tl.load(cu_seqlens_ptr + number + 1), T) - first
+        row = row * 0
+        N = T
+    return sequence, row, first, steps, N
 
 
 @triton.jit
-def _load(ptr, offset, live, vectors, rest, WINDOWS: tl.constexpr):
-    """Windows: whole vectors, of other rows too; and one by one what the tensor ends with."""
+def _tile(row, first, steps, B, T, N, start, WINDOWS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The steps of a tile: (row, t, place, live, vectors, rest, inner, edge).
+
+    t is the step in the row. WINDOWS: tensors without gaps are cut at multiples of 16 elements,
+    wherever the rows begin. Then `place` is the element of the tensor, and whole `vectors` are
+    loaded, of other rows too. `rest` says whether some `live` steps lie behind the last vector of
+    the tensor. Stored are the vectors `inner` to the row, and its `edge` one by one.
+    """
+    step = start + tl.arange(0, BLOCK_T)[None, :]
+    inside = row < B
+    live = inside & (step < steps)
+    vectors = live
+    inner = live
+    edge = live
+    rest = False
+    sixteens = (row * T + first) // 16
     if WINDOWS:
-        x = tl.load(ptr + offset, mask=vectors, other=0)
+        head = row * T + first - sixteens * 16
+        end = head + steps
+        live = inside & (step >= head) & (step < end)
+        vectors = inside & (step < tl.minimum(N // 16 - sixteens, (end + 15) // 16) * 16)
+        inner = inside & (step >= (head + 15) // 16 * 16) & (step < end // 16 * 16)
+        edge = live & ~inner
+        rest = tl.max(sixteens) * 16 + start + BLOCK_T > N // 16 * 16
+    return row, first + step, sixteens * 16 + step, live, vectors, rest, inner, edge
+
+
+@triton.jit
+def _load(ptr, stride_b, stride_t, tile, WINDOWS: tl.constexpr):
+    """A number of each step of a tile, loaded wherever there is a step.
+
+    A load under a mask that comes from memory would not be vectorised.
+    """
+    row, t, place, live, vectors, rest, _, _ = tile
+    if WINDOWS:
+        x = tl.load(ptr + place, mask=vectors, other=0)
         if rest:
-            x = tl.where(vectors, x, tl.load(ptr + offset, mask=live & ~vectors, other=0))
+            x = tl.where(vectors, x, tl.load(ptr + place, mask=live & ~vectors, other=0))
     else:
-        x = tl.load(ptr + offset, mask=live, other=0)
+        x = tl.load(ptr + (row * stride_b + t * stride_t), mask=live, other=0)
     return x
 
 
 @triton.jit
-def _flags(ptr, offset, live, vectors, rest, ABSENT: tl.constexpr, WINDOWS: tl.constexpr):
+def _flags(ptr, stride_b, stride_t, tile, ABSENT: tl.constexpr, WINDOWS: tl.constexpr):
+    """The flags of the steps of a tile; ABSENT for all steps where there is no tensor."""
     # one return: after an early one the compiler still meets the load of None
+    live = tile[3]
     if ptr is None:
         flags = live & ABSENT
     else:
-        flags = live & (_load(ptr, offset, live, vectors, rest, WINDOWS) != 0)
+        flags = live & (_load(ptr, stride_b, stride_t, tile, WINDOWS) != 0)
     return flags
 
 
 @triton.jit
-def _store(ptr, offset, x, live, inner, edge, WINDOWS: tl.constexpr):
-    """Windows: `inner` vectors lie in the row, the `edge` of it is stored one by one."""
+def _store(ptr, stride_b, stride_t, tile, x, WINDOWS: tl.constexpr):
+    row, t, place, live, _, _, inner, edge = tile
     if WINDOWS:
-        tl.store(ptr + offset, x, mask=inner)
-        tl.store(ptr + offset, x, mask=edge)
+        tl.store(ptr + place, x, mask=inner)
+        tl.store(ptr + place, x, mask=edge)
     else:
-        tl.store(ptr + offset, x, mask=live)
+        tl.store(ptr + (row * stride_b + t * stride_t), x, mask=live)
 
 
 # What: A_t = delta_t + gamma lambda A_(t+1) of BLOCK_B rows, from the last step back.
@@ -78,33 +126,16 @@ def _store(ptr, offset, x, live, inner, edge, WINDOWS: tl.constexpr):
 # tile of rows a program, scans of BLOCK_T steps at a time. Accuracy: float32.
 @triton.jit(do_not_specialize=["B", "T"])
 def _gae_fwd_kernel(
-    rewards_ptr, values_ptr, mask_ptr, terminated_ptr, truncated_ptr, bootstrap_ptr, cu_seqlens_ptr,
-    advantages_ptr, returns_ptr, B: tl.int64, T: tl.int64,
-    rewards_b: tl.int64, rewards_t: tl.int64, values_b: tl.int64, values_t: tl.int64,
-    mask_b: tl.int64, mask_t: tl.int64, terminated_b: tl.int64, terminated_t: tl.int64,
-    truncated_b: tl.int64, truncated_t: tl.int64, bootstrap_b: tl.int64, bootstrap_t: tl.int64,
-    out_b: tl.int64, out_t: tl.int64, gamma: tl.float32, decay: tl.float32,
+    inputs, outputs, strides, B: tl.int64, T: tl.int64, gamma: tl.float32, decay: tl.float32,
     PER_STEP: tl.constexpr, VECTORS: tl.constexpr, WINDOWS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    row = sequence[:, None]
-    place = tl.arange(0, BLOCK_T)[None, :]
-    inside = row < B
-    first = T * 0
-    steps = T
-    if VECTORS:  # tells the compiler that no vector of 16 bytes lies across the end of a row
-        steps = T // 16 * 16
-    if cu_seqlens_ptr is not None:  # BLOCK_B is 1; offsets outside the tensors are cut
-        number = tl.program_id(0).to(tl.int64)
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + number), 0), T)
-        steps = tl.minimum(tl.load(cu_seqlens_ptr + number + 1), T) - first
-        row = row * 0
-    # Windows: tensors without gaps are cut at multiples of 16 elements, wherever the rows begin.
-    sixteens = (row * T + first) // 16
-    head = row * T + first - sixteens * 16
-    end = head + steps
-    N = T if cu_seqlens_ptr is not None else B * T
+    (rewards_ptr, values_ptr, mask_ptr, terminated_ptr, truncated_ptr, bootstrap_ptr,
+     cu_seqlens_ptr) = inputs  # fmt: skip
+    advantages_ptr, returns_ptr = outputs
+    (rewards_b, rewards_t, values_b, values_t, mask_b, mask_t, terminated_b, terminated_t,
+     truncated_b, truncated_t, bootstrap_b, bootstrap_t, out_b, out_t) = strides  # fmt: skip
+    sequence, row, first, steps, N = _rows(cu_seqlens_ptr, B, T, VECTORS, BLOCK_B)
     windows = tl.cdiv(steps + 15 if WINDOWS else steps, BLOCK_T)
     after_last = tl.zeros((BLOCK_B, 1), tl.float32)
     if bootstrap_ptr is not None:
@@ -114,33 +145,14 @@ def _gae_fwd_kernel(
     trace = tl.zeros((BLOCK_B, 1), tl.float32)  # the advantage, the value of the next step
     carried = tl.zeros((BLOCK_B, 1), tl.float32)
     seen = tl.zeros((BLOCK_B, 1), tl.int32)  # whether there is one
-    for tile in range(0, windows):
-        start = (windows - 1 - tile) * BLOCK_T
-        step = start + place
-        t = first + step
-        flat = sixteens * 16 + step
-        live = inside & (step < steps)
-        vectors = live
-        inner = live
-        rest = False
-        edge = live
-        if WINDOWS:
-            live = inside & (step >= head) & (step < end)
-            vectors = inside & (step < tl.minimum(N // 16 - sixteens, (end + 15) // 16) * 16)
-            inner = inside & (step >= (head + 15) // 16 * 16) & (step < end // 16 * 16)
-            rest = tl.max(sixteens) * 16 + start + BLOCK_T > N // 16 * 16
-            edge = live & ~inner
-        place_of_mask = _offset(row, t, flat, mask_b, mask_t, WINDOWS)
-        counts = _flags(mask_ptr, place_of_mask, live, vectors, rest, True, WINDOWS)
-        place_of_end = _offset(row, t, flat, terminated_b, terminated_t, WINDOWS)
-        ends = _flags(terminated_ptr, place_of_end, live, vectors, rest, False, WINDOWS)
-        place_of_break = _offset(row, t, flat, truncated_b, truncated_t, WINDOWS)
-        breaks = _flags(truncated_ptr, place_of_break, live, vectors, rest, False, WINDOWS)
-        # loaded wherever there is a step, for a mask from memory would part the vectors
-        place_of_reward = _offset(row, t, flat, rewards_b, rewards_t, WINDOWS)
-        reward = _load(rewards_ptr, place_of_reward, live, vectors, rest, WINDOWS)
-        place_of_value = _offset(row, t, flat, values_b, values_t, WINDOWS)
-        value = _load(values_ptr, place_of_value, live, vectors, rest, WINDOWS)
+    for number in range(0, windows):
+        start = (windows - 1 - number) * BLOCK_T
+        tile = _tile(row, first, steps, B, T, N, start, WINDOWS, BLOCK_T)
+        counts = _flags(mask_ptr, mask_b, mask_t, tile, True, WINDOWS)
+        ends = _flags(terminated_ptr, terminated_b, terminated_t, tile, False, WINDOWS)
+        breaks = _flags(truncated_ptr, truncated_b, truncated_t, tile, False, WINDOWS)
+        reward = _load(rewards_ptr, rewards_b, rewards_t, tile, WINDOWS)
+        value = _load(values_ptr, values_b, values_t, tile, WINDOWS)
         reward = tl.where(counts, reward.to(tl.float32), 0.0)
         value = tl.where(counts, value.to(tl.float32), 0.0)
         # the first step from here on that counts, and the one after it
@@ -152,23 +164,32 @@ def _gae_fwd_kernel(
         after = tl.where(last, after_last, 0.0)
         if bootstrap_ptr is not None:
             if PER_STEP:
-                of_step = _offset(row, t, flat, bootstrap_b, bootstrap_t, WINDOWS)
-                after = _load(bootstrap_ptr, of_step, live, vectors, rest, WINDOWS).to(tl.float32)
+                after = _load(bootstrap_ptr, bootstrap_b, bootstrap_t, tile, WINDOWS)
+                after = after.to(tl.float32)
         following = tl.where(ends, 0.0, tl.where(breaks | last, after, following))
         delta = tl.where(counts, reward + gamma * following - value, 0.0)
         kept = tl.where(counts, tl.where(ends | breaks | last, 0.0, decay), 1.0)
         delta, kept = tl.associative_scan((delta, kept), 1, _then, reverse=True)
         advantage = _advantage(delta, kept, trace)
-        out = _offset(row, t, flat, out_b, out_t, WINDOWS)
         kept_advantage = tl.where(counts, advantage, 0.0)
-        _store(advantages_ptr, out, kept_advantage, live, inner, edge, WINDOWS)
+        _store(advantages_ptr, out_b, out_t, tile, kept_advantage, WINDOWS)
         target = tl.where(counts, advantage + value, 0.0)
-        _store(returns_ptr, out, target, live, inner, edge, WINDOWS)
-        here = place == 0
+        _store(returns_ptr, out_b, out_t, tile, target, WINDOWS)
+        here = tl.arange(0, BLOCK_T)[None, :] == 0
         trace = tl.sum(tl.where(here, advantage, 0.0), 1, keep_dims=True)
         nearest = tl.where(found > 0, nearest, carried)
         carried = tl.sum(tl.where(here, nearest, 0.0), 1, keep_dims=True)
         seen = seen | tl.sum(tl.where(here, found, 0), 1, keep_dims=True)
+
+
+@triton.jit
+def _counted(mask_ptr, i, N):
+    """Which of the elements i of a tensor without gaps count."""
+    if mask_ptr is None:
+        counts = i < N
+    else:
+        counts = tl.load(mask_ptr + i, mask=i < N, other=0) != 0
+    return counts
 
 
 # What: the sum of the advantages of a block, and how many count.
@@ -179,7 +200,7 @@ def _sum_kernel(advantages_ptr, mask_ptr, sums_ptr, counts_ptr, N: tl.int64, BLO
     count = tl.zeros((BLOCK,), tl.int32)
     for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
-        counts = _flags(mask_ptr, i, i < N, i < N, False, True, False)
+        counts = _counted(mask_ptr, i, N)
         total += tl.load(advantages_ptr + i, mask=counts, other=0.0)
         count += counts.to(tl.int32)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0))
@@ -204,7 +225,7 @@ def _squares_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
-        counts = _flags(mask_ptr, i, i < N, i < N, False, True, False)
+        counts = _counted(mask_ptr, i, N)
         x = tl.load(advantages_ptr + i, mask=counts, other=0.0) - mean
         total += tl.where(counts, x * x, 0.0)
     tl.store(squares_ptr + tl.program_id(0), tl.sum(total, 0))
@@ -222,7 +243,7 @@ def _whiten_kernel(
     scale = 1.0 / tl.sqrt_rn(variance + 1e-8)
     for start in range(tl.program_id(0) * BLOCK, N, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
-        counts = _flags(mask_ptr, i, i < N, i < N, False, True, False)
+        counts = _counted(mask_ptr, i, N)
         x = tl.load(advantages_ptr + i, mask=counts, other=0.0)
         tl.store(advantages_ptr + i, tl.where(counts, (x - mean) * scale, 0.0), mask=i < N)
 
@@ -277,9 +298,9 @@ def gae_fwd(
         warps = max(1, block_t // of_a_warp)
     with rows.device_of(rewards):
         _gae_fwd_kernel[(triton.cdiv(B, block_b),)](
-            *inputs, cu_seqlens, advantages, returns, B, T,
-            *(stride for t in (*inputs, advantages) for stride in _strides(t, time_major)),
-            gamma, gamma * gae_lambda, PER_STEP=per_step, VECTORS=vectors,
+            (*inputs, cu_seqlens), (advantages, returns),
+            tuple(n for t in (*inputs, advantages) for n in _strides(t, time_major)),
+            B, T, gamma, gamma * gae_lambda, PER_STEP=per_step, VECTORS=vectors,
             WINDOWS=windows, BLOCK_B=block_b, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
         if whiten:

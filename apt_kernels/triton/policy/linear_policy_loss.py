@@ -14,24 +14,25 @@ from apt_kernels.triton.policy.policy_loss import policy_loss_fwd
 
 
 def linear_policy_loss_fwd(
-    upstream, hidden, weight, bias, token_ids, mask, temperatures, old_logps, advantages, weights,
-    ref_logps, normalizer, temperature, softcap, logit_scale, loss_type, ratio_level, kl_estimator,
-    aggregation, clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef,
-    need_hidden, need_weight, need_bias,
+    upstream, hidden, weight, bias, token_ids, mask, temperature_tensor, old_logps, advantages,
+    rollout_weights, ref_logps, normalizer, temperature, softcap, logit_scale, loss_type,
+    ratio_level, kl_estimator, aggregation, clip_low, clip_high, dual_clip, sapo_temperature_pos,
+    sapo_temperature_neg, kl_coef, entropy_coef, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     """(loss, metrics (7,), grad_hidden, grad_weight, grad_bias); gradients (0,) if not needed.
 
-    The gradients are those of upstream * loss, in the dtypes of their inputs.
+    The gradients are of upstream * loss, in the dtypes of their inputs.
     """
-    inputs = (hidden, weight, bias, token_ids, mask.reshape(-1), temperatures)
+    inputs = (hidden, weight, bias, token_ids, mask.reshape(-1), temperature_tensor)
     head = (temperature, softcap, logit_scale)
     needed = (need_hidden, need_weight, need_bias)
     need_entropy = entropy_coef != 0 and any(needed)
     logps, entropy, lse, _ = linear_token_logprobs_fwd(*inputs, *head, True, False)
     loss, metrics, grad_logps, grad_entropy, factors = policy_loss_fwd(
-        logps.view(mask.shape), old_logps, advantages, mask, weights, ref_logps,
+        logps.view(mask.shape), old_logps, advantages, mask, rollout_weights, ref_logps,
         entropy.view(mask.shape), normalizer, loss_type, ratio_level, kl_estimator, aggregation,
-        clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef, need_entropy,
+        clip_low, clip_high, dual_clip, sapo_temperature_pos, sapo_temperature_neg, kl_coef,
+        entropy_coef, need_entropy,
     )  # fmt: skip
     if not any(needed):
         return loss, metrics, *(hidden.new_empty(0) for _ in range(3))

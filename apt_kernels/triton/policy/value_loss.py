@@ -11,6 +11,7 @@ from apt_kernels.triton.common.token_windows import (
     WARPS,
     column,
     finish,
+    live_flags,
     put,
     read,
     row_layout,
@@ -36,25 +37,25 @@ def _spread(x, counts, number):
 # What: losses of a tile of tokens, the gradient of their sum, clipped tokens, and means and centred
 # squares of returns and of what values lack of them. Passes: one. Bytes: each input once, the
 # gradient written. Parallelism: a tile of a row a program. Accuracy: float32, fixed order.
-@triton.jit(do_not_specialize=["B", "T", "values_b", "returns_b", "mask_b", "old_b"])
+@triton.jit(do_not_specialize=["B", "T", "values_b", "returns_b", "mask_b", "old_values_b"])
 def _value_loss_fwd_kernel(
-    values_ptr, returns_ptr, mask_ptr, old_ptr, sums_ptr, grad_values_ptr, B: tl.int64, T: tl.int64,
-    values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64, old_b: tl.int64,
+    values_ptr, returns_ptr, mask_ptr, old_values_ptr, sums_ptr, grad_values_ptr,
+    B: tl.int64, T: tl.int64,
+    values_b: tl.int64, returns_b: tl.int64, mask_b: tl.int64, old_values_b: tl.int64,
     clip_range: tl.float32, UNIT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     T *= UNIT if UNIT else 1
-    tile = tl.program_id(1).to(tl.int64)
-    start, head, end, live, vectors, rest = window(row, tile, B, T, UNIT, BLOCK)
-    counts = read(mask_ptr, row, mask_b, start, live, vectors, rest, live, 1, UNIT) != 0
-    value = read(values_ptr, row, values_b, start, live, vectors, rest, counts, 1, UNIT)
-    target = read(returns_ptr, row, returns_b, start, live, vectors, rest, counts, 1, UNIT)
+    tokens = window(row, tl.program_id(1).to(tl.int64), B, T, UNIT, BLOCK)
+    counts = live_flags(mask_ptr, mask_b, tokens, UNIT)
+    value = read(values_ptr, values_b, tokens, counts, 1, UNIT)
+    target = read(returns_ptr, returns_b, tokens, counts, 1, UNIT)
     error = value - target
     squared = error * error
     grad = error
     clipped = error * 0.0
-    if old_ptr is not None:
-        old = read(old_ptr, row, old_b, start, live, vectors, rest, counts, 1, UNIT)
+    if old_values_ptr is not None:
+        old = read(old_values_ptr, old_values_b, tokens, counts, 1, UNIT)
         low = old - clip_range
         high = old + clip_range
         distance = tl.where(value < low, low, tl.where(value > high, high, value)) - target
@@ -63,7 +64,7 @@ def _value_loss_fwd_kernel(
         grad = tl.where(worse, 0.0, error)
         clipped = tl.where(worse, 1.0, 0.0)
     grad = tl.where(counts, grad, 0.0)
-    write(grad_values_ptr, row, T, start, head, end, live, grad, UNIT)
+    write(grad_values_ptr, T, tokens, grad, UNIT)
     number = tl.sum(counts.to(tl.float32), 0)
     mean, squares = _spread(target, counts, number)
     mean_error, squares_error = _spread(-error, counts, number)

@@ -10,27 +10,28 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
     const OptionalTensor& upstream, const Tensor& hidden, const Tensor& weight,
     const OptionalTensor& bias, const Tensor& token_ids, const Tensor& mask,
-    const OptionalTensor& temperatures, const OptionalTensor& old_logps, const Tensor& advantages,
-    const OptionalTensor& weights, const OptionalTensor& ref_logps,
-    const OptionalTensor& normalizer, double temperature, double softcap, double logit_scale,
-    int64_t loss_type, int64_t ratio_level, int64_t kl_estimator, int64_t aggregation,
-    double clip_low, double clip_high, double dual_clip, double tau_pos, double tau_neg,
-    double kl_coef, double entropy_coef, bool need_hidden, bool need_weight, bool need_bias) {
+    const OptionalTensor& temperature_tensor, const OptionalTensor& old_logps,
+    const Tensor& advantages, const OptionalTensor& rollout_weights,
+    const OptionalTensor& ref_logps, const OptionalTensor& normalizer, double temperature,
+    double softcap, double logit_scale, int64_t loss_type, int64_t ratio_level,
+    int64_t kl_estimator, int64_t aggregation, double clip_low, double clip_high, double dual_clip,
+    double sapo_temperature_pos, double sapo_temperature_neg, double kl_coef, double entropy_coef,
+    bool need_hidden, bool need_weight, bool need_bias) {
   const auto options = accumulate_options(hidden);
   const Tensor loss = at::empty({}, options), metrics = at::empty({kPolicyMetrics}, options);
   LinearPolicyLoss a{};
   a.head = linear_head(hidden, weight, bias, softcap, logit_scale);
   const HeadGradientTensors grad(a.head, hidden.options(), need_hidden, need_weight, need_bias);
   a.token_ids = token_ids.const_data_ptr<int64_t>();
-  a.temperatures = row_temperatures(temperatures, mask);
+  a.temperature_tensor = row_temperatures(temperature_tensor, mask);
   a.temperature = temperature;
   a.upstream = upstream.has_value() ? upstream->item().toDouble() : 1;
   a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,
-                             tau_pos, tau_neg, kl_coef, entropy_coef);
+                             sapo_temperature_pos, sapo_temperature_neg, kl_coef, entropy_coef);
   a.tokens = tokens_of(mask, aggregation, normalizer);
   a.old_logps = token_input(old_logps);
   a.advantages = token_input(advantages);
-  a.weights = token_input(weights);
+  a.rollout_weights = token_input(rollout_weights);
   a.ref_logps = token_input(ref_logps);
   a.loss = loss.mutable_data_ptr();
   a.metrics = metrics.mutable_data_ptr();

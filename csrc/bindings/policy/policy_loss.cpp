@@ -6,11 +6,11 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
     const Tensor& logps, const OptionalTensor& old_logps, const Tensor& advantages,
-    const Tensor& mask, const OptionalTensor& weights, const OptionalTensor& ref_logps,
+    const Tensor& mask, const OptionalTensor& rollout_weights, const OptionalTensor& ref_logps,
     const OptionalTensor& entropy, const OptionalTensor& normalizer, int64_t loss_type,
     int64_t ratio_level, int64_t kl_estimator, int64_t aggregation, double clip_low,
-    double clip_high, double dual_clip, double tau_pos, double tau_neg, double kl_coef,
-    double entropy_coef, bool need_entropy) {
+    double clip_high, double dual_clip, double sapo_temperature_pos, double sapo_temperature_neg,
+    double kl_coef, double entropy_coef, bool need_entropy) {
   const auto options = accumulate_options(logps);
   const Tensor loss = at::empty({}, options), metrics = at::empty({kPolicyMetrics}, options);
   const Tensor grad_logps = empty_large(logps.sizes(), options);
@@ -20,12 +20,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
   PolicyLoss a{};
   a.dtype = dtype_of(logps);
   a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,
-                             tau_pos, tau_neg, kl_coef, entropy_coef);
+                             sapo_temperature_pos, sapo_temperature_neg, kl_coef, entropy_coef);
   a.tokens = tokens_of(mask, aggregation, normalizer);
   a.logps = token_input(logps);
   a.old_logps = token_input(old_logps);
   a.advantages = token_input(advantages);
-  a.weights = token_input(weights);
+  a.rollout_weights = token_input(rollout_weights);
   a.ref_logps = token_input(ref_logps);
   a.entropy = token_input(entropy);
   a.loss = loss.mutable_data_ptr();

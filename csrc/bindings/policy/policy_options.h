@@ -7,8 +7,8 @@ namespace apt {
 
 inline PolicyOptions policy_options(int64_t loss_type, int64_t ratio_level, int64_t kl_estimator,
                                     double clip_low, double clip_high, double dual_clip,
-                                    double tau_pos, double tau_neg, double kl_coef,
-                                    double entropy_coef) {
+                                    double sapo_temperature_pos, double sapo_temperature_neg,
+                                    double kl_coef, double entropy_coef) {
   TORCH_CHECK_VALUE(loss_type >= 0 && loss_type <= 3, "loss_type: expected 0 to 3");
   TORCH_CHECK_VALUE(kl_estimator >= 1 && kl_estimator <= 4, "kl_estimator: expected 1 to 4");
   return {PolicyLossType(loss_type),
@@ -17,8 +17,8 @@ inline PolicyOptions policy_options(int64_t loss_type, int64_t ratio_level, int6
           clip_low,
           clip_high,
           dual_clip,
-          tau_pos,
-          tau_neg,
+          sapo_temperature_pos,
+          sapo_temperature_neg,
           kl_coef,
           entropy_coef};
 }

@@ -12,7 +12,7 @@ namespace apt::APT_ISA {
 namespace {
 
 bool transforms(const LinearPolicyLoss& a) {
-  return a.temperatures || a.temperature != 1 || a.head.softcap > 0;
+  return a.temperature_tensor || a.temperature != 1 || a.head.softcap > 0;
 }
 
 template <class T, class P>
@@ -47,7 +47,8 @@ class LinearRows {
     const int64_t row = rows_[i];
     RowTerms t{};
     t.token = a_.token_ids[row];
-    t.temperature = a_.temperatures ? static_cast<const A*>(a_.temperatures)[row] : a_.temperature;
+    t.temperature =
+        a_.temperature_tensor ? static_cast<const A*>(a_.temperature_tensor)[row] : a_.temperature;
     t.lse = lse_[i];
     t.grad = t.pick = grads_[i];
     t.grad_entropy =
@@ -110,8 +111,8 @@ class LinearRows {
       auto token = policy_token(a_.options.type, logps, ratio.value, at(a_.advantages, rows_[i]),
                                 ratio.slope, k_);
       double kl = 0;
-      if (a_.weights.data) {
-        const double weight = at(a_.weights, rows_[i]);
+      if (a_.rollout_weights.data) {
+        const double weight = at(a_.rollout_weights, rows_[i]);
         token.loss *= weight;
         token.grad *= weight;
       }
@@ -119,7 +120,7 @@ class LinearRows {
         const auto term = policy_kl_term<double, double>(
             a_.options.kl_estimator, logps - at(a_.ref_logps, rows_[i]), ratio.value, ratio.slope);
         kl = term.value;
-        token.grad += k_.kl_coef * term.grad;
+        token.grad += weighted(k_.kl_coef, term.grad);
       }
       grads_[i] = token.grad * a_.upstream * weights_.scales[row];
       const double added[kPolicyMetrics] = {token.loss,         exp_minus(bounded, e).expm1_minus_x,

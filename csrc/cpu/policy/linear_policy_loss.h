@@ -7,13 +7,13 @@ namespace apt {
 // Tokens [rows, length] are the head's rows. Floating inputs of a token are float, or double where
 // hidden is.
 struct LinearPolicyLoss {
-  LinearHead head;           // gradients are those of upstream * loss
-  const int64_t* token_ids;  // [head.rows]
-  const void* temperatures;  // [head.rows] or null
+  LinearHead head;                 // gradients are those of upstream * loss
+  const int64_t* token_ids;        // [head.rows]
+  const void* temperature_tensor;  // [head.rows] or null
   double temperature, upstream;
   PolicyOptions options;
   Tokens tokens;
-  TokenInput old_logps, advantages, weights, ref_logps;
+  TokenInput old_logps, advantages, rollout_weights, ref_logps;
   void *loss, *metrics;  // as of PolicyLoss
 };
 

@@ -69,15 +69,15 @@ class Rows {
       const V bounded = bounded_log_ratio<V>(x, S(kLogRatioBound)), e = exp(bounded);
       const Ratio<V> ratio = a_.options.sequence_level ? of_row : ratio_of<V>(x, bounded, e);
       auto token = policy_token<V>(a_.options.type, logps, ratio.value, advantage, ratio.slope, k_);
-      if (a_.weights.data) {
-        const V weight = read(a_.weights, row, t, left, counts);
+      if (a_.rollout_weights.data) {
+        const V weight = read(a_.rollout_weights, row, t, left, counts);
         token.loss = token.loss * weight;
         token.grad = token.grad * weight;
       }
       if (a_.ref_logps.data) {
         const V d = logps - read(a_.ref_logps, row, t, left, counts);
         const auto kl = policy_kl_term<S, V>(a_.options.kl_estimator, d, ratio.value, ratio.slope);
-        token.grad = token.grad + k_.kl_coef * kl.grad;
+        token.grad = token.grad + weighted<V>(k_.kl_coef, kl.grad);
         kl_sum.add(kl.value);
       }
       if (a_.entropy.data) entropy_sum.add(read(a_.entropy, row, t, left, counts));

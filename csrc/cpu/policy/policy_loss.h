@@ -14,14 +14,14 @@ struct PolicyOptions {
   int kl_estimator;  // 1, 2, 3; 4: the third times the ratio
   bool sequence_level;
   double clip_low, clip_high, dual_clip;  // dual_clip: infinity for none
-  double tau_pos, tau_neg, kl_coef, entropy_coef;
+  double sapo_temperature_pos, sapo_temperature_neg, kl_coef, entropy_coef;
 };
 
 struct PolicyLoss {
   DType dtype;  // of every floating input
   PolicyOptions options;
   Tokens tokens;
-  TokenInput logps, old_logps, advantages, weights, ref_logps, entropy;
+  TokenInput logps, old_logps, advantages, rollout_weights, ref_logps, entropy;
   // Float, or double for float64. loss: one; metrics: policy_loss, approx_kl, ppo_kl,
   // clip_fraction, dual_clip_fraction, ref_kl, entropy; grads [rows, length], of which each row
   // is still to be multiplied by its scale, grad_entropy or null

@@ -7,15 +7,21 @@ namespace apt::APT_ISA {
 
 template <class S>
 struct Constants {
-  S low, high, dual, tau_pos, tau_neg, kl_coef;
+  S low, high, dual, sapo_temperature_pos, sapo_temperature_neg, kl_coef;
   explicit Constants(const PolicyOptions& o)
       : low(1 - o.clip_low),
         high(1 + o.clip_high),
         dual(o.dual_clip),
-        tau_pos(o.tau_pos),
-        tau_neg(o.tau_neg),
+        sapo_temperature_pos(o.sapo_temperature_pos),
+        sapo_temperature_neg(o.sapo_temperature_neg),
         kl_coef(o.kl_coef) {}
 };
+
+// coefficient * x; a coefficient of 0 leaves x out, for 0 * infinity would be NaN.
+template <class V, class S>
+inline V weighted(S coefficient, V x) {
+  return coefficient == 0 ? zeros_like(x) : coefficient * x;
+}
 
 template <class V>
 struct TokenResult {
@@ -46,7 +52,8 @@ inline TokenResult<V> cispo(V logps, V ratio, V advantage, const Constants<S>& k
 template <class V, class S>
 inline TokenResult<V> sapo(V ratio, V advantage, V slope, const Constants<S>& k) {
   const V zero = zeros_like(ratio);
-  const V tau = select(advantage > zero, zero + k.tau_pos, zero + k.tau_neg);
+  const V tau =
+      select(advantage > zero, zero + k.sapo_temperature_pos, zero + k.sapo_temperature_neg);
   const auto gate = logistic<V>(tau * (ratio - S(1)));
   return {-advantage * (S(4) / tau) * gate.right,
           -advantage * (S(4) * gate.right * gate.wrong) * slope, zero, zero};
@@ -100,7 +107,7 @@ void write_policy_results(const PolicyOptions& o, const Weights& weights,
     const double* of = sums[row].of;
     const double scale = weights.scales[row];
     totals.of[0] += scale * of[0];
-    total += scale * (of[0] + o.kl_coef * of[5] - o.entropy_coef * of[6]);
+    total += scale * (of[0] + weighted(o.kl_coef, of[5]) - weighted(o.entropy_coef, of[6]));
     for (int i = 1; i < kPolicyMetrics; ++i) totals.of[i] += of[i] / weights.at_least_one();
   }
   *static_cast<S*>(loss) = S(total);
