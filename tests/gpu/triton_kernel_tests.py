@@ -541,7 +541,7 @@ SEEDED = [
     ("writes masked gradients", "policy/policy_loss", "tl.where(counts, grad, 0.0)",
      "grad", _of("policy_loss", "k1_0.3")),
     ("cancels near 0", "common/token_windows", "near = tl.abs(x) < 1.0", "near = tl.abs(x) < 0.0",
-     _of("kl_penalty", "k3")),
+     _of("kl_penalty", "k3_near")),
     ("keeps the clipped gradient", "policy/value_loss", "tl.where(worse, 0.0, error)", "error",
      _of("value_loss", "token_mean_0.2")),
     ("measures returns from 0", "policy/value_loss",

@@ -20,33 +20,33 @@ FAST_TOKENIZER_WARNING = "Asking-to-pad-a-fast-tokenizer"
 
 @dataclass
 class MaskingCollator:
-    """Pads examples to a batch and masks it; the call of DataCollatorForLanguageModeling.
+    """Pads examples to a batch and masks it. It is called as DataCollatorForLanguageModeling is.
 
-    With a `seed`, a mask depends on the seed, the step and the sample alone: not on the batch the
+    With a `seed`, a mask depends on the seed, the step and the sample only: not on the batch the
     sample is in, its order, its padding, or the number of DataLoader workers and ranks. The step is
     0 until `set_step(epoch)` gives every epoch other masks, in workers too. Without a seed every
-    call draws anew. A sample's number is what its key `sample_key` holds, else a hash of its ids.
+    call draws anew. The number of a sample is what its key `sample_key` holds, else a hash of its
+    ids.
 
-    Nothing that is passed in is modified. It differs from Hugging Face's collator where that one is
-    in doubt: special ids and padding are never chosen, special ids and ids of no token never drawn
-    as random words, tokens that carry their space (byte-level BPE, SentencePiece) begin a word, and
-    whole words are masked 80/10/10 as asked, not always. Of another random sequence than Hugging
-    Face's.
+    Nothing that is passed in is modified. The collator differs from Hugging Face's in four points.
+    Special ids and padding are never chosen. Special ids and ids of no token are never drawn as
+    random words. Tokens that carry their space (byte-level BPE, SentencePiece) begin a word. Whole
+    words are masked 80/10/10 as asked, not always by the mask token. The random numbers are others.
 
     Args:
-        tokenizer: has `pad`, `mask_token_id`, `all_special_ids` and a length; no import of
-            transformers is needed.
-        mlm: False: the labels are the ids, -100 at padding.
+        tokenizer: an object with `pad`, `mask_token_id`, `all_special_ids` and a length;
+            transformers need not be installed.
+        mlm: False masks nothing: the labels are the ids, -100 at padding.
         whole_word_mask: examples bring `word_ids` (None or below 0 for special tokens) or the
             tokenizer's `offset_mapping`.
         mlm_probability: probability of a token (or word) to be chosen.
         mask_replace_prob: probability of a chosen token to become the mask token.
         random_replace_prob: probability of a chosen token to become a random word.
-        pad_to_multiple_of: pads the length to a multiple of it.
+        pad_to_multiple_of: the length of a batch is padded to a multiple of this number.
         return_tensors: "pt" or "np".
-        seed: an integer; None: other masks in every call, from PyTorch's generator.
-        at_least_one: no sequence stays without a chosen token.
-        sample_key: the key of an example that holds its number, taken out of the batch.
+        seed: an integer; None draws other masks in every call, from PyTorch's generator.
+        at_least_one: True leaves no sequence without a chosen token.
+        sample_key: the key under which an example holds its number; the batch does not get it.
 
     Raises:
         ValueError, TypeError: a wrong argument, or a tokenizer without a mask token.
@@ -66,11 +66,14 @@ class MaskingCollator:
 
     def __post_init__(self) -> None:
         if self.mlm and self.tokenizer.mask_token_id is None:
-            raise ValueError("tokenizer: expected one with a mask token, or mlm=False")
+            raise ValueError(
+                "tokenizer: expected a tokenizer with a mask token, or mlm=False, got "
+                "mask_token_id None"
+            )
         if self.mlm:
             checks.between("mlm_probability", self.mlm_probability, 0, 1)
         elif self.whole_word_mask:
-            raise ValueError("whole_word_mask: expected False, as mlm is False")
+            raise ValueError("whole_word_mask: expected False, as mlm is False, got True")
         checks.between("mask_replace_prob", self.mask_replace_prob, 0, 1)
         checks.between("random_replace_prob", self.random_replace_prob, 0, 1)
         checks.choice("return_tensors", self.return_tensors, ("pt", "np"))
@@ -88,7 +91,7 @@ class MaskingCollator:
         self._step = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_step(self, step: int) -> None:
-        """From now on masks are those of this step, an integer in [0, 2^32) such as the epoch."""
+        """Draws the masks of this step from now on: an integer in [0, 2^32), such as the epoch."""
         checks.integer("step", step, 0, 2**32)
         self._step.fill_(step)
 
@@ -143,7 +146,7 @@ class MaskingCollator:
             warnings[FAST_TOKENIZER_WARNING] = before
 
     def _words(self, example: dict, own: dict[str, list], i: int) -> np.ndarray:
-        """Of each token the number of its word, -1 for special tokens."""
+        """The number of the word of each token, -1 for special tokens."""
         given, offsets = own["word_ids"][i], own["offset_mapping"][i]
         starts = self._starts(example["input_ids"])
         if given is not None:
@@ -155,7 +158,7 @@ class MaskingCollator:
         if offsets is None:
             raise ValueError(
                 "whole_word_mask: expected examples with word_ids or offset_mapping (tokenizers "
-                f"return the latter with return_offsets_mapping=True), got {sorted(example)}"
+                f"return offsets with return_offsets_mapping=True), got {sorted(example)}"
             )
         begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
         special = example.get("special_tokens_mask")
@@ -174,7 +177,7 @@ class MaskingCollator:
         return np.isin(np.asarray(ids), self._spaced)
 
     def _mask(self, ids, attention, special, words, lengths, samples):
-        """(masked ids, labels); sequences are masked from their first token on, wherever it is."""
+        """Masked ids and labels. Slot 0 of a sequence is its first token, also after padding."""
         B, T = ids.shape
         shift = np.zeros((B, 1), np.int64)
         if self.tokenizer.padding_side == "left":

@@ -71,28 +71,29 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of the token log-probabilities and entropies of hidden @ weight^T + bias.
 
-    The gradients are formed in the forward pass, a tile of logits at a time, and backward scales
-    them: of M tokens that count 6 M D V flops, 4 M D V with a frozen head, 2 M D V without a
-    gradient. The logits are computed twice, 2 M D V more, for ratios of sequences, for 16-bit
-    weights with a gradient on the CPU, and on the GPU; float16 gradients wait for the upstream
-    scale, which may be what keeps them above 0, for another 2 M D V. Workspace on the CPU: an
-    eighth of the logits of those tokens, within 7 and 64 MiB. Sources: `policy_loss`; Wijmans 2024,
-    "Cut your losses in large-vocabulary language models".
+    The forward pass forms the gradients, a tile of logits at a time, and the backward pass scales
+    them. M tokens that count cost 6 M D V flops, 4 M D V with a frozen head, 2 M D V without a
+    gradient. The logits are computed twice, for 2 M D V more, in three cases: ratios of sequences,
+    16-bit weights with a gradient on the CPU, and the GPU. float16 gradients are formed in the
+    backward pass, for another 2 M D V, because without the upstream scale they may round to 0. The
+    workspace on the CPU is an eighth of the logits of those tokens, within 7 and 64 MiB. Sources:
+    those of `policy_loss`; Wijmans 2024, "Cut your losses in large-vocabulary language models".
 
     Args:
         hidden: `(B, T, D)` float32, bfloat16, float16 or float64; any strides; differentiable. A
-            masked token of any argument may hold anything; it has no loss and no gradient.
-        weight: `(V, D)`, the output embedding, differentiable. Of other dtypes than `hidden`
-            the widest is taken for all.
+            masked token may hold anything, in any argument; it has no loss and no gradient.
+        weight: `(V, D)`, the output embedding; differentiable. Where the dtypes of `hidden`,
+            `weight` and `bias` differ, all are cast to the widest.
         token_ids: `(B, T)` integers in [0, V).
-        old_logps: `(B, T)` at sampling time in nats; None: those of the policy, a ratio of 1.
+        old_logps: `(B, T)`, log-probabilities in nats at sampling time; None takes the policy's
+            own, so that the ratio is 1.
         advantages: `(B,)` or `(B, T)`.
-        mask: `(B, T)`, True counts. Nothing counts: a loss of 0 with a graph.
-        bias: `(V,)` or None, differentiable. A column of -inf is excluded from the vocabulary.
-        temperature: a number above 0, or a tensor `(B, T)` of one per token (no gradient).
+        mask: `(B, T)`, True counts. Where nothing counts the loss is 0, with a graph.
+        bias: `(V,)` or None; differentiable. A column of -inf is excluded from the vocabulary.
+        temperature: a number above 0, or a tensor `(B, T)` with one per token (no gradient).
         softcap: bound of the tanh soft cap (Gemma 2), applied after `logit_scale`, or None.
         logit_scale: a factor of the logits, above 0.
-        loss_type: as in `policy_loss`; also all that follows.
+        loss_type: see `policy_loss`.
         clip_low: see `policy_loss`.
         clip_high: see `policy_loss`.
         dual_clip: see `policy_loss`.
@@ -113,7 +114,8 @@ def linear_policy_loss(
 
     Raises:
         ValueError, TypeError: a wrong argument, or an option that the loss type does not use. An
-            id outside [0, V) in a token that counts is a ValueError on the CPU, a NaN on a GPU.
+            id outside [0, V) in a token that counts is a ValueError on the CPU and gives NaN on a
+            GPU.
     """
     options = PolicyOptions(
         loss_type=loss_type,

@@ -56,41 +56,43 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The aggregate of w * surrogate(ratio, A) + kl_coef * KL - entropy_coef * entropy; metrics.
+    """The loss w * surrogate(ratio, A) + kl_coef * KL - entropy_coef * entropy, and metrics.
 
-    One pass forms the loss, all metrics and the gradients; backward scales them. The surrogates
-    and aggregations, with their sources, are the tables of `apt_kernels.reference.policy_loss`.
+    The losses of tokens are aggregated to one number. One pass forms the loss, all metrics and the
+    gradients; the backward pass scales the gradients. The tables of
+    `apt_kernels.reference.policy_loss` have the surrogates and aggregations with their sources.
 
     Args:
         logps: `(B, T)` log-probabilities in nats; float32, bfloat16, float16 or float64; any
-            strides; differentiable. A masked token of any argument may hold anything; it has no
-            loss and exactly no gradient.
-        old_logps: `(B, T)` at sampling time; None: those of the policy itself, a ratio of 1.
-        advantages: `(B,)` or `(B, T)`.
-        mask: `(B, T)`, True counts. Nothing counts: a loss of 0 with a graph.
+            strides; differentiable. A masked token may hold anything, in any argument; it has no
+            loss, and its gradient is exactly 0.
+        old_logps: `(B, T)`, log-probabilities at sampling time; None takes `logps` itself, so that
+            the ratio is 1.
+        advantages: `(B,)` or `(B, T)`, A.
+        mask: `(B, T)`, True counts. Where nothing counts the loss is 0, with a graph.
         loss_type: "clip" (PPO), "cispo", "sapo" or "reinforce".
         clip_low: how far below 1 the ratio may fall, in [0, 1]; for clip and cispo.
         clip_high: how far above 1 it may rise, at least 0; for clip and cispo.
-        dual_clip: for clip, the largest ratio that counts where A < 0; above 1.
+        dual_clip: for clip, the largest ratio where A < 0; above 1.
         ratio_level: "token", or "sequence" for GSPO (not for reinforce).
         sapo_temperature_pos: for sapo where A > 0; None means 1.0.
         sapo_temperature_neg: for sapo elsewhere; None means 1.05.
-        ref_logps: `(B, T)`, for the KL term; its metric is measured for any `kl_coef`.
-        kl_coef: weight of the KL term; needs `ref_logps` unless 0.
+        ref_logps: `(B, T)`, for the KL term; the metric ref_kl is measured for any `kl_coef`.
+        kl_coef: weight of the KL term. 0 leaves the term out; else `ref_logps` is needed.
         kl_estimator: "k1", "k2" or "k3", see `kl_penalty`; or "unbiased_k3", k3 times the ratio of
-            the token, through both of which the gradient flows (TRL's default for GRPO).
+            the token (TRL's default for GRPO). The gradient flows through both factors.
         entropy: `(B, T)`; differentiable.
-        entropy_coef: weight of the entropy bonus; needs `entropy` unless 0.
-        rollout_weights: `(B,)` or `(B, T)`, w: they correct for the policy that sampled.
+        entropy_coef: weight of the entropy bonus. 0 leaves the bonus out; else `entropy` is needed.
+        rollout_weights: `(B,)` or `(B, T)`, w, which corrects for the policy that sampled.
         aggregation: "token_mean", "token_sum", "sequence_mean", "sequence_sum" or "dr_grpo".
-        normalizer: replaces the denominator of the aggregation; a number or 0-dim tensor, above 0
-            (a tensor below is an error on the CPU alone).
+        normalizer: replaces the denominator of the aggregation; a number or 0-dim tensor, above 0.
+            The value of a tensor is checked on the CPU only.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
-        `(loss, metrics)`: 0-dim float32 (float64 for float64 logps). The metrics, without a graph
-        and without a synchronisation: policy_loss, approx_kl, ppo_kl, clip_fraction,
-        dual_clip_fraction, ref_kl, entropy.
+        `(loss, metrics)`, 0-dim float32 (float64 for float64 logps). The metrics have no graph and
+        cost no synchronisation: policy_loss, approx_kl, ppo_kl, clip_fraction, dual_clip_fraction,
+        ref_kl, entropy.
 
     Raises:
         ValueError, TypeError: a wrong argument, or an option that the loss type does not use.

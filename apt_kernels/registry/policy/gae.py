@@ -166,6 +166,10 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     one = torch.zeros(19, 37, dtype=torch.bool)
     one[4, 7] = True
     yield Sample("one_step_whitened", inputs, {"mask": one, "whiten": True})
+    spoiled = inputs[0].clone()
+    spoiled.view(-1)[1] = torch.nan  # of a step that counts: it stays with the steps that count
+    mask = torch.arange(spoiled.numel()).view(spoiled.shape) % 3 > 0
+    yield Sample("nan_whitened", (spoiled, inputs[1]), {"mask": mask, "whiten": True})
     yield Sample("many_rows", _inputs(700, 40, dtype=dtype), {"whiten": True})
     yield Sample("many_columns", _inputs(40, 1300, dtype=dtype), {"time_major": True})
     yield Sample("long", _inputs(2, 5000, dtype=dtype), {"mask": _response(2, 5000)})

@@ -43,6 +43,11 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"{estimator}_dirty", (leaf, dirty_ref, estimator), {"mask": mask})
         none = {"mask": torch.zeros_like(mask)}
         yield Sample(f"{estimator}_all_masked", (leaf, dirty_ref, estimator), none)
+        near = (ref + distance.clamp(-0.01, 0.01)).to(dtype).requires_grad_()
+        yield Sample(f"{estimator}_near", (near, ref.to(dtype), estimator))
+        infinite = x[1].clone()
+        infinite[0, 0] = -torch.inf  # also where it counts
+        yield Sample(f"{estimator}_infinite", (x[0], infinite, estimator))
         same = (x[1].clone().requires_grad_(), x[1], estimator)
         yield Sample(f"{estimator}_equal", same)
         yield Sample(f"{estimator}_long", (*_logps(3, 5001, dtype=dtype), estimator))

@@ -32,16 +32,17 @@ def _smaller(a, b):
 
 @triton.jit
 def _mask_tile(
-    ids_ptr, attention_ptr, special_ptr, words_ptr, masked_ptr, labels_ptr, positions_ptr,
-    row, first, T, sample, word_start, below, only_start,
-    mask_token_id, word_count, mask_below, random_below, seed, step,
+    inputs, outputs, options, row, first, T, sample, word_start, chosen_below, only_start,
     RUNS: tl.constexpr, BLOCK: tl.constexpr, KEYED: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
     """Writes one tile of a row.
 
     Returns whether a slot was chosen, the smallest key of an eligible slot (with KEYED), and the
-    start of the word that the tile ends in. With RESCUE the word at only_start alone is chosen.
+    start of the word that the tile ends in. With RESCUE only the word at only_start is chosen.
     """
+    input_ids_ptr, attention_mask_ptr, special_tokens_mask_ptr, word_ids_ptr = inputs
+    masked_ids_ptr, labels_ptr, positions_ptr = outputs
+    mask_token_id, word_count, mask_below, random_below, seed, step = options
     i = tl.arange(0, BLOCK)
     t = first + i
     live = (t >= 0) & (t < T)
@@ -49,21 +50,21 @@ def _mask_tile(
     w0, w1, w2, _ = tl.philox(
         seed, t.to(tl.uint32), step, sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
     )
-    raw = tl.load(ids_ptr + at, mask=live, other=0)
+    raw = tl.load(input_ids_ptr + at, mask=live, other=0)
     token = raw.to(tl.int64)
     eligible = live
     word = tl.umulhi(w2, word_count.to(tl.uint32)).to(tl.int64)
     for r in tl.static_range(0, len(RUNS), 2):
         eligible &= (token < RUNS[r]) | (token >= RUNS[r] + RUNS[r + 1])
         word += tl.where(word >= RUNS[r], RUNS[r + 1], 0)
-    if attention_ptr is not None:
-        eligible &= tl.load(attention_ptr + at, mask=live, other=0) != 0
-    if special_ptr is not None:
-        eligible &= tl.load(special_ptr + at, mask=live, other=1) == 0
+    if attention_mask_ptr is not None:
+        eligible &= tl.load(attention_mask_ptr + at, mask=live, other=0) != 0
+    if special_tokens_mask_ptr is not None:
+        eligible &= tl.load(special_tokens_mask_ptr + at, mask=live, other=1) == 0
     start = t
-    if words_ptr is not None:
-        number = tl.load(words_ptr + at, mask=live, other=0)
-        previous = tl.load(words_ptr + at - 1, mask=live & (t > 0), other=0)
+    if word_ids_ptr is not None:
+        number = tl.load(word_ids_ptr + at, mask=live, other=0)
+        previous = tl.load(word_ids_ptr + at - 1, mask=live & (t > 0), other=0)
         begins = (t == 0) | (number != previous)
         start = tl.associative_scan(tl.where(begins & live, t, word_start), 0, _larger)
         word_start = tl.max(start, 0)
@@ -72,7 +73,7 @@ def _mask_tile(
             seed, start.to(tl.uint32), step, sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
         )
     draw = w0.to(tl.int64)
-    chosen = eligible & (draw < below)
+    chosen = eligible & (draw < chosen_below)
     if RESCUE:
         chosen &= start == only_start
     smallest = NO_KEY
@@ -82,7 +83,7 @@ def _mask_tile(
     treatment = w1.to(tl.int64)
     replaced = tl.where(treatment < random_below, word, token)
     replaced = tl.where(treatment < mask_below, mask_token_id, replaced)
-    tl.store(masked_ptr + at, tl.where(chosen, replaced.to(raw.dtype), raw), mask=live)
+    tl.store(masked_ids_ptr + at, tl.where(chosen, replaced.to(raw.dtype), raw), mask=live)
     tl.store(labels_ptr + at, tl.where(chosen, raw, IGNORED), mask=live)
     tl.store(positions_ptr + at, chosen, mask=live)
     return tl.max(chosen.to(tl.int32), 0) > 0, smallest, word_start
@@ -95,8 +96,8 @@ def _mask_tile(
 # Tiles are cut at multiples of SECTOR slots of the whole tensor, where that takes no more of them.
 @triton.jit(do_not_specialize=KEEP_GENERIC)
 def _mlm_mask_fwd_kernel(
-    ids_ptr, attention_ptr, special_ptr, samples_ptr, words_ptr,
-    masked_ptr, labels_ptr, positions_ptr, T: tl.int32,
+    input_ids_ptr, attention_mask_ptr, special_tokens_mask_ptr, sample_ids_ptr, word_ids_ptr,
+    masked_ids_ptr, labels_ptr, positions_ptr, T: tl.int32,
     mask_token_id: tl.int64, word_count: tl.int64,
     chosen_below: tl.int64, mask_below: tl.int64, random_below: tl.int64,
     seed_low: tl.int64, seed_high: tl.int64, step: tl.int64,
@@ -104,19 +105,19 @@ def _mlm_mask_fwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     sample = row
-    if samples_ptr is not None:
-        sample = tl.load(samples_ptr + row)
+    if sample_ids_ptr is not None:
+        sample = tl.load(sample_ids_ptr + row)
+    inputs = input_ids_ptr, attention_mask_ptr, special_tokens_mask_ptr, word_ids_ptr
+    outputs = masked_ids_ptr, labels_ptr, positions_ptr
     seed = (seed_high << 32) | seed_low
-    counter = step.to(tl.uint32)
+    options = mask_token_id, word_count, mask_below, random_below, seed, step.to(tl.uint32)
     found, smallest = tl.full((), False, tl.int1), tl.full((), NO_KEY, tl.int64)
     word_start = tl.full((), -1, tl.int32)
     head = (row * T % SECTOR).to(tl.int32)  # slots between the cut and the row
     head = tl.where((T - 1) % BLOCK + head < BLOCK, head, 0)
     for first in range(tl.program_id(1) * BLOCK - head, T, tl.num_programs(1) * BLOCK):
         some, key, word_start = _mask_tile(
-            ids_ptr, attention_ptr, special_ptr, words_ptr, masked_ptr, labels_ptr, positions_ptr,
-            row, first, T, sample, word_start, chosen_below, -1,
-            mask_token_id, word_count, mask_below, random_below, seed, counter,
+            inputs, outputs, options, row, first, T, sample, word_start, chosen_below, -1,
             RUNS=RUNS, BLOCK=BLOCK, KEYED=AT_LEAST_ONE, RESCUE=False,
         )  # fmt: skip
         if AT_LEAST_ONE:
@@ -128,9 +129,7 @@ def _mlm_mask_fwd_kernel(
         tl.debug_barrier()  # the first pass has written the row before the second one does
         for first in range(-head, T, BLOCK):
             _, _, word_start = _mask_tile(
-                ids_ptr, attention_ptr, special_ptr, words_ptr, masked_ptr, labels_ptr,
-                positions_ptr, row, first, T, sample, word_start, ALWAYS, only_start,
-                mask_token_id, word_count, mask_below, random_below, seed, counter,
+                inputs, outputs, options, row, first, T, sample, word_start, ALWAYS, only_start,
                 RUNS=RUNS, BLOCK=BLOCK, KEYED=False, RESCUE=True,
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""group_advantages in Triton: a program takes several whole groups, or a large one in blocks."""
+"""group_advantages in Triton: a program takes several whole groups, or a large group in blocks."""
 
 import torch
 import triton
@@ -12,15 +12,14 @@ ELEMENTS = 512  # of the groups of a program together
 OF_A_WARP = 128  # rewards: 4 a thread, so that the advantages are stored 16 bytes at a time
 BLOCK = 256  # rewards of a large group at a time
 
-RELATIVE = tl.constexpr(0)
 NORMALIZED = tl.constexpr(1)
 RANK = tl.constexpr(2)
-LEAVE_ONE_OUT = tl.constexpr(3)
+LEAVE_ONE_OUT = tl.constexpr(3)  # and 0, relative, which needs no case
 
 
 @triton.jit
 def _ranks(rewards_ptr, x, G, WIDTH: tl.constexpr):
-    """How many rewards of the group each x beats, ties with others as a half."""
+    """How many rewards of the group each x is above; an equal one counts a half."""
     rank = tl.zeros_like(x) - 0.5  # x equals itself
     for start in range(0, G, WIDTH):
         j = start + tl.arange(0, WIDTH)

@@ -242,5 +242,5 @@ def test_wrong_arguments(tokenizer, examples):
         collator(without(mixed, "offset_mapping"))
     no_mask = copy.deepcopy(tokenizer)
     no_mask.mask_token = None
-    with pytest.raises(ValueError, match="tokenizer: expected one with a mask token"):
+    with pytest.raises(ValueError, match="tokenizer: expected a tokenizer with a mask token"):
         MaskingCollator(no_mask)
