@@ -74,8 +74,18 @@ def kl_penalty(
 
 
 class KLPenaltyCall(NamedTuple):
-    """The arguments of the forward kernel; the backward kernel takes the gradient before them."""
+    """The arguments of the forward kernel, contiguous; the estimator as a number."""
 
+    logps: Tensor
+    ref_logps: Tensor
+    mask: Tensor | None
+    estimator: int
+
+
+class KLPenaltyBackwardCall(NamedTuple):
+    """The arguments of the backward kernel: the upstream gradient, then those of the forward."""
+
+    grad: Tensor
     logps: Tensor
     ref_logps: Tensor
     mask: Tensor | None
@@ -95,7 +105,8 @@ class _KLPenalty(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad):
         call = saved_call(ctx)
-        grad_logps = dispatch.kernel(BACKWARD, ctx.backend)(grad.contiguous(), *call)
+        backward = KLPenaltyBackwardCall(grad.contiguous(), *call)
+        grad_logps = dispatch.kernel(BACKWARD, ctx.backend)(*backward)
         return gradients(KLPenaltyCall, logps=grad_logps.to(call.logps.dtype))
 
 
@@ -106,5 +117,6 @@ def _(*fields):
 
 
 @dispatch.fake(BACKWARD)
-def _(grad, *fields):
-    return grad.new_empty(KLPenaltyCall(*fields).logps.shape)
+def _(*fields):
+    call = KLPenaltyBackwardCall(*fields)
+    return call.grad.new_empty(call.logps.shape)

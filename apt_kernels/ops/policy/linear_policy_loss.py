@@ -15,6 +15,7 @@ from ..common.head import (
     fake_gradients,
     kernel_layout,
     needs_gradient,
+    only_needed,
     scaled_gradients,
 )
 from ..common.token_inputs import boolean, normalizer_tensor
@@ -262,7 +263,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if ctx.wait:
             call = saved_call(ctx)._replace(upstream=grad_loss)
             _, _, *grads = dispatch.kernel(KERNEL, ctx.backend)(*call)
-            grads = [g if n else None for g, n in zip(grads, ctx.needed, strict=True)]
+            grads = only_needed(grads, ctx.needed)
         else:
             grads = scaled_gradients(ctx.saved_tensors, ctx.needed, grad_loss)
         grad_hidden, grad_weight, grad_bias = grads
