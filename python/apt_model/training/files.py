@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from ..data.order import generator_of as generator_of  # where data modules look for it
-
 BLOCK, LARGE = 2**20, 2**26
 
 
