@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from apt_model.commands.arguments import read_options
@@ -31,6 +32,17 @@ def vit(folder, with_processor=True, size=16):
     return folder
 
 
+def resnet(folder):
+    from transformers import ResNetConfig, ResNetModel
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(folder)
+    ConvNextImageProcessorPil(
+        size={"shortest_edge": 24}, crop_pct=1.0, image_mean=MEAN, image_std=SPREAD
+    ).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def images(tmp_path):
     folder = tmp_path / "images"
@@ -52,7 +64,7 @@ def options_of(*given):
     return read_options("pretrain-contrastive", Options, arguments(*given))
 
 
-@pytest.mark.parametrize("make", [vit])
+@pytest.mark.parametrize("make", [vit, resnet])
 def test_the_image_processor_of_the_model_is_applied_and_saved(tmp_path, images, make, capsys):
     model, output = make(tmp_path / "model"), tmp_path / "out"
     run = ["pretrain-contrastive", *arguments(model, images, output, f"--eval={images}")]
