@@ -26,6 +26,7 @@ SPILLED = {
     ("3.5.1", "sm_100", "linear_cross_entropy", "head_statistics"): 8,
     ("3.6.0", "sm_100", "linear_cross_entropy", "head_statistics"): 8,
     ("3.5.1", "sm_100", "linear_dpo_loss", "grad_logits_tile"): 8,
+    ("3.6.0", "sm_80", "linear_policy_loss", "policy_loss_fwd"): 8,
 }
 PRODUCTS = ("head_statistics", "grad_hidden", "grad_weight")
 
