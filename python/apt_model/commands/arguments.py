@@ -8,10 +8,10 @@ stands beside what it configures. A field of a group is one option:
 is `--max-length N` on the command line and `max_length: N` in a YAML file. Types are bool (`--x`
 and `--no-x`), int, float, str, Path, Literal, tuple[T, ...] (several values), and each of them or
 None (written `none`). Metadata besides `help`: `metavar`; `names`, other flags that mean the same;
-`recommended`, the range beyond which the command warns; `decides`, False where the option does not
-change what is trained, so that it may change when a run is continued. A group may have `check()`,
-which raises ValueError that names the flag. The title of a group in `--help` is the first line of
-its docstring.
+`recommended`, the range beyond which the command warns; `replaced_again`, True where several values
+that come again replace the values before; `decides`, False where the option does not change what is
+trained, so that it may change when a run is continued. A group may have `check()`, which raises
+ValueError that names the flag. The title of a group in `--help` is the first line of its docstring.
 
 The modules that hold groups must not import PyTorch: `--help` is to come at once.
 """
@@ -210,7 +210,8 @@ def _add_field(section: Any, field: dataclasses.Field[Any], kind: Any) -> None:
     if typing.get_origin(kind) is tuple:
         kind, more["nargs"] = typing.get_args(kind)[0], "+"
         more.setdefault("metavar", field.name.upper())
-        more["action"] = _Several
+        if not field.metadata.get("replaced_again"):
+            more["action"] = _Several
     if typing.get_origin(kind) is Literal:
         more["choices"] = typing.get_args(kind)
         kind = type(more["choices"][0])

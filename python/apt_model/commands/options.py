@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from .arguments import check_at_least, option_name
 
+FILES = {"replaced_again": True}  # a flag that comes again replaces the files before
 KEPT = {"decides": False}  # an option that may change when a run is continued
 
 
@@ -15,7 +16,9 @@ KEPT = {"decides": False}  # an option that may change when a run is continued
 class RunOptions:
     """Run."""
 
-    data: tuple[Path, ...] = field(metadata={"metavar": "PATH", "help": "rows to train on"})
+    data: tuple[Path, ...] = field(
+        metadata={**FILES, "metavar": "PATH", "help": "rows to train on"}
+    )
     output: Path | None = field(
         default=None,
         metadata={
@@ -29,6 +32,7 @@ class RunOptions:
         default=(),
         metadata={
             **KEPT,
+            **FILES,
             "names": ("--eval",),
             "metavar": "PATH",
             "help": "held-out rows, measured as training goes; the best state is kept",

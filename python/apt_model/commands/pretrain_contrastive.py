@@ -13,7 +13,7 @@ from ..data.image_options import ImageOptions
 from ..data.options import ContrastiveTextOptions
 from ..data.rows import names_of
 from .groups import ModelOptions, PrecisionOptions
-from .options import RunOptions, TrainingOptions, default_of
+from .options import FILES, RunOptions, TrainingOptions, default_of
 
 if TYPE_CHECKING:
     from ..data.lengths import LengthLimit
@@ -28,6 +28,7 @@ class ContrastiveRunOptions(RunOptions):
 
     data: tuple[Path, ...] = field(
         metadata={
+            **FILES,
             "metavar": "PATH",
             "help": "texts: .txt with one a line, or rows (JSON lines, JSON, CSV, Parquet, a "
             "folder of datasets) with the string text and, where there are such, positive and "

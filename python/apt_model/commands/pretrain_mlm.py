@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.options import DocumentOptions
 from .arguments import check_at_least
 from .groups import ModelOptions, PrecisionOptions
-from .options import RunOptions, TrainingOptions, default_of
+from .options import FILES, RunOptions, TrainingOptions, default_of
 
 if TYPE_CHECKING:
     from ..data.lengths import LengthLimit
@@ -26,6 +26,7 @@ class MLMRunOptions(RunOptions):
 
     data: tuple[Path, ...] = field(
         metadata={
+            **FILES,
             "metavar": "FILE",
             "help": "a text a line (with --nsp also a sentence a line, and a blank line between "
             "documents), or rows with the string text: JSON lines, JSON, CSV, Parquet, or a "

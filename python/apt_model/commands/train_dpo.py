@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data.options import TextOptions
 from .groups import ModelOptions, PrecisionOptions
-from .options import RunOptions, TrainingOptions, default_of
+from .options import FILES, RunOptions, TrainingOptions, default_of
 
 if TYPE_CHECKING:
     from .job import Job
@@ -24,7 +24,7 @@ PAIRS = (
 class PairRunOptions(RunOptions):
     """Run."""
 
-    data: tuple[Path, ...] = field(metadata={"metavar": "FILE", "help": PAIRS})
+    data: tuple[Path, ...] = field(metadata={**FILES, "metavar": "FILE", "help": PAIRS})
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from .groups import (
     RewardOptions,
     SamplingOptions,
 )
-from .options import RunOptions, TrainingOptions, default_of
+from .options import FILES, RunOptions, TrainingOptions, default_of
 
 if TYPE_CHECKING:
     from .job import Job
@@ -30,7 +30,7 @@ PROMPTS = (
 class PromptRunOptions(RunOptions):
     """Run."""
 
-    data: tuple[Path, ...] = field(metadata={"metavar": "FILE", "help": PROMPTS})
+    data: tuple[Path, ...] = field(metadata={**FILES, "metavar": "FILE", "help": PROMPTS})
 
 
 @dataclass(kw_only=True)
