@@ -114,12 +114,13 @@ def operations_page() -> str:
     lines = [
         "# Operations",
         "",
-        "Written by `benchmarks/readme.py` from the signatures and docstrings. The rules that hold",
-        "for every operation: a mask is named by what True means, and True counts; masked slots may",
-        "hold anything and get exactly no gradient; results are float32 (float64 for float64",
-        "inputs); gradients are computed once. On the CPU `token_logprobs`, `linear_token_logprobs`,",
-        "`sequence_logps` and `linear_cross_entropy` with `reduction='none'` give a row the same",
-        "bits in any batch, beside any padding, with any number of threads.",
+        "Written by `benchmarks/readme.py` from the signatures and docstrings. These rules hold",
+        "for every operation: a mask is named by what True means, and True counts; masked slots",
+        "may hold anything and get exactly no gradient; results are float32 (float64 for",
+        "float64 inputs); gradients are computed once. On the CPU `token_logprobs`,",
+        "`linear_token_logprobs`, `sequence_logps` and `linear_cross_entropy` with",
+        "`reduction='none'` give a row the same bits in any batch, beside any padding, with any",
+        "number of threads.",
         "",
     ]
     for name, op in sorted(OPS.items()):

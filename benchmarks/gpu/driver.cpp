@@ -161,7 +161,7 @@ void token_logprobs() {
 
 void dpo_loss() {
   for (const DType dtype : kDTypes)
-    for (int type = 0; type <= static_cast<int>(DpoLossType::kOrpo); ++type)
+    for (int type = 0; type <= static_cast<int>(DpoLossType::orpo); ++type)
       for (const int64_t B : {1, 5000}) {
         // log-probabilities of average tokens, below 0, as kOrpo takes them
         std::vector<float> x = numbers(4 * B);
@@ -170,10 +170,10 @@ void dpo_loss() {
           return as(std::vector<float>(x.begin() + i * B, x.begin() + (i + 1) * B), dtype);
         };
         const auto chosen = part(0), rejected = part(1), ref_chosen = part(2), ref_other = part(3);
-        const bool alone = type >= static_cast<int>(DpoLossType::kSimpo);
-        for (const Reduction reduction : {Reduction::kNone, Reduction::kMean, Reduction::kSum}) {
+        const bool alone = type >= static_cast<int>(DpoLossType::simpo);
+        for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum}) {
           const DpoOptions options = {static_cast<DpoLossType>(type), reduction, 0.1, 0.1, 0.5};
-          const Buffer<float> loss(reduction == Reduction::kNone ? B : 1), rewards(B), others(B);
+          const Buffer<float> loss(reduction == Reduction::none ? B : 1), rewards(B), others(B);
           const Buffer<float> grads(2 * B), workspace(pair_loss_workspace(B, reduction));
           CHECK(dpo_loss_fwd(chosen.get(), rejected.get(), alone ? nullptr : ref_chosen.get(),
                              alone ? nullptr : ref_other.get(), dtype, B, options, loss.get(),
@@ -200,10 +200,10 @@ void bradley_terry_loss() {
         const auto rejected = as(std::vector<float>(x.begin() + B, x.end()), dtype);
         const Buffer<float> margins(std::vector<float>(given ? B : 0, 0.25f));
         const Buffer<float> loss(1), grads(2 * B);
-        const Buffer<float> workspace(pair_loss_workspace(B, Reduction::kMean));
+        const Buffer<float> workspace(pair_loss_workspace(B, Reduction::mean));
         CHECK(bradley_terry_loss_fwd(chosen.get(), rejected.get(), dtype, margins.get(), B, 0.25,
-                                     0.0, Reduction::kMean, loss.get(), grads.get(),
-                                     workspace.get(), nullptr));
+                                     0.0, Reduction::mean, loss.get(), grads.get(), workspace.get(),
+                                     nullptr));
         CHECK(cudaDeviceSynchronize());
         double wanted = 0;
         for (int64_t i = 0; i < B; ++i) wanted += std::log1p(std::exp(x[B + i] + 0.25 - x[i])) / B;

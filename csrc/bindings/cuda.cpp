@@ -138,7 +138,7 @@ Tensor token_logprobs_bwd_cuda(Tensor grad_logps, OptionalTensor grad_entropy, T
 // What every loss of pairs returns and needs: the loss, (2, B) gradients, workspace.
 struct PairTensors {
   PairTensors(const Tensor& like, int64_t B, Reduction reduction)
-      : loss(empty(reduction == Reduction::kNone ? std::vector<int64_t>{B} : std::vector<int64_t>{},
+      : loss(empty(reduction == Reduction::none ? std::vector<int64_t>{B} : std::vector<int64_t>{},
                    ScalarType::Float, like)),
         grads(empty({2, B}, ScalarType::Float, like)),
         workspace(empty({pair_loss_workspace(B, reduction)}, ScalarType::Float, like)) {}
@@ -152,9 +152,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dpo_loss_fwd_cuda(
   const OnDeviceOf device(policy_chosen);
   const int64_t B = policy_chosen.size(0);
   const auto type = static_cast<DpoLossType>(loss_type);
-  const double extra = type == DpoLossType::kDiscopop ? discopop_tau
-                       : type == DpoLossType::kSimpo  ? simpo_gamma
-                                                      : 0.0;
+  const double extra = type == DpoLossType::discopop ? discopop_tau
+                       : type == DpoLossType::simpo  ? simpo_gamma
+                                                     : 0.0;
   const DpoOptions options = {type, static_cast<Reduction>(reduction), beta, label_smoothing,
                               extra};
   const PairTensors out(policy_chosen, B, options.reduction);

@@ -12,7 +12,7 @@ Tensor group_advantages_fwd_cpu(const Tensor& rewards, int64_t group_size, int64
                     "group_size: expected a divisor of the number of rewards");
   const Tensor advantages = at::empty(rewards.sizes(), accumulate_options(rewards));
   APT_CALL_KERNEL(group_advantages_fwd,
-                  {dtype_of(rewards), GroupAdvantage(kind), rewards.numel() / group_size,
+                  {dtype_of(rewards), GroupAdvantageKind(kind), rewards.numel() / group_size,
                    group_size, eps, rewards.const_data_ptr(), advantages.mutable_data_ptr()});
   return advantages;
 }

@@ -10,7 +10,7 @@ Tensor run(const OptionalTensor& grad, const Tensor& logps, const Tensor& ref_lo
   TORCH_CHECK_VALUE(estimator >= 1 && estimator <= 3, "estimator: expected 1 to 3");
   const Tensor out = empty_large(logps.sizes(), accumulate_options(logps));
   APT_CALL_KERNEL(kl_penalty,
-                  {dtype_of(logps), int(estimator), logps.numel(), logps.const_data_ptr(),
+                  {dtype_of(logps), KlEstimator(estimator), logps.numel(), logps.const_data_ptr(),
                    ref_logps.const_data_ptr(), optional_data<bool>(mask), optional_data(grad),
                    out.mutable_data_ptr()});
   return out;

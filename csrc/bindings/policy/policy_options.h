@@ -12,8 +12,8 @@ inline PolicyOptions policy_options(int64_t loss_type, int64_t ratio_level, int6
   TORCH_CHECK_VALUE(loss_type >= 0 && loss_type <= 3, "loss_type: expected 0 to 3");
   TORCH_CHECK_VALUE(kl_estimator >= 1 && kl_estimator <= 4, "kl_estimator: expected 1 to 4");
   return {PolicyLossType(loss_type),
-          int(kl_estimator),
-          ratio_level == 1,
+          KlEstimator(kl_estimator),
+          RatioLevel(ratio_level) == RatioLevel::sequence,
           clip_low,
           clip_high,
           dual_clip,

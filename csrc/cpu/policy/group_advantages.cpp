@@ -35,21 +35,21 @@ void centre_group(const GroupAdvantages& a, const T* rewards, S* out) {
   const auto centred = [&](int64_t i) { return (to_number(rewards[i]) - first) - mean; };
   for (int64_t i = 0; i < size; ++i) squares += centred(i) * centred(i);
   double scale = 1;
-  if (a.kind == GroupAdvantage::normalized) scale = 1 / (std::sqrt(squares / others) + a.eps);
-  if (a.kind == GroupAdvantage::leave_one_out) scale = double(size) / others;
+  if (a.kind == GroupAdvantageKind::normalized) scale = 1 / (std::sqrt(squares / others) + a.eps);
+  if (a.kind == GroupAdvantageKind::leave_one_out) scale = double(size) / others;
   for (int64_t i = 0; i < size; ++i) out[i] = S(centred(i) * scale);
 }
 
 template <class T>
 void run(const GroupAdvantages& a) {
   using S = ScalarOf<T>;
-  const int64_t work = a.kind == GroupAdvantage::rank ? a.group_size : 4;
+  const int64_t work = a.kind == GroupAdvantageKind::rank ? a.group_size : 4;
   const int64_t grain = kTokenGrain / work / std::max<int64_t>(a.group_size, 1);
   parallel_for(a.groups, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const T* rewards = static_cast<const T*>(a.rewards) + group * a.group_size;
       S* out = static_cast<S*>(a.advantages) + group * a.group_size;
-      if (a.kind == GroupAdvantage::rank) {
+      if (a.kind == GroupAdvantageKind::rank) {
         rank_group(rewards, a.group_size, out);
       } else {
         centre_group(a, rewards, out);

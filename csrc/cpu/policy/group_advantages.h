@@ -1,17 +1,15 @@
 #pragma once
 #include <cstdint>
 
+#include "apt/codes.h"
 #include "common/isa.h"
 #include "common/types.h"
 
 namespace apt {
 
-// The order is that of the operator's argument `kind`.
-enum class GroupAdvantage { relative, normalized, rank, leave_one_out };
-
 struct GroupAdvantages {
   DType dtype;
-  GroupAdvantage kind;
+  GroupAdvantageKind kind;
   int64_t groups, group_size;
   double eps;
   const void* rewards;  // [groups, group_size], contiguous

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 
+#include "apt/codes.h"
 #include "common/isa.h"
 #include "common/types.h"
 
@@ -9,7 +10,7 @@ namespace apt {
 // Everything is [size], contiguous.
 struct KlPenalty {
   DType dtype;
-  int estimator;  // 1, 2, 3
+  KlEstimator estimator;  // all but unbiased_k3
   int64_t size;
   const void *logps, *ref_logps;
   const bool* mask;  // null: all count

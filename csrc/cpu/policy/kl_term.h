@@ -18,10 +18,10 @@ struct KlTerm {
 };
 // k1: d; k2: d^2 / 2; k3: e^x - 1 - x at x = -d within the bound, no gradient outside.
 template <class S, class V>
-inline KlTerm<V> kl_term(int estimator, V difference) {
+inline KlTerm<V> kl_term(KlEstimator estimator, V difference) {
   const V zero = zeros_like(difference);
-  if (estimator == 1) return {difference, zero + S(1)};
-  if (estimator == 2) return {S(0.5) * difference * difference, difference};
+  if (estimator == KlEstimator::k1) return {difference, zero + S(1)};
+  if (estimator == KlEstimator::k2) return {S(0.5) * difference * difference, difference};
   const V x = bounded_log_ratio<V>(-difference, S(kLogRatioBound));
   const auto minus = exp_minus(x, exp(x));
   return {minus.expm1_minus_x, select(x == -difference, -minus.expm1, zero)};

@@ -1,17 +1,16 @@
 #pragma once
+#include "apt/codes.h"
 #include "common/isa.h"
 #include "common/types.h"
 #include "policy/token_inputs.h"
 
 namespace apt {
 
-// The order is that of the operator's argument `loss_type`.
-enum class PolicyLossType { clip, cispo, sapo, reinforce };
 constexpr int kPolicyMetrics = 7;
 
 struct PolicyOptions {
   PolicyLossType type;
-  int kl_estimator;  // 1, 2, 3; 4: the third times the ratio
+  KlEstimator kl_estimator;
   bool sequence_level;
   double clip_low, clip_high, dual_clip;  // dual_clip: infinity for none
   double sapo_temperature_pos, sapo_temperature_neg, kl_coef, entropy_coef;

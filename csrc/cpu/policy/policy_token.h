@@ -79,9 +79,9 @@ inline TokenResult<V> policy_token(PolicyLossType type, V logps, V ratio, V adva
 
 // The KL term of a token: the estimators of kl_term, and the unbiased one, k3 times the ratio.
 template <class S, class V>
-inline KlTerm<V> policy_kl_term(int estimator, V difference, V ratio, V slope) {
-  if (estimator != 4) return kl_term<S, V>(estimator, difference);
-  const auto k3 = kl_term<S, V>(3, difference);
+inline KlTerm<V> policy_kl_term(KlEstimator estimator, V difference, V ratio, V slope) {
+  if (estimator != KlEstimator::unbiased_k3) return kl_term<S, V>(estimator, difference);
+  const auto k3 = kl_term<S, V>(KlEstimator::k3, difference);
   return {ratio * k3.value, ratio * k3.grad + slope * k3.value};
 }
 

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "apt/codes.h"
+
 namespace apt {
 
 // Rows of adjacent elements, or one element a row (step 0); null: the argument is absent.
@@ -9,9 +11,6 @@ struct TokenInput {
   const void* data;
   int64_t row, step;
 };
-
-// The order is that of the operators' argument `aggregation`.
-enum class Aggregation { token_mean, token_sum, sequence_mean, sequence_sum, dr_grpo };
 
 // [rows, length] tokens, those that count, and how their losses become one number.
 struct Tokens {

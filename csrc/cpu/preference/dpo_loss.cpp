@@ -12,7 +12,7 @@ namespace apt::APT_ISA {
 namespace {
 
 // sigmoid or simpo without label smoothing; `extra` is 0 for sigmoid
-constexpr DpoType kPlainSigmoid = DpoType(kDpoTypes);
+constexpr DpoLossType kPlainSigmoid = DpoLossType(kDpoLossTypes);
 
 template <class S>
 struct Constants {
@@ -110,37 +110,37 @@ PairResult<V> apo_down(V c, V r, const Constants<S>& k) {
 }
 
 // The loss of the log-ratios c and r (the policy's own log-probabilities without a reference).
-template <DpoType kType, class V, class S>
+template <DpoLossType kType, class V, class S>
 PairResult<V> dpo_pair(V c, V r, const Constants<S>& k) {
   const V d = c - r, x = k.beta * d, zero = zeros_like(x);
   if constexpr (kType == kPlainSigmoid) {
     return plain_sigmoid<V>(x - k.extra, k);
-  } else if constexpr (kType == DpoType::sigmoid) {
+  } else if constexpr (kType == DpoLossType::sigmoid) {
     return smoothed_sigmoid(x, S(1), k);
-  } else if constexpr (kType == DpoType::robust) {
+  } else if constexpr (kType == DpoLossType::robust) {
     const auto result = smoothed_sigmoid(x, S(-1), k);
     return of_difference<V>(k.robust_scale * result.loss, k.robust_scale * result.grad_chosen);
-  } else if constexpr (kType == DpoType::hinge) {
+  } else if constexpr (kType == DpoLossType::hinge) {
     return of_difference<V>(select(x >= S(1), zero, S(1) - x),
                             select(x >= S(1), zero, zero - k.beta));
-  } else if constexpr (kType == DpoType::ipo) {
+  } else if constexpr (kType == DpoLossType::ipo) {
     const V distance = d - k.half_over_beta;
     return of_difference<V>(distance * distance, 2.f * distance);
-  } else if constexpr (kType == DpoType::exo_pair) {
+  } else if constexpr (kType == DpoLossType::exo_pair) {
     return exo_pair(x, k);
-  } else if constexpr (kType == DpoType::nca_pair) {
+  } else if constexpr (kType == DpoLossType::nca_pair) {
     return nca_pair(c, r, k);
-  } else if constexpr (kType == DpoType::bco_pair) {
+  } else if constexpr (kType == DpoLossType::bco_pair) {
     return bco_pair(c, r, k);
-  } else if constexpr (kType == DpoType::sppo_hard) {
+  } else if constexpr (kType == DpoLossType::sppo_hard) {
     return sppo_hard(c, r, k);
-  } else if constexpr (kType == DpoType::apo_zero) {
+  } else if constexpr (kType == DpoLossType::apo_zero) {
     return apo_zero(c, r, k);
-  } else if constexpr (kType == DpoType::apo_down) {
+  } else if constexpr (kType == DpoLossType::apo_down) {
     return apo_down(c, r, k);
-  } else if constexpr (kType == DpoType::discopop) {
+  } else if constexpr (kType == DpoLossType::discopop) {
     return discopop(x, k);
-  } else if constexpr (kType == DpoType::simpo) {
+  } else if constexpr (kType == DpoLossType::simpo) {
     return smoothed_sigmoid<V>(x - k.extra, S(1), k);
   } else {
     return orpo(c, r, k);
@@ -148,7 +148,7 @@ PairResult<V> dpo_pair(V c, V r, const Constants<S>& k) {
 }
 
 // Reads pairs, writes their rewards, and gives their losses.
-template <DpoType kType, class V>
+template <DpoLossType kType, class V>
 struct LossOfPairs {
   using S = ScalarOf<V>;
   Numbers<V> policy_chosen, policy_rejected, ref_chosen, ref_rejected;
@@ -166,7 +166,7 @@ struct LossOfPairs {
   }
 };
 
-template <DpoType kType, class V>
+template <DpoLossType kType, class V>
 void run(const DpoLoss& a) {
   using S = ScalarOf<V>;
   pair_losses<V>(a.out, LossOfPairs<kType, V>{{a.policy_chosen, a.dtype},
@@ -180,15 +180,15 @@ void run(const DpoLoss& a) {
 
 template <class V, int... kTypes>
 void run_type(const DpoLoss& a, std::integer_sequence<int, kTypes...>) {
-  const bool sigmoid = a.type == DpoType::sigmoid || a.type == DpoType::simpo;
+  const bool sigmoid = a.type == DpoLossType::sigmoid || a.type == DpoLossType::simpo;
   if (sigmoid && a.label_smoothing == 0) return run<kPlainSigmoid, V>(a);
-  ((a.type == DpoType(kTypes) ? run<DpoType(kTypes), V>(a) : void()), ...);
+  ((a.type == DpoLossType(kTypes) ? run<DpoLossType(kTypes), V>(a) : void()), ...);
 }
 
 }  // namespace
 
 void dpo_loss_fwd(const DpoLoss& a) {
-  constexpr auto kTypes = std::make_integer_sequence<int, kDpoTypes>();
+  constexpr auto kTypes = std::make_integer_sequence<int, kDpoLossTypes>();
   if (a.dtype == DType::f64) {
     run_type<double>(a, kTypes);
   } else {

@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace apt {
+#include "apt/codes.h"
 
-enum class Reduction { none, mean, sum };
+namespace apt {
 
 // Where the results go: float, or double for float64 inputs.
 struct PairOutputs {

@@ -86,37 +86,37 @@ __device__ inline PairResult apo_down(float c, float d, const DpoConstants& k) {
 __device__ inline PairResult dpo_pair(DpoLossType type, float c, float r, const DpoConstants& k) {
   const float d = c - r, x = k.beta * d;
   switch (type) {
-    case DpoLossType::kSigmoid:
+    case DpoLossType::sigmoid:
       return smoothed_sigmoid(x, 1.0f, k);
-    case DpoLossType::kRobust: {
+    case DpoLossType::robust: {
       const PairResult result = smoothed_sigmoid(x, -1.0f, k);
       return of_difference(k.robust_scale * result.loss, k.robust_scale * result.grad_chosen);
     }
-    case DpoLossType::kHinge:
+    case DpoLossType::hinge:
       return x >= 1.0f ? of_difference(0.0f, 0.0f) : of_difference(1.0f - x, -k.beta);
-    case DpoLossType::kIpo: {
+    case DpoLossType::ipo: {
       const float distance = d - k.half_over_beta;
       return of_difference(distance * distance, 2.0f * distance);
     }
-    case DpoLossType::kExoPair:
+    case DpoLossType::exo_pair:
       return exo_pair(x, k);
-    case DpoLossType::kNcaPair:
+    case DpoLossType::nca_pair:
       return nca_pair(c, r, k);
-    case DpoLossType::kBcoPair:
+    case DpoLossType::bco_pair:
       return bco_pair(c, r, k);
-    case DpoLossType::kSppoHard: {
+    case DpoLossType::sppo_hard: {
       const float above = c - k.half_over_beta, below = r + k.half_over_beta;
       return {above * above + below * below, 2.0f * above, 2.0f * below};
     }
-    case DpoLossType::kApoZero:
+    case DpoLossType::apo_zero:
       return apo_zero(c, r, k);
-    case DpoLossType::kApoDown:
+    case DpoLossType::apo_down:
       return apo_down(c, d, k);
-    case DpoLossType::kDiscopop:
+    case DpoLossType::discopop:
       return discopop(x, k);
-    case DpoLossType::kSimpo:
+    case DpoLossType::simpo:
       return smoothed_sigmoid(x - k.extra, 1.0f, k);
-    case DpoLossType::kOrpo:
+    case DpoLossType::orpo:
       return orpo(c, r, k);
   }
   return {NAN, NAN, NAN};

@@ -25,14 +25,14 @@ cudaError_t sum_blocks(const float* sums, int count, float scale, float* loss,
 
 // A function of the number of pairs alone, so that the order of every sum is too.
 int64_t pair_loss_blocks(int64_t pairs, Reduction reduction) {
-  if (reduction != Reduction::kNone && pairs <= kOneBlockPairs) return 1;
+  if (reduction != Reduction::none && pairs <= kOneBlockPairs) return 1;
   const int64_t blocks = (pairs + kPairThreads - 1) / kPairThreads;
   return blocks < kMaxPairBlocks ? blocks : kMaxPairBlocks;
 }
 
 int64_t pair_loss_workspace(int64_t pairs, Reduction reduction) {
   const int64_t blocks = pair_loss_blocks(pairs, reduction);
-  return reduction == Reduction::kNone || blocks == 1 ? 0 : blocks;
+  return reduction == Reduction::none || blocks == 1 ? 0 : blocks;
 }
 
 }  // namespace apt::cuda

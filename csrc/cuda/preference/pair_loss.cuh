@@ -39,7 +39,7 @@ struct PairOutputs {
   int64_t pairs;
   Reduction reduction;
   float scale;    // of the reduced loss and of the gradients: 1, or 1 / pairs
-  float* losses;  // (pairs), for Reduction::kNone
+  float* losses;  // (pairs), for Reduction::none
   float* grads;   // (2, pairs)
   float* sums;    // one a block, for the others
 };
@@ -58,13 +58,13 @@ __global__ void __launch_bounds__(kPairThreads) pair_loss_kernel(Loss loss, Pair
     const PairResult result = loss(i);
     out.grads[i] = result.grad_chosen * out.scale;
     out.grads[out.pairs + i] = result.grad_rejected * out.scale;
-    if (out.reduction == Reduction::kNone) {
+    if (out.reduction == Reduction::none) {
       out.losses[i] = result.loss;
     } else {
       sum += result.loss;
     }
   }
-  if (out.reduction == Reduction::kNone) return;
+  if (out.reduction == Reduction::none) return;
   sum = block_sum(sum, warp_sums);
   if (threadIdx.x == 0) out.sums[blockIdx.x] = gridDim.x == 1 ? sum * out.scale : sum;
 }
@@ -76,15 +76,15 @@ cudaError_t sum_blocks(const float* sums, int count, float scale, float* loss, c
 template <typename Loss>
 cudaError_t launch_pair_loss(const Loss& loss, int64_t pairs, Reduction reduction, float* losses,
                              float* grads, float* workspace, cudaStream_t stream) {
-  if (pairs == 0 && reduction == Reduction::kNone) return cudaSuccess;
-  const bool mean = reduction == Reduction::kMean && pairs > 0;
+  if (pairs == 0 && reduction == Reduction::none) return cudaSuccess;
+  const bool mean = reduction == Reduction::mean && pairs > 0;
   const float scale = mean ? static_cast<float>(1.0 / static_cast<double>(pairs)) : 1.0f;
   const int blocks = static_cast<int>(pair_loss_blocks(pairs, reduction));
   float* sums = blocks == 1 ? losses : workspace;
   const PairOutputs out = {pairs, reduction, scale, losses, grads, sums};
   pair_loss_kernel<<<blocks, pair_loss_threads(pairs), 0, stream>>>(loss, out);
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess || blocks == 1 || reduction == Reduction::kNone) return error;
+  if (error != cudaSuccess || blocks == 1 || reduction == Reduction::none) return error;
   return sum_blocks(sums, blocks, scale, losses, stream);
 }
 

@@ -10,7 +10,7 @@
 
 namespace apt::cuda {
 
-// chosen, rejected (B) of `dtype`; margins (B) or null: then `margin`. loss: (B) for kNone, else
+// chosen, rejected (B) of `dtype`; margins (B) or null: then `margin`. loss: (B) for none, else
 // one float; grads (2, B). workspace: pair_loss_workspace(B, reduction) floats.
 cudaError_t bradley_terry_loss_fwd(const void* chosen, const void* rejected, DType dtype,
                                    const float* margins, int64_t B, double margin,

@@ -5,26 +5,11 @@
 
 #include <cstdint>
 
+#include "apt/codes.h"
 #include "apt/dtype.h"
 #include "apt/pair_loss.h"
 
 namespace apt::cuda {
-
-enum class DpoLossType : int {
-  kSigmoid = 0,
-  kRobust = 1,
-  kHinge = 2,
-  kIpo = 3,
-  kExoPair = 4,
-  kNcaPair = 5,
-  kBcoPair = 6,
-  kSppoHard = 7,
-  kApoZero = 8,
-  kApoDown = 9,
-  kDiscopop = 10,
-  kSimpo = 11,
-  kOrpo = 12,
-};
 
 struct DpoOptions {
   DpoLossType loss_type;
@@ -34,7 +19,7 @@ struct DpoOptions {
   double extra;  // discopop's tau, simpo's gamma
 };
 
-// policy_* and ref_* (B) of `dtype`, the ref_* both null for a reference of 0. loss: (B) for kNone,
+// policy_* and ref_* (B) of `dtype`, the ref_* both null for a reference of 0. loss: (B) for none,
 // else one float; chosen_rewards, rejected_rewards (B); grads (2, B): d loss / d policy_chosen and
 // d loss / d policy_rejected. workspace: pair_loss_workspace(B, reduction) floats.
 cudaError_t dpo_loss_fwd(const void* policy_chosen, const void* policy_rejected,

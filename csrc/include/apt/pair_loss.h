@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace apt::cuda {
+#include "apt/codes.h"
 
-enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
+namespace apt::cuda {
 
 // How many floats of workspace the reduction of `pairs` losses needs; 0 for most.
 int64_t pair_loss_workspace(int64_t pairs, Reduction reduction);
