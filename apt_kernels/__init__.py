@@ -13,6 +13,7 @@ from .ops.logprobs.sequence_logps import sequence_logps
 from .ops.logprobs.token_logprobs import token_logprobs
 from .ops.masking.masking_collator import MaskingCollator
 from .ops.masking.mlm_mask import mlm_mask
+from .ops.masking.tokenizer_ids import never_words
 from .ops.policy.gae import gae
 from .ops.policy.group_advantages import group_advantages
 from .ops.policy.kl_penalty import kl_penalty
@@ -50,6 +51,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_logprobs",
     "mlm_mask",
+    "never_words",
     "nt_xent",
     "policy_loss",
     "queue_push_",

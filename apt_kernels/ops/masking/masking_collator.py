@@ -101,6 +101,9 @@ class MaskingCollator:
         Args:
             features: dicts as tokenizers give them, or sequences of ids.
             return_tensors: "pt" or "np" instead of the collator's own.
+
+        Returns:
+            A dict (or `BatchEncoding`) of tensors or arrays, `(B, T)` each.
         """
         kind = self.return_tensors if return_tensors is None else return_tensors
         checks.choice("return_tensors", kind, ("pt", "np"))

@@ -24,11 +24,14 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 
 def never_words(tokenizer: Any, rows: int | None = None) -> list[int]:
-    """Returns the ids that are neither chosen nor drawn: of special tokens, and of no token.
+    """The ids that masking neither chooses nor draws: of special tokens, and of no token.
 
     Args:
         tokenizer: of Hugging Face, or alike.
         rows: rows of the model's embedding, which may be more than the tokenizer has ids.
+
+    Returns:
+        The ids in ascending order, for `special_token_ids` of `mlm_mask`.
     """
     rows = vocabulary_size(tokenizer) if rows is None else rows
     absent = set(range(rows))

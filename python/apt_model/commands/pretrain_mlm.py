@@ -84,9 +84,7 @@ class Options:
 
 def make_job(options: Options) -> Job:
     """Returns what the command trains."""
-    from apt_kernels.ops.masking.tokenizer_ids import (
-        never_words,
-    )  # takes seconds, --help need not wait
+    from apt_kernels import never_words  # takes seconds, --help need not wait
 
     from ..data.order import ShuffledBatches
     from ..pretraining import create_mlm_pretrainer
