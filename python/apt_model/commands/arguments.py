@@ -93,8 +93,9 @@ class _Several(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         told = getattr(namespace, TOLD, frozenset())
-        before = getattr(namespace, self.dest) if self.dest in told else []
-        setattr(namespace, self.dest, [*before, *values])
+        before = (getattr(namespace, self.dest) or []) if self.dest in told else []
+        # `none` alone is the value of an option that may be left out
+        setattr(namespace, self.dest, None if values == [None] else [*before, *values])
         setattr(namespace, TOLD, told | {self.dest})
 
 
