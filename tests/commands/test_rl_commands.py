@@ -288,7 +288,9 @@ def test_the_best_state_outlives_a_model_that_could_not_be_saved(
     assert main(options(shorter, "--epochs=1")) == 0
     real = PreTrainedTokenizerBase.save_pretrained
 
-    def refused(*args, **options):
+    def refused(tokenizer, folder, **options):
+        if ".try-" in str(folder):  # the try before the first step
+            return real(tokenizer, folder, **options)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     run = options(output, "--epochs=3", "--eval-every=6")
@@ -328,7 +330,11 @@ def test_a_model_of_an_earlier_run_is_not_taken_for_this_one_s(
     torch.nn.init.constant_(model.model.norm.weight, 2.0)
     model.save_pretrained(start)
 
-    def interrupted(*args, **options):
+    real = PreTrainedTokenizerBase.save_pretrained
+
+    def interrupted(tokenizer, folder, **options):
+        if ".try-" in str(folder):  # the try before the first step
+            return real(tokenizer, folder, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -711,7 +711,7 @@ def test_an_encoder_of_another_width_is_refused():
     with pytest.raises(ValueError, match="has width 8, hidden_size is 16"):
         make(tiny_encoder(width=8)).train_step(**BATCH)
     with pytest.raises(ValueError, match=r"must return \(B, S, H\) or \(B, H\)"):
-        make(tiny_encoder(answer=lambda hidden: hidden[..., None])).train_step(**BATCH)
+        make(tiny_encoder(answer=lambda hidden: hidden[..., None, None])).train_step(**BATCH)
 
 
 def test_a_loss_that_is_not_finite_is_refused():

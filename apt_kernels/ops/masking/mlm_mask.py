@@ -212,7 +212,8 @@ def _special_runs(special_ids: Sequence[int], vocab_size: int) -> tuple[list[int
 
     Special ids beyond the vocabulary, such as those of added tokens, are not chosen either.
     """
-    special = sorted({i for i in special_ids if i >= 0})
+    # Ids of 32 bits: kernels take the runs so, and no embedding has more rows.
+    special = sorted({i for i in special_ids if 0 <= i < 2**31})
     runs: list[int] = []
     for i in special:
         if runs and i == runs[-2] + runs[-1]:

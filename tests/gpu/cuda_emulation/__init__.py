@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from apt_kernels import codes
+
 from .build import BuildError, build, compiler
 
 __all__ = ["BuildError", "Emulation", "Traffic", "build", "compiler", "kernels"]
@@ -149,8 +151,13 @@ class Emulation:
         reduction,
         beta,
         label_smoothing,
-        extra,
+        discopop_tau,
+        simpo_gamma,
     ):
+        extra = {
+            codes.DPO_LOSS_TYPES["discopop"]: discopop_tau,
+            codes.DPO_LOSS_TYPES["simpo"]: simpo_gamma,
+        }.get(loss_type, 0.0)
         B = policy_chosen.numel()
         loss, workspace = self._reduction(B, reduction)
         rewards = _poisoned(B), _poisoned(B)

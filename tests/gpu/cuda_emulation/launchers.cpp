@@ -22,15 +22,15 @@ int token_logprobs_bwd(const float* grad_logps, const float* grad_entropy,
 }
 
 int64_t pair_loss_workspace(int64_t pairs, int reduction) {
-  return cuda::pair_loss_workspace(pairs, static_cast<Reduction>(reduction));
+  return cuda::pair_loss_workspace(pairs, static_cast<apt::Reduction>(reduction));
 }
 
 int dpo_loss_fwd(const void* policy_chosen, const void* policy_rejected, const void* ref_chosen,
                  const void* ref_rejected, int dtype, int64_t B, int loss_type, int reduction,
                  double beta, double label_smoothing, double extra, float* loss,
                  float* chosen_rewards, float* rejected_rewards, float* grads, float* workspace) {
-  const cuda::DpoOptions options = {static_cast<DpoLossType>(loss_type),
-                                    static_cast<Reduction>(reduction), beta, label_smoothing,
+  const cuda::DpoOptions options = {static_cast<apt::DpoLossType>(loss_type),
+                                    static_cast<apt::Reduction>(reduction), beta, label_smoothing,
                                     extra};
   return cuda::dpo_loss_fwd(policy_chosen, policy_rejected, ref_chosen, ref_rejected,
                             static_cast<cuda::DType>(dtype), B, options, loss, chosen_rewards,
@@ -41,7 +41,7 @@ int bradley_terry_loss_fwd(const void* chosen, const void* rejected, int dtype,
                            const float* margins, int64_t B, double margin, double center_coef,
                            int reduction, float* loss, float* grads, float* workspace) {
   return cuda::bradley_terry_loss_fwd(chosen, rejected, static_cast<cuda::DType>(dtype), margins, B,
-                                      margin, center_coef, static_cast<Reduction>(reduction),
+                                      margin, center_coef, static_cast<apt::Reduction>(reduction),
                                       loss, grads, workspace, nullptr);
 }
 
