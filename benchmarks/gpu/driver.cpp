@@ -23,6 +23,8 @@
 namespace {
 
 using namespace apt::cuda;
+using apt::DpoLossType;
+using apt::Reduction;
 
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;

@@ -196,7 +196,7 @@ def test_traffic_of_pair_losses(B, dtype):
     pairs = [torch.randn(B).to(dtype) for _ in range(4)]
     with ptx_execution.Triton() as counter:
         counter.start_counting()
-        kernels.dpo_loss_fwd(*pairs, 0, 0, 0.1, 0.0, 0.0)
+        kernels.dpo_loss_fwd(*pairs, 0, 0, 0.1, 0.0, 0.05, 0.5)
         _assert_streaming(counter.stop_counting(), B * (4 * dtype.itemsize + 20))
         counter.start_counting()
         kernels.bradley_terry_loss_fwd(*pairs[:3], 0.0, 0.1, 0)
@@ -350,11 +350,10 @@ def test_sectors_of_other_sizes(call, dtype, named, most):
         ("contrastive/ema_update_", "BLOCK = 4 * CHUNK", "BLOCK = CHUNK", _ema_update),
         ("contrastive/queue_push_", "WARPS = 2", "WARPS = 4", _queue_push),
         ("masking/mlm_mask",
-         "eligible = live\n", "eligible = live & (tl.load(ids_ptr + at // 2) > -1)\n",
+         "eligible = live\n", "eligible = live & (tl.load(input_ids_ptr + at // 2) > -1)\n",
          _mlm_mask),
         ("policy/group_advantages", "WHOLE = 1024", "WHOLE = 32",
          functools.partial(_group_advantages, size=64)),
-        ("policy/gae", "place_of_value, live", "place_of_value, counts", _gae),
         ("policy/gae", "OF_A_WARP = 128", "OF_A_WARP = 256", _gae),
         ("logprobs/sequence_logps", "% ALIGN == 0:", "% ALIGN == 16:", _sequence_logps),
     ],
@@ -375,7 +374,7 @@ def test_more_traffic_is_noticed(stem, text, replacement, call, seeded):
 def test_more_traffic_of_tokens_is_noticed(text, replacement, seeded):
     named = {"B": 4, "T": 4099}
     _, sectors = _moved(_policy_loss, kernels, F32, **named)
-    _, more = _moved(_policy_loss, seeded("tokens", text, replacement), F32, **named)
+    _, more = _moved(_policy_loss, seeded("common/token_windows", text, replacement), F32, **named)
     assert more > sectors + 0.02
 
 
