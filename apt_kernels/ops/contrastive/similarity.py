@@ -116,9 +116,6 @@ def results(
         return_correct: also return the number of right predictions.
         total: what the mean divides by; None: the rows of all ranks.
         directions: predictions of a row.
-
-    Returns:
-        The loss, or `(loss, correct)` with a 0-dim count over all ranks.
     """
     loss = losses
     if reduction != "none":
