@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +11,6 @@ from ... import checks, dispatch, reference
 
 dispatch.define("ema_update_fwd(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()")
 dispatch.register("ema_update_", "ema_update_fwd")
-
-
-class EMAUpdateCall(NamedTuple):
-    """The arguments of the kernel."""
-
-    targets: list[Tensor]
-    sources: list[Tensor]
-    momentum: float
-
 
 DTYPES = (*checks.FLOATS, *checks.INTEGERS, torch.bool)
 
@@ -68,8 +58,7 @@ def ema_update_(
     if backend == "reference":
         reference.ema_update_(targets, sources, momentum)
     else:
-        call = EMAUpdateCall(targets=targets, sources=sources, momentum=float(momentum))
-        dispatch.kernel("ema_update_fwd", backend)(*call)
+        dispatch.kernel("ema_update_fwd", backend)(targets, sources, float(momentum))
 
 
 def _check_pair(i: int, target: Tensor, source: Tensor) -> None:
@@ -85,5 +74,5 @@ def _check_pair(i: int, target: Tensor, source: Tensor) -> None:
 
 
 @dispatch.fake("ema_update_fwd")
-def _(*fields):
+def _(targets, sources, momentum):
     return None

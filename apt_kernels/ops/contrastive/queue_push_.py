@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -11,14 +9,6 @@ from ... import checks, dispatch, reference
 
 dispatch.define("queue_push_fwd(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys) -> ()")
 dispatch.register("queue_push_", "queue_push_fwd")
-
-
-class QueuePushCall(NamedTuple):
-    """The arguments of the kernel."""
-
-    queue: Tensor
-    pointer: Tensor
-    keys: Tensor
 
 
 @torch.no_grad()
@@ -57,10 +47,9 @@ def queue_push_(
     if backend == "reference":
         reference.queue_push_(queue, pointer, keys)
     else:
-        call = QueuePushCall(queue=queue, pointer=pointer, keys=keys)
-        dispatch.kernel("queue_push_fwd", backend)(*call)
+        dispatch.kernel("queue_push_fwd", backend)(queue, pointer, keys)
 
 
 @dispatch.fake("queue_push_fwd")
-def _(*fields):
+def _(queue, pointer, keys):
     return None
