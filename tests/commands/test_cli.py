@@ -30,6 +30,7 @@ from support.tiny_models import VOCABULARY, tiny_llama
 
 GOOD = ["happy", "fine", "great"]
 BAD = ["awful", "poor", "dull"]
+MODEL_BYTES = 30_000  # room for the model of these tests, not for its checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -197,23 +198,30 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
 
 
 @contextmanager
-def full_disk():
+def full_disk(room=20_000):
     """A limit on the size of a file stands for it: Python ignores its signal."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_an_error_of_one_line(model_folder, data, tmp_path, capsys):
-    with full_disk():
+@pytest.mark.parametrize(
+    ("room", "file", "left"),
+    [(20_000, "model", []), (MODEL_BYTES, "checkpoint.pt", ["run.yaml"])],
+    ids=["before the run", "in the run"],
+)
+def test_a_full_disk_is_an_error_of_one_line(
+    model_folder, data, tmp_path, capsys, room, file, left
+):
+    with full_disk(room):
         assert main(arguments(model_folder, data, tmp_path / "out")) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(errors) == 1 and f"{tmp_path}/out/checkpoint.pt cannot be written: " in errors[0]
+    assert len(errors) == 1 and f"{tmp_path}/out/{file} cannot be written: " in errors[0]
     assert "File too large" in errors[0]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.yaml"]
+    assert [path.name for path in (tmp_path / "out").glob("*")] == left
 
 
 def save_safetensors(path):

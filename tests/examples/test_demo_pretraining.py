@@ -1,6 +1,7 @@
 """The parts of the pretraining demo: what it measures, its report and its picture."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ class Trainer:
     """Encodes nothing; its metrics are those of the batch."""
 
     encoder = nn.Identity()
+    config = SimpleNamespace(mlm_loss_weight=1.0, nsp_loss_weight=2.0)
 
     @staticmethod
     def encode(ids, mask):
@@ -76,7 +78,13 @@ class Trainer:
     def eval_step(counts, values):
         total = sum(counts)
         mean = sum(c * v for c, v in zip(counts, values, strict=True)) / total
-        return {"mlm_accuracy": mean, "nsp_loss": sum(values) / len(values), "num_masked": total}
+        of_samples = sum(values) / len(values)
+        return {
+            "mlm_loss": 2 * mean,
+            "mlm_accuracy": mean,
+            "nsp_loss": of_samples,
+            "num_masked": total,
+        }
 
 
 def test_recall_counts_the_partners_found():
@@ -100,8 +108,10 @@ def test_metrics_of_tokens_are_means_over_tokens():
 
     metrics = evaluate(Trainer, Data(), 7)
     assert metrics == {
+        "mlm_loss": pytest.approx(8 / 6),
         "mlm_accuracy": pytest.approx(4 / 6),
         "nsp_loss": pytest.approx(0.5),
+        "total_loss": pytest.approx(8 / 6 + 2 * 0.5),
     }
 
 

@@ -5,6 +5,7 @@ functions (the rows of one rank against those of all); seeded bugs. Bounds and r
 the interpreter's repairs throughout.
 """
 
+import importlib
 import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_interpreter.py instead"
@@ -93,13 +94,16 @@ def test_the_logarithm_of_a_sum_near_1_keeps_its_digits(bias):
 
 def _small_tiles(monkeypatch, namespace=kernels):
     """Several steps of every loop: 16 rows, columns and elements at a time, two tiles a wave."""
-    contrastive = namespace.contrastive
-    small = contrastive.similarity.Tiles(16, 16, 16, 16, warps=4, stages=2)
-    for module in ("similarity_softmax", "similarity_gradient", "siglip_loss"):
-        monkeypatch.setattr(getattr(contrastive, module), "tiles", lambda *_, **__: small)
-    monkeypatch.setattr(contrastive.similarity_softmax, "SLOTS", 2)
-    monkeypatch.setattr(contrastive.similarity_softmax, "PROGRAMS", 6)
-    monkeypatch.setattr(contrastive.siglip_loss, "PROGRAMS", 6)
+
+    def module(name):
+        return importlib.import_module(f"{namespace.__name__}.contrastive.{name}")
+
+    small = module("similarity").Tiles(16, 16, 16, 16, warps=4, stages=2)
+    for name in ("similarity_softmax", "similarity_gradient", "siglip_loss"):
+        monkeypatch.setattr(module(name), "tiles", lambda *_, **__: small)
+    monkeypatch.setattr(module("similarity_softmax"), "SLOTS", 2)
+    monkeypatch.setattr(module("similarity_softmax"), "PROGRAMS", 6)
+    monkeypatch.setattr(module("siglip_loss"), "PROGRAMS", 6)
 
 
 def _views(count, width=20, dtype=torch.float32):

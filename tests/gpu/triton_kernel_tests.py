@@ -5,6 +5,7 @@ the cases say what they are there for; the registry's samples run over the same 
 test_ops.py.
 """
 
+import importlib
 import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_interpreter.py instead"
@@ -26,7 +27,7 @@ from apt_kernels.triton.common import logistic
 from apt_kernels.triton.head import launch as head
 from ops.logprobs.test_linear_losses import test_a_loss_scale_saves_the_digits_of_float16  # noqa: F401
 from ops.policy.test_gae import test_what_lies_behind_the_end_of_an_episode_may_be_anything  # noqa: F401
-from support.calls import tensors
+from support.calls import in_float64, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -259,7 +260,7 @@ def test_rows_of_small_upstream_gradients_keep_their_digits_in_float16(least, fr
     need = (True, not frozen, not frozen)
     got = kernels.linear_token_logprobs_bwd(upstream, None, *inputs, lse, entropy, *scales, *need)
     sample = checks.Sample("", (hidden, weight, ids), {"mask": mask, "bias": bias})
-    sample = checks.in_float64(checks.fresh(sample))
+    sample = in_float64(checks.fresh(sample))
     for t in (*sample.args[:2], sample.kwargs["bias"]):
         t.requires_grad_()
     exact = _head_gradients(
@@ -466,7 +467,7 @@ def _check(check, cases, name, dtype=torch.float32):
 
 
 def _check_in_few_parts(bugged):
-    launch = bugged.head.launch
+    launch = importlib.import_module(f"{bugged.__name__}.head.launch")
     launch.LEAST_PARTS = launch.PROGRAMS = 1
     _check(*_head, "no_entropy")(bugged)
 

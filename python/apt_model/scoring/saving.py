@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..training.files import naming
 from .loading import forget_quantization
 from .model_access import has_adapter, without_wrapper
 
@@ -73,10 +74,11 @@ def check_saving(
         )
     with tempfile.TemporaryDirectory(prefix=".try-", dir=parent) as place:
         try:
-            if size <= SMALL or not _written_empty(model, Path(place) / "empty"):
-                save_model(model, Path(place) / "whole", tokenizer, merge_adapter)
-            elif tokenizer is not None:
-                tokenizer.save_pretrained(Path(place) / "empty")
+            with naming(folder):
+                if size <= SMALL or not _written_empty(model, Path(place) / "empty"):
+                    save_model(model, Path(place) / "whole", tokenizer, merge_adapter)
+                elif tokenizer is not None:
+                    tokenizer.save_pretrained(Path(place) / "empty")
         except OSError:
             raise
         except Exception as error:
