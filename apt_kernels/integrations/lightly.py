@@ -51,9 +51,9 @@ class NTXentLoss(nn.Module):
         if not hasattr(self, "bank"):
             together = self.gather_distributed and dist.is_initialized()
             group = dist.group.WORLD if together else None
-            return nt_xent(out0, out1, temperature=self.temperature, process_group=group)[0]
+            return nt_xent(out0, out1, temperature=self.temperature, process_group=group)
         negatives = self.bank.clone()  # backward reads the keys that the push replaces
-        loss, _ = info_nce(out0, out1, negatives=negatives, temperature=self.temperature)
+        loss = info_nce(out0, out1, negatives=negatives, temperature=self.temperature)
         if out0.requires_grad and torch.is_grad_enabled():
             queue_push_(self.bank.T, self.bank_ptr, nn.functional.normalize(out1.detach()))
         return loss

@@ -52,7 +52,7 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or a dict of it; logit_scale, differentiable: 1 / temperature."""
         checks.unused("logit_bias", logit_bias, "a softmax cancels it")
-        loss, _ = info_nce(
+        loss = info_nce(
             image_features,
             text_features,
             temperature=_temperature(logit_scale),
@@ -94,7 +94,7 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or a dict of it; logit_scale and logit_bias are differentiable."""
-        loss, _ = siglip_loss(
+        loss = siglip_loss(
             image_features,
             text_features,
             temperature=_temperature(logit_scale),

@@ -23,29 +23,14 @@ def info_nce(
     label_offset: int = 0,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns the cross-entropy of each query's own key among the keys, and its accuracy.
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns the cross-entropy of each query's own key among the keys.
 
     s = q . k / temperature of unit vectors; the loss of row i is logsumexp_j s_ij - s_i,i+offset.
     Sources: van den Oord 2018; Radford 2021 (CLIP: symmetric); He 2020 (MoCo: negatives).
 
-    Args:
-        query: `(N, D)`, differentiable.
-        key: `(M, D)`, differentiable.
-        negatives: `(K, D)`, differentiable; given, the classes of row i are key i and the
-            negatives, and M = N.
-        temperature: a number, or a 0-dim tensor, differentiable.
-        normalize: bring all rows to unit length; a zero row stays zero and has no gradient.
-        symmetric: the mean of the loss of the rows and that of the columns (M = N).
-        label_offset: the key of row i is i + label_offset.
-        reduction: "mean", "sum" or "none".
-        process_group: the keys of all its ranks are the classes; the loss of a rank is its part
-            of the whole times the number of ranks, so that averages over ranks (DistributedData-
-            Parallel's of the gradients too) are those of one process with the whole batch.
-
-    Returns:
-        `(loss, accuracy)`: accuracy is the share of rows whose key is strictly above every other
-        class (of both directions if symmetric), 0 for no rows.
+    Arguments and results as `apt_kernels.info_nce`.
     """
     scale = 1 / _temperature(temperature, query)
     q, k = _unit_rows(query, normalize), _unit_rows(key, normalize)
@@ -55,14 +40,15 @@ def info_nce(
         others = q @ _unit_rows(negatives, normalize).to(q.dtype).mT
         logits = torch.cat([own, others], dim=-1) * scale
         positive = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-        losses, right = _rows(logits, positive)
+        losses, correct = _rows(logits, positive)
     else:
         positive = torch.arange(len(q), device=q.device) + start + label_offset
-        losses, right = _rows(q @ _gathered(k, process_group).mT * scale, positive)
+        losses, correct = _rows(q @ _gathered(k, process_group).mT * scale, positive)
         if symmetric:
-            columns, right_too = _rows(k @ _gathered(q, process_group).mT * scale, positive)
-            losses, right = 0.5 * (losses + columns), 0.5 * (right + right_too)
-    return _reduced(losses, reduction, total, world), _mean(right)
+            columns, column_correct = _rows(k @ _gathered(q, process_group).mT * scale, positive)
+            losses, correct = 0.5 * (losses + columns), 0.5 * (correct + column_correct)
+    loss = _reduced(losses, reduction, total, world)
+    return (loss, _count(correct, 2 if symmetric else 1)) if return_correct else loss
 
 
 def nt_xent(
@@ -73,23 +59,15 @@ def nt_xent(
     normalize: bool = True,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns SimCLR's loss over the 2N views, and its accuracy.
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns SimCLR's loss over the 2N views.
 
     The classes of a view are all others, never itself; its positive is the other view of its
     sample. The mean is over 2N rows (lightly, solo-learn; google-research's simclr gives twice as
     much). Source: Chen 2020, eq. 1.
 
-    Args:
-        z1: `(N, D)`, differentiable.
-        z2: `(N, D)`, differentiable.
-        temperature: a number, or a 0-dim tensor, differentiable.
-        normalize: bring all rows to unit length; a zero row stays zero and has no gradient.
-        reduction: "mean", "sum" or "none" (`(2N,)`, the rows of z1 first).
-        process_group: the views of all its ranks are the classes, as in `info_nce`.
-
-    Returns:
-        `(loss, accuracy)`, as `info_nce`.
+    Arguments and results as `apt_kernels.nt_xent`.
     """
     scale = 1 / _temperature(temperature, z1)
     u1, u2 = _unit_rows(z1, normalize), _unit_rows(z2, normalize)
@@ -99,8 +77,9 @@ def nt_xent(
     own, positive = torch.cat([first, first + total]), torch.cat([first + total, first])
     logits = torch.cat([u1, u2]) @ classes.mT * scale
     itself = own.unsqueeze(-1) == torch.arange(len(classes), device=own.device)
-    losses, right = _rows(logits.masked_fill(itself, -torch.inf), positive)
-    return _reduced(losses, reduction, 2 * total, world), _mean(right)
+    losses, correct = _rows(logits.masked_fill(itself, -torch.inf), positive)
+    loss = _reduced(losses, reduction, 2 * total, world)
+    return (loss, _count(correct)) if return_correct else loss
 
 
 def siglip_loss(
@@ -113,24 +92,14 @@ def siglip_loss(
     label_offset: int = 0,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns the sigmoid loss of all pairs and the accuracy.
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns the sigmoid loss of all pairs.
 
     Row i costs sum_j -log sigmoid(z_ij (q_i . k_j / temperature + logit_bias)), z = 1 for its own
     key and -1 for others; the mean is over rows. Source: Zhai 2023 (SigLIP), eq. 1.
 
-    Args:
-        query: `(N, D)`, differentiable.
-        key: `(M, D)`, differentiable.
-        temperature: a number, or a 0-dim tensor, differentiable.
-        logit_bias: a number, or a 0-dim tensor, differentiable.
-        normalize: bring all rows to unit length; a zero row stays zero and has no gradient.
-        label_offset: the key of row i is i + label_offset.
-        reduction: "mean", "sum" or "none".
-        process_group: the keys of all its ranks take part, as in `info_nce`.
-
-    Returns:
-        `(loss, accuracy)`, as `info_nce`.
+    Arguments and results as `apt_kernels.siglip_loss`.
     """
     q, k = _unit_rows(query, normalize), _unit_rows(key, normalize)
     start, total, world = _place(len(q), process_group, q.device)
@@ -140,7 +109,8 @@ def siglip_loss(
     own = positive.unsqueeze(-1) == torch.arange(logits.shape[-1], device=q.device)
     pairs = logits + bias
     losses = -F.logsigmoid(torch.where(own, pairs, -pairs)).sum(-1)
-    return _reduced(losses, reduction, total, world), _mean(_rows(logits.detach(), positive)[1])
+    loss = _reduced(losses, reduction, total, world)
+    return (loss, _count(_rows(logits.detach(), positive)[1])) if return_correct else loss
 
 
 def sup_con_loss(
@@ -151,24 +121,15 @@ def sup_con_loss(
     normalize: bool = True,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns the supervised contrastive loss and the accuracy.
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns the supervised contrastive loss.
 
     Anchor i with the others of its label P_i costs
     -1/|P_i| sum_(p in P_i) log(exp(s_ip) / sum_(a != i) exp(s_ia)). Source: Khosla 2020, L_out;
     the authors' code multiplies it by temperature / 0.07, we do not.
 
-    Args:
-        features: `(N, D)`, differentiable; several views of a sample are several rows.
-        labels: `(N,)`, integers.
-        temperature: a number, or a 0-dim tensor, differentiable.
-        normalize: bring all rows to unit length; a zero row stays zero and has no gradient.
-        reduction: "mean" (over the anchors that have a positive; 0 if none has), "sum" or "none".
-        process_group: the features of all its ranks take part, as in `info_nce`.
-
-    Returns:
-        `(loss, accuracy)`: accuracy is the share of the anchors with a positive whose best
-        positive is strictly above every negative.
+    Arguments and results as `apt_kernels.sup_con_loss`.
     """
     u = _unit_rows(features, normalize)
     start, _, world = _place(len(u), process_group, u.device)
@@ -184,11 +145,12 @@ def sup_con_loss(
     losses = -keep(positive, log_probs).sum(-1) / count.clamp(min=1)
     best = logits.detach().masked_fill(~positive, -torch.inf)
     worst = logits.detach().masked_fill(positive | itself, -torch.inf)
-    right = anchor.to(u.dtype)
+    correct = anchor
     if len(classes):
-        right = (anchor & (best.amax(-1) > worst.amax(-1))).to(u.dtype)
+        correct = anchor & (best.amax(-1) > worst.amax(-1))
     anchors = _total(anchor.sum(), process_group).clamp(min=1)
-    return _reduced(losses, reduction, anchors, world), right.sum() / anchor.sum().clamp(min=1)
+    loss = _reduced(losses, reduction, anchors, world)
+    return (loss, _count(correct)) if return_correct else loss
 
 
 def _temperature(temperature: float | Tensor, like: Tensor) -> float | Tensor:
@@ -229,8 +191,9 @@ def _reduced(losses: Tensor, reduction: str, total: int | Tensor, world: int) ->
     return losses.sum() * world / total
 
 
-def _mean(right: Tensor) -> Tensor:
-    return right.sum() / max(right.numel(), 1)
+def _count(correct: Tensor, directions: int = 1) -> Tensor:
+    """The number of right predictions from their share in each row."""
+    return (correct * directions).sum(dtype=torch.int64)
 
 
 def _sizes(count: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:

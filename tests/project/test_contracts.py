@@ -15,12 +15,6 @@ from apt_kernels import dispatch
 
 ROOT = Path(apt_kernels.__file__).resolve().parent
 
-# Kernels whose operation does not have its tuples yet.
-STILL_TO_COME: set[str] = {
-    "ema_update_fwd", "queue_push_fwd", "info_nce_fwd", "info_nce_bwd", "nt_xent_fwd",
-    "nt_xent_bwd", "siglip_loss_fwd", "siglip_loss_bwd", "sup_con_loss_fwd", "sup_con_loss_bwd",
-}  # fmt: skip
-
 
 def _fields(kernel: str) -> list[str]:
     """The names of a schema's arguments, in order."""
@@ -53,19 +47,14 @@ def _launcher(kernel: str) -> list[str]:
 @pytest.mark.parametrize("kernel", sorted(dispatch.SCHEMAS))
 def test_the_tuple_of_a_call_has_the_fields_of_the_schema(kernel):
     call = _tuples().get(kernel.replace("_", ""))
-    if call is None and kernel in STILL_TO_COME:
-        pytest.skip("this operation does not have its tuple yet")
     assert call is not None, "no class XCall (forward) or XBackwardCall with these fields"
     assert list(call._fields) == _fields(kernel)
-    assert kernel not in STILL_TO_COME, "it has its tuple: take it from the list"
 
 
 @pytest.mark.parametrize("kernel", sorted(dispatch.SCHEMAS))
 def test_a_triton_launcher_has_the_parameters_of_the_schema(kernel):
     if dispatch._triton is None:
         pytest.skip(f"Triton is not installed: {dispatch._triton_error}")
-    if kernel in STILL_TO_COME:
-        pytest.skip("this operation does not have its tuple yet")
     assert _launcher(kernel) == _fields(kernel)
 
 
@@ -73,8 +62,6 @@ def test_no_border_is_crossed_by_position():
     """Neither slices of arguments nor rows of them: a call is taken apart by name."""
     sliced = re.compile(r"\b(inputs|rest|options|arguments|fields|call)\[[-\d:]")
     for path in sorted((ROOT / "ops").rglob("*.py")):
-        if "contrastive" in path.parts:
-            continue  # like STILL_TO_COME
         assert not sliced.search(path.read_text()), path
 
 

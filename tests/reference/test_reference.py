@@ -104,29 +104,29 @@ def _gradcheck_cases():
             (randn(2, 3),),
         ),
         "info_nce": (
-            lambda q, k, t: reference.info_nce(q, k, temperature=t, symmetric=True)[0],
+            lambda q, k, t: reference.info_nce(q, k, temperature=t, symmetric=True),
             (randn(4, 3), randn(4, 3), leaf(0.5)),
         ),
         "info_nce, negatives": (
             lambda q, k, n, t: reference.info_nce(
                 q, k, negatives=n, temperature=t, reduction="none"
-            )[0],
+            ),
             (randn(4, 3), randn(4, 3), randn(6, 3), leaf(0.5)),
         ),
         "info_nce, offset": (
-            lambda q, k: reference.info_nce(q, k, label_offset=2, normalize=False)[0],
+            lambda q, k: reference.info_nce(q, k, label_offset=2, normalize=False),
             (randn(3, 4), randn(6, 4)),
         ),
         "nt_xent": (
-            lambda a, b, t: reference.nt_xent(a, b, temperature=t, reduction="none")[0],
+            lambda a, b, t: reference.nt_xent(a, b, temperature=t, reduction="none"),
             (randn(4, 3), randn(4, 3), leaf(0.3)),
         ),
         "siglip_loss": (
-            lambda q, k, t, b: reference.siglip_loss(q, k, temperature=t, logit_bias=b)[0],
+            lambda q, k, t, b: reference.siglip_loss(q, k, temperature=t, logit_bias=b),
             (randn(4, 3), randn(4, 3), leaf(0.5), leaf(-1.0)),
         ),
         "sup_con_loss": (
-            lambda f, t: reference.sup_con_loss(f, torch.tensor([0, 1, 0, 2, 1]), temperature=t)[0],
+            lambda f, t: reference.sup_con_loss(f, torch.tensor([0, 1, 0, 2, 1]), temperature=t),
             (randn(5, 3), leaf(0.5)),
         ),
     }  # fmt: skip
@@ -353,10 +353,10 @@ def test_output_dtypes(dtype):
         reference.kl_penalty(x, x),
         reference.group_advantages(x[:, 0], 2),
         *reference.gae(x, x, mask=mask),
-        *reference.info_nce(x, x),
-        *reference.nt_xent(x, x),
-        *reference.siglip_loss(x, x),
-        *reference.sup_con_loss(x, ids),
+        reference.info_nce(x, x),
+        reference.nt_xent(x, x),
+        reference.siglip_loss(x, x),
+        reference.sup_con_loss(x, ids),
     ]
     assert {output.dtype for output in outputs} == {expected}
 
@@ -383,14 +383,14 @@ def _empty_losses():
     yield "sequence ratio", reference.policy_loss(x, x, a, none, ratio_level="sequence")[0], x
     yield "value_loss", reference.value_loss(x, x, none)[0], x
     yield "linear_policy", reference.linear_policy_loss(hidden, weight, wild, x, a, none)[0], weight
-    yield "info_nce", reference.info_nce(rows, rows)[0], rows
-    yield "nt_xent", reference.nt_xent(rows, rows)[0], rows
-    yield "siglip", reference.siglip_loss(rows, rows)[0], rows
-    yield "sup_con", reference.sup_con_loss(rows, torch.zeros(0).long())[0], rows
-    yield "sup_con, no pair", reference.sup_con_loss(weight, torch.arange(5))[0], weight
+    yield "info_nce", reference.info_nce(rows, rows), rows
+    yield "nt_xent", reference.nt_xent(rows, rows), rows
+    yield "siglip", reference.siglip_loss(rows, rows), rows
+    yield "sup_con", reference.sup_con_loss(rows, torch.zeros(0).long()), rows
+    yield "sup_con, no pair", reference.sup_con_loss(weight, torch.arange(5)), weight
     one = torch.randn(1, 4, requires_grad=True)
-    yield "nt_xent, one", reference.nt_xent(one, one)[0], one
-    yield "sup_con, one", reference.sup_con_loss(one, torch.zeros(1).long())[0], one
+    yield "nt_xent, one", reference.nt_xent(one, one), one
+    yield "sup_con, one", reference.sup_con_loss(one, torch.zeros(1).long()), one
 
 
 @pytest.mark.parametrize("index", range(len(list(_empty_losses()))))

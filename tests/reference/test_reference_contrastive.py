@@ -40,16 +40,17 @@ def test_info_nce_by_hand():
         (queue, (q, k[:4]), dict(negatives=n)),
         (both, (q, k[:4]), dict(symmetric=True)),
     ):
-        losses, accuracy = reference.info_nce(
-            *arguments, temperature=0.2, reduction="none", **options
+        losses, correct = reference.info_nce(
+            *arguments, temperature=0.2, reduction="none", return_correct=True, **options
         )
         assert losses.tolist() == pytest.approx([e[0] for e in expected], rel=1e-10)
-        assert accuracy.item() == pytest.approx(sum(e[1] for e in expected) / 4)
-        mean, _ = reference.info_nce(*arguments, temperature=0.2, **options)
-        total, _ = reference.info_nce(*arguments, temperature=0.2, reduction="sum", **options)
+        directions = 2 if options.get("symmetric") else 1
+        assert correct == directions * sum(e[1] for e in expected)
+        mean = reference.info_nce(*arguments, temperature=0.2, **options)
+        total = reference.info_nce(*arguments, temperature=0.2, reduction="sum", **options)
         torch.testing.assert_close(mean, losses.mean())
         torch.testing.assert_close(total, losses.sum())
-        unit_rows, _ = reference.info_nce(
+        unit_rows = reference.info_nce(
             *(F.normalize(x) for x in arguments), temperature=0.2, normalize=False,
             reduction="none", **{o: normed.get(o, v) for o, v in options.items()},
         )  # fmt: skip
@@ -64,10 +65,11 @@ def test_nt_xent_and_sup_con_by_hand():
         others = [j for j in range(8) if j != i]
         positive = others.index((i + 4) % 8)
         expected.append(_class_loss(unit[i], [unit[j] for j in others], positive, 0.3))
-    losses, accuracy = reference.nt_xent(z1, z2, temperature=0.3, reduction="none")
+    options = {"temperature": 0.3, "return_correct": True}
+    losses, correct = reference.nt_xent(z1, z2, reduction="none", **options)
     assert losses.tolist() == pytest.approx([e[0] for e in expected], rel=1e-10)
-    assert accuracy.item() == pytest.approx(sum(e[1] for e in expected) / 8)
-    torch.testing.assert_close(reference.nt_xent(z1, z2, temperature=0.3)[0], losses.mean())
+    assert correct == sum(e[1] for e in expected)
+    torch.testing.assert_close(reference.nt_xent(z1, z2, temperature=0.3), losses.mean())
 
     features, labels = torch.cat([z1, z2]), torch.tensor([0, 1, 0, 2, 1, 0, 3, 3])
     expected, right = [], []
@@ -81,32 +83,31 @@ def test_nt_xent_and_sup_con_by_hand():
         best = max((s[p] for p in positives), default=None)
         if best is not None:
             right.append(all(x < best for n, x in enumerate(s) if n not in positives))
-    losses, accuracy = reference.sup_con_loss(features, labels, temperature=0.3, reduction="none")
+    losses, correct = reference.sup_con_loss(features, labels, reduction="none", **options)
     assert losses.tolist() == pytest.approx(expected, rel=1e-10) and expected[3] == 0
-    assert accuracy.item() == pytest.approx(sum(right) / len(right))
-    mean, _ = reference.sup_con_loss(features, labels, temperature=0.3)
+    assert correct == sum(right)
+    mean = reference.sup_con_loss(features, labels, temperature=0.3)
     assert mean.item() == pytest.approx(sum(expected) / 7, rel=1e-10)
     pairs = torch.arange(4).repeat(2)
-    same, same_accuracy = reference.sup_con_loss(features, pairs, temperature=0.3)
-    nt, nt_accuracy = reference.nt_xent(z1, z2, temperature=0.3)
+    same, same_correct = reference.sup_con_loss(features, pairs, **options)
+    nt, nt_correct = reference.nt_xent(z1, z2, **options)
     torch.testing.assert_close(same, nt)
-    assert same_accuracy == nt_accuracy
+    assert same_correct == nt_correct
 
 
 def test_siglip_by_hand():
     q, k = randn(3, 4), randn(5, 4)
     uq, uk = ([_unit(r) for r in x.tolist()] for x in (q, k))
-    losses, accuracy = reference.siglip_loss(
-        q, k, temperature=0.25, logit_bias=-0.7, label_offset=1, reduction="none"
-    )
+    options = {"temperature": 0.25, "logit_bias": -0.7, "label_offset": 1}
+    losses, correct = reference.siglip_loss(q, k, reduction="none", return_correct=True, **options)
     right = 0
     for i in range(3):
         s = [sum(a * b for a, b in zip(uq[i], r, strict=True)) / 0.25 - 0.7 for r in uk]
         expected = sum(math.log1p(math.exp(-x if j == i + 1 else x)) for j, x in enumerate(s))
         assert losses[i].item() == pytest.approx(expected, rel=1e-10)
         right += all(x < s[i + 1] for j, x in enumerate(s) if j != i + 1)
-    assert accuracy.item() == pytest.approx(right / 3)
-    mean, _ = reference.siglip_loss(q, k, temperature=0.25, logit_bias=-0.7, label_offset=1)
+    assert correct == right
+    mean = reference.siglip_loss(q, k, **options)
     torch.testing.assert_close(mean, losses.sum() / 3)
 
 
@@ -118,12 +119,12 @@ def test_contrastive_losses_at_temperature_001_and_with_zero_rows():
     labels = torch.tensor([0, 1, 2, 0, 1, 5])
     z1[3] = -z1[0]  # a positive that is the least similar row of all
     losses = {
-        "info_nce": lambda a, b: reference.info_nce(a, b, temperature=0.01)[0],
-        "symmetric": lambda a, b: reference.info_nce(a, b, temperature=0.01, symmetric=True)[0],
-        "queue": lambda a, b: reference.info_nce(a, b, negatives=b.detach(), temperature=0.01)[0],
-        "nt_xent": lambda a, b: reference.nt_xent(a, b, temperature=0.01)[0],
-        "siglip": lambda a, b: reference.siglip_loss(a, b, temperature=0.01)[0],
-        "sup_con": lambda a, b: reference.sup_con_loss(a, labels, temperature=0.01)[0],
+        "info_nce": lambda a, b: reference.info_nce(a, b, temperature=0.01),
+        "symmetric": lambda a, b: reference.info_nce(a, b, temperature=0.01, symmetric=True),
+        "queue": lambda a, b: reference.info_nce(a, b, negatives=b.detach(), temperature=0.01),
+        "nt_xent": lambda a, b: reference.nt_xent(a, b, temperature=0.01),
+        "siglip": lambda a, b: reference.siglip_loss(a, b, temperature=0.01),
+        "sup_con": lambda a, b: reference.sup_con_loss(a, labels, temperature=0.01),
     }
     for name, loss in losses.items():
         a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
@@ -139,26 +140,27 @@ def test_a_certain_answer_keeps_its_digits_at_temperature_001():
     """The loss of a found positive is e^-x, not the rounding error of two numbers near 100."""
     q = torch.eye(3)
     k = F.normalize(torch.eye(3) + 0.45)
-    exact = reference.info_nce(q.double(), k.double(), temperature=0.05)[0].item()
+    exact = reference.info_nce(q.double(), k.double(), temperature=0.05).item()
     assert exact < 1e-3
-    assert reference.info_nce(q, k, temperature=0.05)[0].item() == pytest.approx(exact, abs=2e-7)
+    assert reference.info_nce(q, k, temperature=0.05).item() == pytest.approx(exact, abs=2e-7)
 
 
-def test_collapsed_embeddings_have_no_accuracy():
+def test_collapsed_embeddings_are_never_right():
     same = torch.ones(5, 3)
     labels = torch.tensor([0, 0, 1, 1, 2])
-    for accuracy in (
-        reference.info_nce(same, same)[1],
-        reference.info_nce(same, same, symmetric=True)[1],
-        reference.info_nce(same, same, negatives=same)[1],
-        reference.nt_xent(same, same)[1],
-        reference.siglip_loss(same, same)[1],
-        reference.sup_con_loss(same, labels)[1],
+    counting = {"return_correct": True}
+    for _, correct in (
+        reference.info_nce(same, same, **counting),
+        reference.info_nce(same, same, symmetric=True, **counting),
+        reference.info_nce(same, same, negatives=same, **counting),
+        reference.nt_xent(same, same, **counting),
+        reference.siglip_loss(same, same, **counting),
+        reference.sup_con_loss(same, labels, **counting),
     ):
-        assert accuracy == 0
-    assert reference.nt_xent(same[:1], same[:1])[1] == 1
-    assert reference.info_nce(same[:1], same[:1])[1] == 1
-    assert reference.sup_con_loss(same, torch.zeros(5).long())[1] == 1
+        assert correct == 0
+    assert reference.nt_xent(same[:1], same[:1], **counting)[1] == 2
+    assert reference.info_nce(same[:1], same[:1], **counting)[1] == 1
+    assert reference.sup_con_loss(same, torch.zeros(5).long(), **counting)[1] == 5
 
 
 def _contrastive_calls():
@@ -191,7 +193,7 @@ def _one_rank(rank, ranks, whole, one_process):
     part = slice(bounds[rank], bounds[rank + 1])
     for name, call in _contrastive_calls().items():
         a, b = (x.clone().requires_grad_() for x in whole)
-        loss, _ = call(a, b, part, group)
+        loss = call(a, b, part, group)
         # parameters shared by all rows see the mean of the ranks' gradients, as under DDP
         grads = [
             torch.zeros_like(x) if g is None else g
@@ -209,7 +211,7 @@ def test_process_group_gives_the_gradients_of_one_process(tmp_path):
     one_process = {}
     for name, call in _contrastive_calls().items():
         a, b = (x.clone().requires_grad_() for x in whole)
-        loss, _ = call(a, b, slice(0, 7), None)
+        loss = call(a, b, slice(0, 7), None)
         grads = [
             torch.zeros_like(x) if g is None else g
             for x, g in zip((a, b), gradients(loss, a, b), strict=True)

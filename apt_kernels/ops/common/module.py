@@ -8,15 +8,38 @@ from torch import nn
 
 
 class LossModule(nn.Module):
-    """A loss with its options. Each is an attribute, and `options` has all of them by name."""
+    """A loss with its options. Each is an attribute, and `options` has all of them by name.
+
+    An option that is an `nn.Parameter`, as a learned temperature, is a parameter of the module;
+    `arguments` has the options and the parameters.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = options
+        self.options: dict[str, Any] = {}
+        for name, value in options.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.options[name] = value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**self.options, **self._parameters}
 
     def __getattr__(self, name: str) -> Any:
         options = self.__dict__.get("options", {})
         return options[name] if name in options else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        options = self.__dict__.get("options", {})
+        if name not in options:
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Parameter):
+            del options[name]
+            self.register_parameter(name, value)
+        else:
+            options[name] = value
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)

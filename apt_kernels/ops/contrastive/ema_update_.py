@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,15 @@ from ... import checks, dispatch, reference
 
 dispatch.define("ema_update_fwd(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()")
 dispatch.register("ema_update_", "ema_update_fwd")
+
+
+class EMAUpdateCall(NamedTuple):
+    """The arguments of the kernel."""
+
+    targets: list[Tensor]
+    sources: list[Tensor]
+    momentum: float
+
 
 DTYPES = (*checks.FLOATS, *checks.INTEGERS, torch.bool)
 
@@ -58,7 +68,8 @@ def ema_update_(
     if backend == "reference":
         reference.ema_update_(targets, sources, momentum)
     else:
-        dispatch.kernel("ema_update_fwd", backend)(targets, sources, float(momentum))
+        call = EMAUpdateCall(targets=targets, sources=sources, momentum=float(momentum))
+        dispatch.kernel("ema_update_fwd", backend)(*call)
 
 
 def _check_pair(i: int, target: Tensor, source: Tensor) -> None:
@@ -74,5 +85,5 @@ def _check_pair(i: int, target: Tensor, source: Tensor) -> None:
 
 
 @dispatch.fake("ema_update_fwd")
-def _(targets, sources, momentum):
+def _(*fields):
     return None

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import checks, dispatch, reference
-from ...reference.numerics import accumulate_dtype
-from ..common.autograd import differentiable_once
+from ..common.autograd import differentiable_once, gradients
+from ..common.module import LossModule
 from . import similarity
+from .calls import INFO_NCE, InfoNCEBackwardCall, InfoNCECall
 from .ring.info_nce import InfoNCERing
 from .ring.ring import ring_of
 
-FORWARD, BACKWARD = "info_nce_fwd", "info_nce_bwd"
-dispatch.define(
-    "info_nce_fwd(Tensor query, Tensor key, Tensor? negatives, Tensor? temperatures, "
-    "float temperature, bool normalize, bool symmetric, SymInt label_offset, "
-    "SymInt? self_offset, bool need_slopes, "
-    "Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-dispatch.define(
-    "info_nce_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, Tensor key, "
-    "Tensor? negatives, Tensor? temperatures, float temperature, bool normalize, "
-    "SymInt label_offset, SymInt? self_offset, Tensor row_stats, Tensor column_stats, "
-    "bool need_query, bool need_key, bool need_negatives, "
-    "bool unrounded=False) -> (Tensor, Tensor, Tensor)"
-)
-dispatch.register("info_nce", FORWARD, BACKWARD)
+dispatch.register("info_nce", *INFO_NCE)
 
 
 def info_nce(
@@ -41,9 +28,10 @@ def info_nce(
     label_offset: int = 0,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
+    return_correct: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """logsumexp_j s_ij - s_i,i+label_offset, where s = q . k / temperature, and the accuracy.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss logsumexp_j s_ij - s_i,i+label_offset of each row, where s = q . k / temperature.
 
     The matrix of similarities exists a tile at a time: memory is O((N + M) D), forward costs one
     product of all pairs, backward three. Sources: van den Oord 2018; Radford 2021 (CLIP: symmetric,
@@ -59,22 +47,23 @@ def info_nce(
             loss is not a number.
         normalize: bring all rows to unit length; a row of length under 1e-12 counts as zero and has
             zero gradient.
-        symmetric: the mean of the loss of rows and that of columns, for M = N without negatives.
+        symmetric: the mean of the losses of rows and of columns, for M = N without negatives.
         label_offset: the key of row i is i + label_offset, within [0, M).
         reduction: "mean" over rows (0 for no rows), "sum" or "none", `(N,)`.
         process_group: every rank brings its own queries and keys, as many as it likes, and the keys
             of all are the classes (label_offset must be 0). Its loss is its part of the whole times
             the number of ranks: averages over ranks, DistributedDataParallel's of gradients too,
-            are those of one process with the whole batch. Keys travel around the ranks and every
+            equal the ones of one process with the whole batch. Keys travel around the ranks. Every
             rank holds its own and two blocks of them: memory does not grow with the ranks. Every
             rank must run backward.
+        return_correct: also return how many predictions are right.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
-        `(loss, accuracy)`, float32 (float64 for float64 rows). accuracy, 0-dim, without a graph, is
-        the share of rows (of this rank) whose key is strictly above every other class, so that
-        equal embeddings score 0 (where their products are rounded alike); of both directions if
-        symmetric; 0 for no rows.
+        The loss, float32 (float64 for float64 rows). With `return_correct` the pair
+        `(loss, correct)`: correct, a 0-dim int64 tensor, is the number of rows (of this rank) whose
+        key is strictly above every other class, so that equal embeddings count 0 (where their
+        products are rounded alike). If symmetric, rows and columns count: it is at most 2N.
 
     Raises:
         ValueError, TypeError: a wrong argument.
@@ -84,6 +73,7 @@ def info_nce(
     similarity.check_options(temperature, reduction, process_group, "query", query)
     checks.flag("normalize", normalize)
     checks.flag("symmetric", symmetric)
+    checks.flag("return_correct", return_correct)
     _check_classes(query, key, negatives, symmetric, label_offset, process_group)
     backend = dispatch.choose("info_nce", query.device, backend, query.dtype)
     if backend == "reference":
@@ -97,18 +87,34 @@ def info_nce(
             label_offset=label_offset,
             reduction=reduction,
             process_group=process_group,
+            return_correct=return_correct,
         )
     ranks = ring_of(process_group, query.shape[0], query.device)
-    options = (*similarity.scalar(temperature), bool(normalize), bool(symmetric))
-    need_slopes = similarity.differentiable(temperature)
+    temperature_tensor, number = similarity.scalar(temperature)
+    call = InfoNCECall(
+        query=query,
+        key=key,
+        negatives=negatives,
+        temperature_tensor=temperature_tensor,
+        temperature=number,
+        normalize=normalize,
+        symmetric=symmetric,
+        label_offset=label_offset,
+        self_offset=None,
+        need_slopes=similarity.differentiable(temperature),
+    )
     if ranks is None or negatives is not None:
-        losses, right = _InfoNCE.apply(
-            query, key, negatives, *options, label_offset, need_slopes, backend
-        )
+        losses, correct = _InfoNCE.apply(*call, backend)
     else:
-        losses, right = InfoNCERing.apply(query, key, *options, need_slopes, backend, ranks)
-    total, world = (query.shape[0], 1) if ranks is None else (ranks.total, ranks.world)
-    return similarity.reduced(losses, reduction, total, world), similarity.share(right)
+        losses, correct = InfoNCERing.apply(*call, backend, ranks)
+    return similarity.results(
+        losses,
+        correct,
+        reduction=reduction,
+        ranks=ranks,
+        return_correct=return_correct,
+        directions=2 if symmetric else 1,
+    )
 
 
 def _check_classes(query, key, negatives, symmetric, label_offset, process_group):
@@ -121,8 +127,66 @@ def _check_classes(query, key, negatives, symmetric, label_offset, process_group
         similarity.check_one_key_each("symmetric", label_offset, query, key)
 
 
-class InfoNCELoss(nn.Module):
-    """`info_nce` as a module; its arguments are the options of the function.
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *fields, backend = arguments
+        call = InfoNCECall(*fields)
+        losses, correct, slopes, row_stats, column_stats, _ = dispatch.kernel(INFO_NCE[0], backend)(
+            *call
+        )
+        ctx.save_for_backward(
+            call.query, call.key, call.negatives, call.temperature_tensor, slopes, row_stats,
+            column_stats,
+        )  # fmt: skip
+        ctx.temperature, ctx.normalize, ctx.symmetric = (
+            call.temperature, call.normalize, call.symmetric,
+        )  # fmt: skip
+        ctx.label_offset, ctx.backend = call.label_offset, backend
+        ctx.mark_non_differentiable(correct)
+        return losses, correct
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad_losses, _):
+        query, key, negatives, temperature_tensor, slopes, row_stats, column_stats = (
+            ctx.saved_tensors
+        )
+        needs = InfoNCECall(*ctx.needs_input_grad[:-1])
+        grad_losses = grad_losses.contiguous()
+        grads = {}
+        if needs.query or needs.key or needs.negatives:
+            grad_rows = grad_losses * 0.5 if ctx.symmetric else grad_losses
+            call = InfoNCEBackwardCall(
+                grad_losses=grad_rows,
+                grad_column_losses=grad_rows if ctx.symmetric else None,
+                query=query,
+                key=key,
+                negatives=negatives,
+                temperature_tensor=temperature_tensor,
+                temperature=ctx.temperature,
+                normalize=ctx.normalize,
+                label_offset=ctx.label_offset,
+                self_offset=None,
+                row_stats=row_stats,
+                column_stats=column_stats,
+                need_query=needs.query,
+                need_key=needs.key,
+                need_negatives=needs.negatives,
+            )
+            grad_query, grad_key, grad_negatives = dispatch.kernel(INFO_NCE[1], ctx.backend)(*call)
+            grads["query"] = grad_query if needs.query else None
+            grads["key"] = grad_key if needs.key else None
+            grads["negatives"] = grad_negatives if needs.negatives else None
+        if needs.temperature_tensor:
+            grads["temperature_tensor"] = similarity.grad_temperature(
+                temperature_tensor, grad_losses, slopes
+            )
+        return gradients(InfoNCECall, **grads)
+
+
+class InfoNCELoss(LossModule):
+    """`info_nce` as a module. Its arguments are the options of the function.
 
     A temperature that is an `nn.Parameter` is learned.
     """
@@ -135,105 +199,31 @@ class InfoNCELoss(nn.Module):
         symmetric: bool = False,
         reduction: str = "mean",
         process_group: dist.ProcessGroup | None = None,
+        return_correct: bool = False,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         similarity.check_module(
-            temperature, reduction, process_group, normalize=normalize, symmetric=symmetric
+            temperature,
+            reduction,
+            process_group,
+            normalize=normalize,
+            symmetric=symmetric,
+            return_correct=return_correct,
         )
-        self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
-        self.reduction, self.process_group, self.backend = reduction, process_group, backend
+        super().__init__(
+            temperature=temperature,
+            normalize=normalize,
+            symmetric=symmetric,
+            reduction=reduction,
+            process_group=process_group,
+            return_correct=return_correct,
+            backend=backend,
+        )
 
     def forward(
         self, query: Tensor, key: Tensor, negatives: Tensor | None = None, label_offset: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, accuracy)."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss, or `(loss, correct)`; arguments as `apt_kernels.info_nce`."""
         return info_nce(
-            query,
-            key,
-            negatives=negatives,
-            temperature=self.temperature,
-            normalize=self.normalize,
-            symmetric=self.symmetric,
-            label_offset=label_offset,
-            reduction=self.reduction,
-            process_group=self.process_group,
-            backend=self.backend,
+            query, key, negatives=negatives, label_offset=label_offset, **self.arguments
         )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, symmetric={self.symmetric}"
-
-
-class _InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, query, key, negatives, temperature, number, normalize, symmetric, label_offset,
-        need_slopes, backend,
-    ):  # fmt: skip
-        losses, right, slopes, row_stats, column_stats, _ = dispatch.kernel(FORWARD, backend)(
-            query, key, negatives, temperature, number, normalize, symmetric, label_offset, None,
-            need_slopes,
-        )  # fmt: skip
-        ctx.save_for_backward(query, key, negatives, temperature, slopes, row_stats, column_stats)
-        ctx.options = (number, normalize, symmetric, label_offset, backend)
-        ctx.mark_non_differentiable(right)
-        return losses, right
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad_losses, _):
-        query, key, negatives, temperature, slopes, row_stats, column_stats = ctx.saved_tensors
-        number, normalize, symmetric, label_offset, backend = ctx.options
-        needs = ctx.needs_input_grad
-        grad_losses = grad_losses.contiguous()
-        rows = grad_losses * 0.5 if symmetric else grad_losses
-        grads = (None, None, None)
-        if any(needs[:3]):
-            grads = dispatch.kernel(BACKWARD, backend)(
-                rows, rows if symmetric else None, query, key, negatives, temperature, number,
-                normalize, label_offset, None, row_stats, column_stats, needs[0], needs[1],
-                needs[2],
-            )  # fmt: skip
-        grads = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]
-        if needs[3]:
-            grads.append(similarity.grad_temperature(temperature, grad_losses, slopes))
-        else:
-            grads.append(None)
-        return *grads, None, None, None, None, None, None
-
-
-@dispatch.fake(FORWARD, "native")
-def _fake_forward(
-    query, key, negatives, temperature, number, normalize, symmetric, label_offset, self_offset,
-    need_slopes, before=None,
-):  # fmt: skip
-    rows = query.shape[0]
-    losses = query.new_empty(rows, dtype=accumulate_dtype(query))
-    stats = losses.new_empty((rows, 2), dtype=torch.float64)
-    column_stats = stats.new_empty((rows if symmetric and before is None else 0, 2))
-    after = stats.new_empty(0 if before is None else before.shape)
-    slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
-    return losses, torch.empty_like(losses), slopes, stats, column_stats, after
-
-
-@dispatch.fake(FORWARD, "triton")
-def _(*arguments):
-    losses, correct, slopes, stats, column_stats, after = _fake_forward(*arguments)
-    slopes = losses.new_empty(slopes.shape)
-    stats, column_stats = (losses.new_empty((s.shape[0], 4)) for s in (stats, column_stats))
-    return losses, correct, slopes, stats, column_stats, after
-
-
-@dispatch.fake(BACKWARD)
-def _(
-    grad_losses, grad_column_losses, query, key, negatives, temperature, number, normalize,
-    label_offset, self_offset, row_stats, column_stats, need_query, need_key, need_negatives,
-    unrounded=False,
-):  # fmt: skip
-    def gradient(need, of):
-        of = key if of is None else of
-        dtype = accumulate_dtype(of) if unrounded else of.dtype
-        return of.new_empty(of.shape if need else 0, dtype=dtype)
-
-    return gradient(need_query, query), gradient(need_key, key), gradient(need_negatives, negatives)

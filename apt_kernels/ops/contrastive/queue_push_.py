@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,14 @@ from ... import checks, dispatch, reference
 
 dispatch.define("queue_push_fwd(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys) -> ()")
 dispatch.register("queue_push_", "queue_push_fwd")
+
+
+class QueuePushCall(NamedTuple):
+    """The arguments of the kernel."""
+
+    queue: Tensor
+    pointer: Tensor
+    keys: Tensor
 
 
 @torch.no_grad()
@@ -47,9 +57,10 @@ def queue_push_(
     if backend == "reference":
         reference.queue_push_(queue, pointer, keys)
     else:
-        dispatch.kernel("queue_push_fwd", backend)(queue, pointer, keys)
+        call = QueuePushCall(queue=queue, pointer=pointer, keys=keys)
+        dispatch.kernel("queue_push_fwd", backend)(*call)
 
 
 @dispatch.fake("queue_push_fwd")
-def _(queue, pointer, keys):
+def _(*fields):
     return None

@@ -2,29 +2,65 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
-from ..common.autograd import differentiable_once
+from ..common.autograd import differentiable_once, gradients
+from ..common.module import LossModule
 from . import similarity
-from .ring.ring import gradients, no_classes, ring_of
+from .ring import ring
 
 FORWARD, BACKWARD = "siglip_loss_fwd", "siglip_loss_bwd"
 dispatch.define(
-    "siglip_loss_fwd(Tensor query, Tensor key, Tensor? temperatures, float temperature, "
-    "Tensor? biases, float logit_bias, bool normalize, SymInt label_offset, "
+    "siglip_loss_fwd(Tensor query, Tensor key, Tensor? temperature_tensor, float temperature, "
+    "Tensor? logit_bias_tensor, float logit_bias, bool normalize, SymInt label_offset, "
     "bool need_slopes, Tensor? before=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 dispatch.define(
-    "siglip_loss_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, "
-    "Tensor key, Tensor? temperatures, float temperature, Tensor? biases, float logit_bias, "
-    "bool normalize, SymInt label_offset, bool need_query, bool need_key, "
+    "siglip_loss_bwd(Tensor? grad_losses, Tensor? grad_column_losses, Tensor query, Tensor key, "
+    "Tensor? temperature_tensor, float temperature, Tensor? logit_bias_tensor, "
+    "float logit_bias, bool normalize, SymInt label_offset, bool need_query, bool need_key, "
     "bool unrounded=False) -> (Tensor, Tensor)"
 )
 dispatch.register("siglip_loss", FORWARD, BACKWARD)
+
+
+class SigLIPLossCall(NamedTuple):
+    """The arguments of the forward kernel. before: statistics of keys that rows met already."""
+
+    query: Tensor
+    key: Tensor
+    temperature_tensor: Tensor | None
+    temperature: float
+    logit_bias_tensor: Tensor | None
+    logit_bias: float
+    normalize: bool
+    label_offset: int
+    need_slopes: bool
+    before: Tensor | None = None
+
+
+class SigLIPLossBackwardCall(NamedTuple):
+    """The arguments of the backward kernel. unrounded: gradients in the accumulation dtype."""
+
+    grad_losses: Tensor | None
+    grad_column_losses: Tensor | None
+    query: Tensor
+    key: Tensor
+    temperature_tensor: Tensor | None
+    temperature: float
+    logit_bias_tensor: Tensor | None
+    logit_bias: float
+    normalize: bool
+    label_offset: int
+    need_query: bool
+    need_key: bool
+    unrounded: bool = False
 
 
 def siglip_loss(
@@ -37,9 +73,10 @@ def siglip_loss(
     label_offset: int = 0,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
+    return_correct: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """sum_j -log sigmoid(z_ij (q_i . k_j / temperature + logit_bias)) of rows, and the accuracy.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss sum_j -log sigmoid(z_ij (q_i . k_j / temperature + logit_bias)) of each row.
 
     z is 1 for a row's own key and -1 for others. The matrix of similarities exists a tile at a
     time: memory is O((N + M) D), forward costs one product of all pairs, backward three. Source:
@@ -58,15 +95,17 @@ def siglip_loss(
             over its keys.
         process_group: every rank brings its own queries and keys, as many as it likes, and the keys
             of all take part (label_offset must be 0). Its loss is its part of the whole times the
-            number of ranks: averages over ranks, DistributedDataParallel's of gradients too, are
-            those of one process with the whole batch. Keys travel around the ranks and every rank
+            number of ranks: averages over ranks, DistributedDataParallel's of gradients too, equal
+            the ones of one process with the whole batch. Keys travel around the ranks. Every rank
             holds its own and two blocks of them: memory does not grow with the ranks. Every rank
             must run backward.
+        return_correct: also return how many predictions are right.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Returns:
-        `(loss, accuracy)`, float32 (float64 for float64 rows). accuracy, 0-dim, without a graph, is
-        the share of rows (of this rank) whose key is strictly above every other; 0 for no rows.
+        The loss, float32 (float64 for float64 rows). With `return_correct` the pair
+        `(loss, correct)`: correct, a 0-dim int64 tensor, is the number of rows (of this rank) whose
+        key is strictly above every other.
 
     Raises:
         ValueError, TypeError: a wrong argument.
@@ -75,6 +114,7 @@ def siglip_loss(
     similarity.check_like("key", key, "query", query)
     similarity.check_options(temperature, reduction, process_group, "query", query)
     checks.flag("normalize", normalize)
+    checks.flag("return_correct", return_correct)
     if isinstance(logit_bias, Tensor):
         similarity.check_scalar("logit_bias", logit_bias, "query", query)
     else:
@@ -91,19 +131,129 @@ def siglip_loss(
             label_offset=label_offset,
             reduction=reduction,
             process_group=process_group,
+            return_correct=return_correct,
         )
-    ranks = ring_of(process_group, query.shape[0], query.device)
-    need_slopes = similarity.differentiable(temperature) or similarity.differentiable(logit_bias)
-    losses, right = _SigLIPLoss.apply(
-        query, key, *similarity.scalar(temperature), *similarity.scalar(logit_bias),
-        bool(normalize), label_offset, need_slopes, backend, ranks,
-    )  # fmt: skip
-    total, world = (query.shape[0], 1) if ranks is None else (ranks.total, ranks.world)
-    return similarity.reduced(losses, reduction, total, world), similarity.share(right)
+    ranks = ring.ring_of(process_group, query.shape[0], query.device)
+    temperature_tensor, temperature_number = similarity.scalar(temperature)
+    logit_bias_tensor, logit_bias_number = similarity.scalar(logit_bias)
+    call = SigLIPLossCall(
+        query=query,
+        key=key,
+        temperature_tensor=temperature_tensor,
+        temperature=temperature_number,
+        logit_bias_tensor=logit_bias_tensor,
+        logit_bias=logit_bias_number,
+        normalize=normalize,
+        label_offset=label_offset,
+        need_slopes=similarity.differentiable(temperature) or similarity.differentiable(logit_bias),
+    )
+    losses, correct = _SigLIPLoss.apply(*call, backend, ranks)
+    return similarity.results(
+        losses, correct, reduction=reduction, ranks=ranks, return_correct=return_correct
+    )
 
 
-class SigLIPLoss(nn.Module):
-    """`siglip_loss` as a module; its arguments are the options of the function.
+class _SigLIPLoss(torch.autograd.Function):
+    """Over ranks, the keys travel: see `ring.gradients`. The losses of a row are sums over keys."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *fields, backend, ranks = arguments
+        call = SigLIPLossCall(*fields)
+        state = None if ranks is None else ring.no_classes(call.query, 5)
+        blocks = [(call.key,)] if ranks is None else ranks.blocks(call.key)
+        for step, (keys,) in enumerate(blocks):
+            of_block = call._replace(
+                key=keys, label_offset=_label(step, keys, call.label_offset), before=state
+            )
+            losses, correct, slopes, bias_slopes, state = dispatch.kernel(FORWARD, backend)(
+                *of_block
+            )
+        ctx.save_for_backward(
+            call.query, call.key, call.temperature_tensor, call.logit_bias_tensor, slopes,
+            bias_slopes,
+        )  # fmt: skip
+        ctx.temperature, ctx.logit_bias = call.temperature, call.logit_bias
+        ctx.normalize, ctx.label_offset = call.normalize, call.label_offset
+        ctx.backend, ctx.ranks = backend, ranks
+        ctx.mark_non_differentiable(correct)
+        return losses, correct
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad_losses, _):
+        query, key, temperature_tensor, logit_bias_tensor, slopes, bias_slopes = ctx.saved_tensors
+        needs = SigLIPLossCall(*ctx.needs_input_grad[:-2])
+        grad_rows = grad_losses.contiguous()
+        grads = {}
+
+        def part(step, keys):
+            call = SigLIPLossBackwardCall(
+                grad_losses=grad_rows,
+                grad_column_losses=None,
+                query=query,
+                key=keys,
+                temperature_tensor=temperature_tensor,
+                temperature=ctx.temperature,
+                logit_bias_tensor=logit_bias_tensor,
+                logit_bias=ctx.logit_bias,
+                normalize=ctx.normalize,
+                label_offset=_label(step, keys, ctx.label_offset),
+                need_query=needs.query,
+                need_key=needs.key,
+                unrounded=ctx.ranks is not None,
+            )
+            return dispatch.kernel(BACKWARD, ctx.backend)(*call)
+
+        if needs.query or needs.key:
+            if ctx.ranks is None:
+                grad_query, grad_key = part(0, key)
+            else:
+                grad_query, grad_key = ring.gradients(ctx.ranks, part, key, need_sent=needs.key)
+            grads["query"] = grad_query.to(query.dtype) if needs.query else None
+            grads["key"] = grad_key.to(key.dtype) if needs.key else None
+        if needs.temperature_tensor:
+            grads["temperature_tensor"] = similarity.grad_temperature(
+                temperature_tensor, grad_losses, slopes
+            )
+        if needs.logit_bias_tensor:
+            grad_bias = (grad_losses * bias_slopes).sum()
+            grads["logit_bias_tensor"] = grad_bias.to(logit_bias_tensor.dtype)
+        return *gradients(SigLIPLossCall, **grads), None  # None for the ranks
+
+
+def _label(step, keys, label_offset):
+    """From a row to its positive; beyond the keys of other ranks."""
+    return len(keys) if step else label_offset
+
+
+@dispatch.fake(FORWARD, "native")
+def _fake_forward(*fields):
+    call = SigLIPLossCall(*fields)
+    rows = call.query.shape[0]
+    losses = call.query.new_empty(rows, dtype=accumulate_dtype(call.query))
+    slopes = losses.new_empty(rows if call.need_slopes else 0, dtype=torch.float64)
+    after = slopes.new_empty(0 if call.before is None else call.before.shape)
+    return losses, torch.empty_like(losses), slopes, torch.empty_like(slopes), after
+
+
+@dispatch.fake(FORWARD, "triton")
+def _(*fields):
+    losses, correct, *slopes, after = _fake_forward(*fields)
+    return losses, correct, *(losses.new_empty(s.shape) for s in slopes), after
+
+
+@dispatch.fake(BACKWARD)
+def _(*fields):
+    call = SigLIPLossBackwardCall(*fields)
+    query, key = call.query, call.key
+    dtype = accumulate_dtype(query) if call.unrounded else query.dtype
+    grad_query = query.new_empty(query.shape if call.need_query else 0, dtype=dtype)
+    return grad_query, key.new_empty(key.shape if call.need_key else 0, dtype=dtype)
+
+
+class SigLIPLoss(LossModule):
+    """`siglip_loss` as a module. Its arguments are the options of the function.
 
     A temperature or bias that is an `nn.Parameter` is learned.
     """
@@ -116,107 +266,30 @@ class SigLIPLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         process_group: dist.ProcessGroup | None = None,
+        return_correct: bool = False,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        similarity.check_module(temperature, reduction, process_group, normalize=normalize)
+        similarity.check_module(
+            temperature,
+            reduction,
+            process_group,
+            normalize=normalize,
+            return_correct=return_correct,
+        )
         if not isinstance(logit_bias, Tensor):
             checks.finite("logit_bias", logit_bias)
-        self.temperature, self.logit_bias, self.normalize = temperature, logit_bias, normalize
-        self.reduction, self.process_group, self.backend = reduction, process_group, backend
-
-    def forward(self, query: Tensor, key: Tensor, label_offset: int = 0) -> tuple[Tensor, Tensor]:
-        """(loss, accuracy)."""
-        return siglip_loss(
-            query,
-            key,
-            temperature=self.temperature,
-            logit_bias=self.logit_bias,
-            normalize=self.normalize,
-            label_offset=label_offset,
-            reduction=self.reduction,
-            process_group=self.process_group,
-            backend=self.backend,
+        super().__init__(
+            temperature=temperature,
+            logit_bias=logit_bias,
+            normalize=normalize,
+            reduction=reduction,
+            process_group=process_group,
+            return_correct=return_correct,
+            backend=backend,
         )
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, logit_bias={self.logit_bias}"
-
-
-class _SigLIPLoss(torch.autograd.Function):
-    """Over ranks, the keys travel: see `ring.gradients`. The losses of a row are sums over keys."""
-
-    @staticmethod
     def forward(
-        ctx, query, key, temperature, number, bias, bias_number, normalize, label_offset,
-        need_slopes, backend, ranks,
-    ):  # fmt: skip
-        state = None if ranks is None else no_classes(query, 5)
-        blocks = [(key,)] if ranks is None else ranks.blocks(key)
-        for step, (keys,) in enumerate(blocks):
-            offset = label_offset if step == 0 else len(keys)  # beyond: no positives here
-            losses, right, slopes, bias_slopes, state = dispatch.kernel(FORWARD, backend)(
-                query, keys, temperature, number, bias, bias_number, normalize, offset,
-                need_slopes, state,
-            )  # fmt: skip
-        ctx.save_for_backward(query, key, temperature, bias, slopes, bias_slopes)
-        ctx.options = (number, bias_number, normalize, label_offset, backend, ranks)
-        ctx.mark_non_differentiable(right)
-        return losses, right
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad_losses, _):
-        query, key, temperature, bias, slopes, bias_slopes = ctx.saved_tensors
-        number, bias_number, normalize, label_offset, backend, ranks = ctx.options
-        needs, rows = ctx.needs_input_grad, grad_losses.contiguous()
-
-        def part(step, keys, unrounded=True):
-            return dispatch.kernel(BACKWARD, backend)(
-                rows, None, query, keys, temperature, number, bias, bias_number, normalize,
-                label_offset if step == 0 else len(keys), needs[0], needs[1], unrounded,
-            )  # fmt: skip
-
-        grad_query = grad_key = grad_temperature = grad_bias = None
-        if needs[0] or needs[1]:
-            if ranks is None:
-                grad_query, grad_key = part(0, key, unrounded=False)
-            else:
-                grad_query, grad_key = gradients(ranks, part, key, need_sent=needs[1])
-        if needs[2]:
-            grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
-        if needs[4]:
-            grad_bias = (grad_losses * bias_slopes).sum().to(bias.dtype)
-        return (
-            grad_query.to(query.dtype) if needs[0] else None,
-            grad_key.to(key.dtype) if needs[1] else None,
-            grad_temperature, None, grad_bias, None, None, None, None, None, None,
-        )  # fmt: skip
-
-
-@dispatch.fake(FORWARD, "native")
-def _fake_forward(
-    query, key, temperature, number, bias, bias_number, normalize, label_offset, need_slopes,
-    before=None,
-):  # fmt: skip
-    rows = query.shape[0]
-    losses = query.new_empty(rows, dtype=accumulate_dtype(query))
-    slopes = losses.new_empty(rows if need_slopes else 0, dtype=torch.float64)
-    after = slopes.new_empty(0 if before is None else before.shape)
-    return losses, torch.empty_like(losses), slopes, torch.empty_like(slopes), after
-
-
-@dispatch.fake(FORWARD, "triton")
-def _(*arguments):
-    losses, correct, *slopes, after = _fake_forward(*arguments)
-    return losses, correct, *(losses.new_empty(s.shape) for s in slopes), after
-
-
-@dispatch.fake(BACKWARD)
-def _(
-    grad_losses, grad_column_losses, query, key, temperature, number, bias, bias_number, normalize,
-    label_offset, need_query, need_key, unrounded=False,
-):  # fmt: skip
-    dtype = accumulate_dtype(query) if unrounded else query.dtype
-    grad_query = query.new_empty(query.shape if need_query else 0, dtype=dtype)
-    return grad_query, key.new_empty(key.shape if need_key else 0, dtype=dtype)
+        self, query: Tensor, key: Tensor, label_offset: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss, or `(loss, correct)`; arguments as `apt_kernels.siglip_loss`."""
+        return siglip_loss(query, key, label_offset=label_offset, **self.arguments)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ... import checks
-
-REDUCTIONS = ("mean", "sum", "none")
+from ...codes import REDUCTIONS
+from .ring.ring import Ring
 
 
 def check_rows(name: str, rows: Any) -> None:
@@ -96,15 +96,39 @@ def grad_temperature(temperature: Tensor, weights: Tensor, slopes: Tensor) -> Te
     return (-scale * scale * (weights * slopes).sum()).to(temperature.dtype)
 
 
-def reduced(losses: Tensor, reduction: str, total: int | Tensor, world: int = 1) -> Tensor:
-    """The losses of this rank; "mean" so that the mean over all ranks is over all `total` rows."""
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
-    return losses.sum() * world / total
+def results(
+    losses: Tensor,
+    correct: Tensor,
+    *,
+    reduction: str,
+    ranks: Ring | None,
+    return_correct: bool,
+    total: int | Tensor | None = None,
+    directions: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss of this rank, and how many predictions are right where that is asked for.
 
+    Args:
+        losses: `(N,)`, of the rows of this rank.
+        correct: `(N,)`, the share of a row's predictions that are right.
+        reduction: of the losses; "mean" so that the mean over ranks is over all rows.
+        ranks: of the process group, or None.
+        return_correct: also return the number of right predictions.
+        total: what the mean divides by; None: the rows of all ranks.
+        directions: predictions of a row.
 
-def share(right: Tensor) -> Tensor:
-    return right.sum() / max(right.shape[0], 1)
+    Returns:
+        The loss, or `(loss, correct)`: correct, a 0-dim int64 tensor, is the number of right
+        predictions among the rows of this rank.
+    """
+    loss = losses
+    if reduction != "none":
+        loss = losses.sum()
+    if reduction == "mean":
+        if total is None:
+            total = losses.shape[0] if ranks is None else ranks.total
+        total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+        loss = loss * (1 if ranks is None else ranks.world) / total
+    if not return_correct:
+        return loss
+    return loss, (correct * directions).sum(dtype=torch.int64)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ... import reference
 from ...ops.contrastive.info_nce import info_nce
+from ..common.correct import counted
 from ..entry import Benchmark, Op, Rejected, Sample
 from . import similarity
 from .similarity import near, rows, temperature
 
 
+@counted
 def samples(dtype: torch.dtype) -> Iterator[Sample]:
     for sample in similarity.pairs(dtype):
         yield sample

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import reference
 from ...ops.contrastive.nt_xent import nt_xent
+from ..common.correct import counted
 from ..entry import Benchmark, Op, Rejected, Sample
 from . import similarity
 from .similarity import near, rows, temperature
@@ -20,6 +21,7 @@ from .similarity import near, rows, temperature
 ROW_BLOCK = 256  # the fastest of 256, 512 and 1024
 
 
+@counted
 def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield from similarity.pairs(dtype)
     # views of another sample in the same and in another tile than the positive

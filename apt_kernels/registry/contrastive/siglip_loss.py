@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ... import reference
 from ...ops.contrastive.siglip_loss import siglip_loss
+from ..common.correct import counted
 from ..entry import Benchmark, Op, Rejected, Sample
 from . import similarity
 from .similarity import near, rows, temperature
 
 
+@counted
 def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield from similarity.pairs(dtype)
     for bias in (-10.0, -0.3, 4.0, -50.0):

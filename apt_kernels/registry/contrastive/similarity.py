@@ -124,6 +124,8 @@ def rejected(first: str, second: str) -> Iterator[Rejected]:
     yield Rejected("reduction", (x, y), options, ValueError, "reduction: .*'batchmean'")
     options = {"process_group": 2}
     yield Rejected("process_group", (x, y), options, TypeError, "process_group: expected")
+    options = {"return_correct": 1}
+    yield Rejected("return_correct", (x, y), options, TypeError, "return_correct: expected True")
     yield Rejected("backend", (x, y), {"backend": "fastest"}, ValueError, "backend: .*'fastest'")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import reference
 from ...ops.contrastive.sup_con_loss import sup_con_loss
+from ..common.correct import counted
 from ..entry import Benchmark, Op, Rejected, Sample, seeded
 from . import similarity
 from .similarity import rows, temperature
@@ -25,6 +26,7 @@ def _clustered(count: int, width: int, dtype: torch.dtype, labels: Tensor) -> Te
     return x.to(dtype).requires_grad_()
 
 
+@counted
 def samples(dtype: torch.dtype) -> Iterator[Sample]:
     x, labels = rows(12, 10, dtype), _labels(12, 4)
     yield Sample("plain", (x, labels))

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from ... import reference
 from ...ops.logprobs.linear_cross_entropy import linear_cross_entropy
+from ..common.correct import counted
 from ..common.heads import hidden_and_weight, ids, normal
 from ..entry import Benchmark, Op, Rejected, Sample, seeded
 
 
+@counted
 def samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for sample in _samples(dtype):
-        yield Sample(sample.name, sample.args, {**sample.kwargs, "return_correct": True})
-        if sample.name in ("plain", "none"):
-            yield replace(sample, name=f"{sample.name}_loss_alone")
-
-
-def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     def head(*rows: int, features: int = 24, vocab: int = 37, **kwargs):
         return hidden_and_weight(*rows, features=features, vocab=vocab, dtype=dtype, **kwargs)
 

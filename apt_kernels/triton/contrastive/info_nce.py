@@ -107,7 +107,7 @@ def _own_bwd_kernel(
         tl.store(to, grad, mask=live[:, None] & (column < D)[None, :])
 
 
-def softmax_results(running, positive, temperatures, temperature, slopes):
+def softmax_results(running, positive, temperature_tensor, temperature, slopes):
     """(losses, right, slopes or (0,), stats (N, STATS)) of rows, float32."""
     N = running.shape[1]
     losses, right = running.new_empty(N), running.new_empty(N)
@@ -116,8 +116,9 @@ def softmax_results(running, positive, temperatures, temperature, slopes):
     if N:
         with rows.device_of(running):
             _softmax_results_kernel[(triton.cdiv(N, BLOCK),)](
-                running, positive, temperatures, losses, right, row_slopes if slopes else None,
-                stats, N, 1.0 / temperature, WIDTH=STATS, BLOCK=BLOCK,
+                running, positive, temperature_tensor, losses, right,
+                row_slopes if slopes else None, stats, N, 1.0 / temperature, WIDTH=STATS,
+                BLOCK=BLOCK,
             )  # fmt: skip
     return losses, right, row_slopes, stats
 
@@ -140,7 +141,7 @@ def _one_dtype(query, negatives):
 
 
 def info_nce_fwd(
-    query, key, negatives, temperatures, temperature, normalize, symmetric, label_offset,
+    query, key, negatives, temperature_tensor, temperature, normalize, symmetric, label_offset,
     self_offset, need_slopes, before=None,
 ):  # fmt: skip
     """(losses (N,), right (N,), slopes (N,)|(0,), row_stats (N,4), column_stats (N,4)|(0,4), after)
@@ -154,14 +155,14 @@ def info_nce_fwd(
     column_running = column_positive = None
     if negatives is None:
         running, positive, column_running, column_positive = softmax_statistics(
-            a, side(key, normalize), temperatures, temperature, label_offset=label_offset,
+            a, side(key, normalize), temperature_tensor, temperature, label_offset=label_offset,
             columns=symmetric, before=before, **options,
         )  # fmt: skip
     else:
         running, positive, _, _ = softmax_statistics(
             a,
             side(negatives, normalize),
-            temperatures,
+            temperature_tensor,
             temperature,
             label_offset=NOWHERE,
             **options,
@@ -174,13 +175,13 @@ def info_nce_fwd(
                     ROWS=ROWS, BLOCK=width_block(query),
                 )  # fmt: skip
     losses, right, slopes, stats = softmax_results(
-        running, positive, temperatures, temperature, need_slopes
+        running, positive, temperature_tensor, temperature, need_slopes
     )
     after = state_of(before, running, positive, column_running, column_positive)
     column_stats = stats.new_empty((0, stats.shape[1]))
     if symmetric and before is None:
         more, more_right, more_slopes, column_stats = softmax_results(
-            column_running, column_positive, temperatures, temperature, need_slopes
+            column_running, column_positive, temperature_tensor, temperature, need_slopes
         )
         losses, right = 0.5 * (losses + more), 0.5 * (right + more_right)
         slopes = 0.5 * (slopes + more_slopes)
@@ -188,15 +189,16 @@ def info_nce_fwd(
 
 
 def info_nce_bwd(
-    grad_losses, grad_column_losses, query, key, negatives, temperatures, temperature, normalize,
-    label_offset, self_offset, row_stats, column_stats, need_query, need_key, need_negatives,
-    unrounded=False,
+    grad_losses, grad_column_losses, query, key, negatives, temperature_tensor, temperature,
+    normalize, label_offset, self_offset, row_stats, column_stats, need_query, need_key,
+    need_negatives, unrounded=False,
 ):  # fmt: skip
     """(grad_query, grad_key, grad_negatives), each (0,) unless needed; `unrounded` in float32."""
     itself = NOWHERE if self_offset is None else self_offset
     if negatives is not None:
         return _with_negatives(
-            grad_losses, query, key, negatives, temperatures, temperature, normalize, row_stats,
+            grad_losses, query, key, negatives, temperature_tensor, temperature, normalize,
+            row_stats,
             need_query, need_key, need_negatives,
         )  # fmt: skip
     a, b = side(query, normalize), side(key, normalize)
@@ -205,20 +207,22 @@ def info_nce_bwd(
     grad_query, grad_key, none = (query.new_empty(0) for _ in range(3))
     if need_query:
         grad_query = gradient(
-            a, b, *row_side, *column_side, temperatures, temperature, label_offset=label_offset,
+            a, b, *row_side, *column_side, temperature_tensor, temperature,
+            label_offset=label_offset,
             self_offset=itself, unrounded=unrounded,
         )  # fmt: skip
     if need_key:
         grad_key = gradient(
-            b, a, *column_side, *row_side, temperatures, temperature, label_offset=-label_offset,
+            b, a, *column_side, *row_side, temperature_tensor, temperature,
+            label_offset=-label_offset,
             self_offset=itself if self_offset is None else -itself, unrounded=unrounded,
         )  # fmt: skip
     return grad_query, grad_key, none
 
 
 def _with_negatives(
-    grad_losses, query, key, negatives, temperatures, temperature, normalize, stats, need_query,
-    need_key, need_negatives,
+    grad_losses, query, key, negatives, temperature_tensor, temperature, normalize, stats,
+    need_query, need_key, need_negatives,
 ):  # fmt: skip
     q, n = _one_dtype(query, negatives)
     a, b, own = side(q, normalize), side(n, normalize), side(key, normalize)
@@ -226,19 +230,29 @@ def _with_negatives(
     grad_query, grad_key, grad_negatives = (query.new_empty(0) for _ in range(3))
     if need_query:
         grad_query = gradient(
-            a, b, grad_losses, stats, None, None, temperatures, temperature, own=own, **nowhere
+            a,
+            b,
+            grad_losses,
+            stats,
+            None,
+            None,
+            temperature_tensor,
+            temperature,
+            own=own,
+            **nowhere,
         ).to(query.dtype)
     if need_key:
         grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
         if own.count:
             with rows.device_of(key):
                 _own_bwd_kernel[(triton.cdiv(own.count, ROWS),)](
-                    grad_losses, stats, *a.arguments(), *own.arguments(), temperatures, grad_key,
+                    grad_losses, stats, *a.arguments(), *own.arguments(), temperature_tensor,
+                    grad_key,
                     own.count, key.shape[1], 1.0 / temperature, WIDTH=STATS, ROWS=ROWS,
                     BLOCK=width_block(key),
                 )  # fmt: skip
     if need_negatives:
         grad_negatives = gradient(
-            b, a, None, None, grad_losses, stats, temperatures, temperature, **nowhere
+            b, a, None, None, grad_losses, stats, temperature_tensor, temperature, **nowhere
         ).to(negatives.dtype)
     return grad_query, grad_key, grad_negatives

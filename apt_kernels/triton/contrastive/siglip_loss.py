@@ -113,8 +113,8 @@ def _sigmoid_results_kernel(
 
 
 def siglip_loss_fwd(
-    query, key, temperatures, temperature, biases, logit_bias, normalize, label_offset, need_slopes,
-    before=None,
+    query, key, temperature_tensor, temperature, logit_bias_tensor, logit_bias, normalize,
+    label_offset, need_slopes, before=None,
 ):  # fmt: skip
     """(losses (N,), right (N,), slopes (N,)|(0,), bias_slopes (N,)|(0,), after (N,5)|(0,)).
 
@@ -139,7 +139,8 @@ def siglip_loss_fwd(
         part[-1], positive = before.mT[[2, 3, 4, 0]], before[:, 1].float()
     with rows.device_of(query):
         _sigmoid_losses_kernel[(row_blocks, splits)](
-            *a.arguments(), *b.arguments(), temperatures, biases, positive, part, N, M,
+            *a.arguments(), *b.arguments(), temperature_tensor, logit_bias_tensor, positive, part,
+            N, M,
             query.shape[1], label_offset, count, per_split, 1.0 / temperature, logit_bias,
             PRECISION=precision(query), **t.blocks(), **t.launch(),
         )  # fmt: skip
@@ -154,22 +155,27 @@ def siglip_loss_fwd(
 
 
 def siglip_loss_bwd(
-    grad_losses, grad_column_losses, query, key, temperatures, temperature, biases, logit_bias,
-    normalize, label_offset, need_query, need_key, unrounded=False,
+    grad_losses, grad_column_losses, query, key, temperature_tensor, temperature,
+    logit_bias_tensor, logit_bias, normalize, label_offset, need_query, need_key, unrounded=False,
 ):  # fmt: skip
     """(grad_query, grad_key), each (0,) unless needed; `unrounded` in float32."""
     a, b = side(query, normalize), side(key, normalize)
-    options = {"self_offset": NOWHERE, "loss": SIGMOID, "biases": biases, "bias": logit_bias}
+    options = {
+        "self_offset": NOWHERE,
+        "loss": SIGMOID,
+        "biases": logit_bias_tensor,
+        "bias": logit_bias,
+    }
     options["unrounded"] = unrounded
     grad_query, grad_key = query.new_empty(0), key.new_empty(0)
     if need_query:
         grad_query = gradient(
-            a, b, grad_losses, None, grad_column_losses, None, temperatures, temperature,
+            a, b, grad_losses, None, grad_column_losses, None, temperature_tensor, temperature,
             label_offset=label_offset, **options,
         )  # fmt: skip
     if need_key:
         grad_key = gradient(
-            b, a, grad_column_losses, None, grad_losses, None, temperatures, temperature,
+            b, a, grad_column_losses, None, grad_losses, None, temperature_tensor, temperature,
             label_offset=-label_offset, **options,
         )  # fmt: skip
     return grad_query, grad_key

@@ -47,8 +47,8 @@ def _sup_con_results_kernel(
 
 
 def sup_con_loss_fwd(
-    features, labels, classes, class_labels, temperatures, temperature, normalize, self_offset,
-    need_slopes, before=None,
+    features, labels, classes, class_labels, temperature_tensor, temperature, normalize,
+    self_offset, need_slopes, before=None,
 ):  # fmt: skip
     """(losses (N,), right (N,), slopes (N,)|(0,), stats (N,3), after (N,7)|(0,)).
 
@@ -57,7 +57,7 @@ def sup_con_loss_fwd(
     a = side(features, normalize)
     b = a if classes is None else side(classes, normalize)
     running, _, _, _ = softmax_statistics(
-        a, b, temperatures, temperature, label_offset=NOWHERE, self_offset=self_offset,
+        a, b, temperature_tensor, temperature, label_offset=NOWHERE, self_offset=self_offset,
         triangle=classes is None, slopes=need_slopes, labels=labels,
         column_labels=labels if classes is None else class_labels, before=before,
     )  # fmt: skip
@@ -68,15 +68,15 @@ def sup_con_loss_fwd(
     if N:
         with rows.device_of(features):
             _sup_con_results_kernel[(triton.cdiv(N, BLOCK),)](
-                running, temperatures, losses, right, slopes if need_slopes else None, stats, N,
-                1.0 / temperature, WIDTH=STATS, BLOCK=BLOCK,
+                running, temperature_tensor, losses, right, slopes if need_slopes else None,
+                stats, N, 1.0 / temperature, WIDTH=STATS, BLOCK=BLOCK,
             )  # fmt: skip
     after = running.mT if before is not None else running.new_empty(0)
     return losses, right, slopes, stats, after.double().contiguous()
 
 
 def sup_con_loss_bwd(
-    grad_losses, grad_class_losses, features, labels, classes, class_labels, temperatures,
+    grad_losses, grad_class_losses, features, labels, classes, class_labels, temperature_tensor,
     temperature, normalize, self_offset, stats, class_stats, unrounded=False,
 ):  # fmt: skip
     """grad_features (N,D), contiguous, in the dtype of the features; `unrounded` in float32."""
@@ -86,7 +86,7 @@ def sup_con_loss_bwd(
         b = side(classes, normalize)
         column_weights, column_stats, column_labels = grad_class_losses, class_stats, class_labels
     return gradient(
-        a, b, grad_losses, stats, column_weights, column_stats, temperatures, temperature,
+        a, b, grad_losses, stats, column_weights, column_stats, temperature_tensor, temperature,
         label_offset=NOWHERE, self_offset=self_offset, loss=SUP_CON, labels=labels,
         column_labels=column_labels, unrounded=unrounded,
     )  # fmt: skip

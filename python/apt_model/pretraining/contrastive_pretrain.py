@@ -159,9 +159,14 @@ class ContrastivePretrainer(CreatedModulesLoop):
             queue: `(D, K)`: MoCo's loss of z_i against its z_j and these; None: NT-Xent over both.
         """
         options = {"temperature": self.config.temperature, "backend": self._backend}
+        options["return_correct"] = True
+        rows = len(z_i)
         if queue is not None:
-            return info_nce(z_i, z_j, negatives=queue.T, **options)
-        return nt_xent(z_i, z_j, process_group=self._process_group(), **options)
+            loss, correct = info_nce(z_i, z_j, negatives=queue.T, **options)
+        else:
+            loss, correct = nt_xent(z_i, z_j, process_group=self._process_group(), **options)
+            rows *= 2
+        return loss, correct / max(rows, 1)
 
     def train_step(
         self,

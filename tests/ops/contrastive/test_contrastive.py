@@ -49,7 +49,7 @@ def test_nt_xent_is_the_peers(peer, source):
     inputs = results["inputs"]
     pair = {"a": inputs["a"], "b": inputs["b"]}
     options = {"temperature": inputs["temperature"]}
-    assert_same(results["cases"]["nt_xent"], lambda a, b: nt_xent(a, b, **options)[0], pair)
+    assert_same(results["cases"]["nt_xent"], lambda a, b: nt_xent(a, b, **options), pair)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -59,7 +59,7 @@ def test_info_nce_with_a_queue_is_lightlys(source):
 
     def ours(a, b):
         options = {"negatives": inputs["queue"], "temperature": inputs["temperature"]}
-        return info_nce(a, b.detach(), **options)[0]
+        return info_nce(a, b.detach(), **options)
 
     assert_same(results["cases"]["moco"], ours, {"a": inputs["a"], "b": inputs["b"]})
 
@@ -72,10 +72,10 @@ def test_symmetric_info_nce_and_siglip_are_open_clips(source):
     leaves["scale"] = inputs["a"].new_tensor(1 / inputs["temperature"])
 
     def clip(a, b, scale):
-        return info_nce(a, b, temperature=1 / scale, symmetric=True)[0]
+        return info_nce(a, b, temperature=1 / scale, symmetric=True)
 
     def siglip(a, b, scale, bias):
-        return siglip_loss(a, b, temperature=1 / scale, logit_bias=bias)[0]
+        return siglip_loss(a, b, temperature=1 / scale, logit_bias=bias)
 
     assert_same(results["cases"]["clip"], clip, leaves)
     leaves["bias"] = inputs["a"].new_tensor(inputs["logit_bias"])
@@ -88,7 +88,7 @@ def test_sup_con_loss_is_pytorch_metric_learnings(source):
     inputs = results["inputs"]
 
     def ours(a):
-        return sup_con_loss(a, inputs["labels"], temperature=inputs["temperature"])[0]
+        return sup_con_loss(a, inputs["labels"], temperature=inputs["temperature"])
 
     assert_same(results["cases"]["sup_con"], ours, {"a": inputs["a"]})
 
@@ -98,7 +98,7 @@ def test_a_loss_near_zero_keeps_its_digits():
     """log(1 + e^-20) is 2e-9: a log-sum-exp minus the positive would leave noise of 1e-6."""
     u = F.normalize(torch.eye(6, 40) + 0.05 * torch.randn(6, 40), dim=-1)
     z1, z2 = u.clone().requires_grad_(), u.clone().requires_grad_()
-    loss, accuracy = nt_xent(z1, z2, temperature=0.05)
+    loss, correct = nt_xent(z1, z2, temperature=0.05, return_correct=True)
     d = u.double() / u.double().norm(dim=-1, keepdim=True)
     d = torch.cat([d, d])
     s = d @ d.T / 0.05
@@ -108,7 +108,7 @@ def test_a_loss_near_zero_keeps_its_digits():
     exact = torch.log1p(gap.exp()).mean()
     assert 1e-10 < exact < 1e-7
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
-    assert accuracy == 1
+    assert correct == 12
     grad = grads_of(loss, z1)[0]
     assert 0 < grad.abs().max() < 1e-6
 
@@ -126,7 +126,7 @@ def test_gradient_of_a_low_temperature_is_as_exact_as_plain_pytorch(name):
         ):  # fmt: skip
             t = torch.tensor(0.01, dtype=dtype, requires_grad=True)
             a, b = (z.detach().to(dtype).requires_grad_() for z in (x, y))
-            loss, _ = LOSSES[name](a, b, temperature=t, backend=backend)
+            loss = LOSSES[name](a, b, temperature=t, backend=backend)
             results = torch.stack([loss, *grads_of(loss, t)]).double().detach()
             if exact is None:
                 exact = results
@@ -138,11 +138,11 @@ def test_gradient_of_a_low_temperature_is_as_exact_as_plain_pytorch(name):
 
 @each_loss
 @pytest.mark.parametrize("count", [2, 7, 257, 513])
-def test_equal_embeddings_have_no_gradient_and_no_accuracy(loss, count):
+def test_equal_embeddings_have_no_gradient_and_are_not_right(loss, count):
     x = torch.full((count, 24), 0.3).requires_grad_()
     y = torch.full((count, 24), 0.3).requires_grad_()
-    value, accuracy = loss(x, y, temperature=0.1)
-    assert accuracy == 0
+    value, correct = loss(x, y, temperature=0.1, return_correct=True)
+    assert correct == 0 and correct.dtype == torch.int64 and not correct.requires_grad
     assert value.isfinite()
     for grad in grads_of(value, x, y):
         assert grad.abs().max() < 1e-6
@@ -154,9 +154,10 @@ def test_the_similarity_of_a_row_with_itself_is_no_class():
     with torch.no_grad():
         x *= 40 / x.norm(dim=-1, keepdim=True)
         y.copy_(-x)
-    loss, accuracy = nt_xent(x, y, normalize=False, temperature=1.0)
-    plain, _ = apt_kernels.reference.nt_xent(x, y, normalize=False, temperature=1.0)
-    assert 1600 < loss < 3300 and accuracy == 0
+    options = {"normalize": False, "temperature": 1.0}
+    loss, correct = nt_xent(x, y, return_correct=True, **options)
+    plain = apt_kernels.reference.nt_xent(x, y, **options)
+    assert 1600 < loss < 3300 and correct == 0
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
     torch.testing.assert_close(grads_of(loss, x), grads_of(plain, x), rtol=1e-4, atol=1e-5)
 
@@ -164,8 +165,8 @@ def test_the_similarity_of_a_row_with_itself_is_no_class():
 @pytest.mark.parametrize("name", ["info_nce", "symmetric", "nt_xent", "sup_con_loss"])
 def test_one_sample_alone_is_right_and_costs_nothing(name):
     x, y = views(1, 9)
-    loss, accuracy = LOSSES[name](x, y)
-    assert loss.abs() < 1e-6 and accuracy == 1
+    loss, correct = LOSSES[name](x, y, return_correct=True)
+    assert loss.abs() < 1e-6 and correct == (1 if name == "info_nce" else 2)
     for grad in grads_of(loss, x, y):
         assert grad.abs().max() < 1e-6
 
@@ -194,29 +195,32 @@ def test_rows_that_are_not_finite_are_seen(name, which, normalize, bad, backend)
             z[0, 3] = bad
     x, y = x.requires_grad_(), y.requires_grad_()
     options = {"normalize": normalize, "temperature": 0.5, "backend": backend}
-    losses, accuracy = WITH_QUEUE[name](x, y, reduction="none", **options)
+    options["return_correct"] = True
+    losses, correct = WITH_QUEUE[name](x, y, reduction="none", **options)
     assert name == "siglip_loss" or not losses.sum().isfinite()  # there inf may cost nothing
     if normalize or bad != torch.inf:  # infinite products: some backends give NaN, others infinity
         options["backend"] = "reference"
-        exact, right = WITH_QUEUE[name](x.double(), y.double(), reduction="none", **options)
+        exact, exact_correct = WITH_QUEUE[name](x.double(), y.double(), reduction="none", **options)
         assert torch.equal(losses.isnan(), exact.isnan())
-        assert losses.isnan().any() and accuracy == pytest.approx(right.item()) and accuracy < 1
+        predictions = losses.numel() * (2 if name == "symmetric" else 1)
+        assert losses.isnan().any() and correct == exact_correct and correct < predictions
         assert grads_of(losses.sum(), x)[0].isnan().any()
 
 
 def test_sup_con_of_two_views_is_nt_xent():
     x, y = views(30, 12, noise=2.0, dtype=torch.float64)
-    loss, accuracy = nt_xent(x, y, temperature=0.1)
-    both, both_accuracy = LOSSES["sup_con_loss"](x, y, temperature=0.1)
+    options = {"temperature": 0.1, "return_correct": True}
+    loss, correct = nt_xent(x, y, **options)
+    both, both_correct = LOSSES["sup_con_loss"](x, y, **options)
     torch.testing.assert_close(both, loss)
     torch.testing.assert_close(grads_of(both, x, y), grads_of(loss, x, y))
-    assert both_accuracy == accuracy
+    assert both_correct == correct
 
 
 def test_negatives_are_the_only_other_classes():
     x, y = views(5, 8, dtype=torch.float64)
     queue = torch.randn(8, 13, dtype=torch.float64)
-    loss, _ = info_nce(x, y, negatives=queue.t(), temperature=0.2)
+    loss = info_nce(x, y, negatives=queue.t(), temperature=0.2)
     u, v, q = (F.normalize(t, dim=-1) for t in (x, y, queue.t()))
     logits = torch.cat([(u * v).sum(-1, keepdim=True), u @ q.t()], dim=-1) / 0.2
     expected = F.cross_entropy(logits, torch.zeros(5, dtype=torch.long))
@@ -231,7 +235,7 @@ def test_a_learned_temperature_learns():
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     losses = []
     for _ in range(8):
-        loss, _ = module(x.detach(), y.detach())
+        loss = module(x.detach(), y.detach())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -242,7 +246,7 @@ def test_a_learned_temperature_learns():
 def test_modules_are_the_functions():
     x, y = views(9, 6)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 5])
-    options = {"temperature": 0.2, "normalize": False, "reduction": "sum"}
+    options = {"temperature": 0.2, "normalize": False, "reduction": "sum", "return_correct": True}
     pairs = [
         (apt_kernels.InfoNCELoss(symmetric=True, **options)(x, y),
          info_nce(x, y, symmetric=True, **options)),
@@ -269,6 +273,7 @@ def test_modules_are_the_functions():
         (lambda: apt_kernels.SigLIPLoss(process_group="all"), "process_group"),
         (lambda: apt_kernels.SigLIPLoss(logit_bias="small"), "logit_bias"),
         (lambda: apt_kernels.SupConLoss(normalize=None), "normalize"),
+        (lambda: apt_kernels.InfoNCELoss(return_correct=1), "return_correct"),
         (lambda: apt_kernels.LinearCrossEntropy(reduction="avg"), "reduction"),
         (lambda: apt_kernels.BradleyTerryLoss(reduction="avg"), "reduction"),
     ],
@@ -294,7 +299,7 @@ def test_gradients_keep_their_digits_at_any_upstream_gradient(loss, upstream):
     x, y = views(40, 16)
     found = {}
     for factor in (1.0, upstream):
-        total = loss(x, y, temperature=1 / 31, reduction="sum")[0]
+        total = loss(x, y, temperature=1 / 31, reduction="sum")
         found[factor] = torch.autograd.grad(total, (x, y), torch.tensor(factor))
     for small, plain in zip(found[upstream], found[1.0], strict=True):
         scaled = small.double() / upstream
@@ -309,8 +314,8 @@ def test_threads_change_nothing_but_rounding(loss):
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
         try:
-            value, accuracy = loss(x, y, temperature=0.2)
-            results.append((value, accuracy, *grads_of(value, x, y)))
+            value, correct = loss(x, y, temperature=0.2, return_correct=True)
+            results.append((value, correct, *grads_of(value, x, y)))
         finally:
             torch.set_num_threads(1)
     for first, second in zip(results[1], results[2], strict=True):
@@ -327,7 +332,7 @@ from apt_kernels import info_nce, nt_xent
 torch.set_num_threads(2)
 x, y = torch.randn(4096, 128, requires_grad=True), torch.randn(4096, 128, requires_grad=True)
 for loss in (lambda a, b: info_nce(a, b, symmetric=True), nt_xent):
-    run = lambda: torch.autograd.grad(loss(x, y)[0], (x, y))
+    run = lambda: torch.autograd.grad(loss(x, y), (x, y))
     loss(x[:64], y[:64])
     print((measure.peak_memory(run) - x.nbytes - y.nbytes) / 2**20)
 """
@@ -345,3 +350,20 @@ def test_memory_is_that_of_tiles():
     assert run.returncode == 0, run.stderr[-2000:]
     extra = [float(line) for line in run.stdout.split()]
     assert len(extra) == 2 and max(extra) <= 32, extra
+
+
+def test_the_old_pair_is_an_error():
+    """The losses used to give (loss, accuracy): who unpacks the loss is told."""
+    for loss in LOSSES.values():
+        with pytest.raises(TypeError, match="iteration over a 0-d tensor"):
+            _, _ = loss(*views(4, 6))
+
+
+def test_options_of_a_module_can_be_changed():
+    x, y = views(6, 5)
+    module = apt_kernels.NTXentLoss(0.5)
+    module.temperature = 0.1
+    torch.testing.assert_close(module(x, y), nt_xent(x, y, temperature=0.1), rtol=0, atol=0)
+    module.temperature = torch.nn.Parameter(torch.tensor(0.2))
+    module(x, y).backward()
+    assert module.temperature.grad is not None and "temperature" in module.state_dict()

@@ -6,7 +6,9 @@ import torch
 
 from .... import dispatch
 from ...common.autograd import differentiable_once
+from ...common.autograd import gradients as of_fields
 from .. import similarity
+from ..calls import INFO_NCE, InfoNCEBackwardCall, InfoNCECall
 from .ring import Passenger, gradients, no_classes
 
 PLANES = 4  # of the statistics of a row: max, sum, weighted sum of the others; its positive
@@ -21,59 +23,75 @@ class InfoNCERing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, query, key, temperature, number, normalize, symmetric, need_slopes, backend, ranks
-    ):
-        forward = dispatch.kernel("info_nce_fwd", backend)
-        options = (None, temperature, number, normalize)
+    def forward(ctx, *arguments):
+        *fields, backend, ranks = arguments
+        call = InfoNCECall(*fields)
+        query, key, symmetric = call.query, call.key, call.symmetric
+        forward = dispatch.kernel(INFO_NCE[0], backend)
         rows, columns = no_classes(query, PLANES), Passenger(ranks, ranks.world - 1)
         for step, (keys,) in enumerate(ranks.blocks(key)):
             if symmetric:
                 found = columns.take()
                 rows = torch.cat([rows, no_classes(keys, PLANES) if found is None else found])
-            losses, right, slopes, row_stats, _, rows = forward(
-                query, keys, *options, symmetric, _label(step, keys), None, need_slopes, rows
-            )
+            block = call._replace(key=keys, label_offset=_label(step, keys), before=rows)
+            losses, correct, slopes, row_stats, _, rows = forward(*block)
             if symmetric:
                 rows, found = rows.split([len(query), len(keys)])
                 columns.give(found, step)
         column_stats = row_stats[:0]
         if symmetric:  # no more classes: the results of the keys
-            more, more_right, more_slopes, column_stats, *_ = forward(
-                key, query[:0], *options, False, 0, None, need_slopes, columns.take()
+            rest = call._replace(
+                query=key, key=query[:0], symmetric=False, label_offset=0, before=columns.take()
             )
-            losses, right = 0.5 * (losses + more), 0.5 * (right + more_right)
+            more, more_correct, more_slopes, column_stats, *_ = forward(*rest)
+            losses, correct = 0.5 * (losses + more), 0.5 * (correct + more_correct)
             slopes = 0.5 * (slopes + more_slopes)
-        ctx.save_for_backward(query, key, temperature, slopes, row_stats, column_stats)
-        ctx.options = (number, normalize, symmetric, backend, ranks)
-        ctx.mark_non_differentiable(right)
-        return losses, right
+        ctx.save_for_backward(query, key, call.temperature_tensor, slopes, row_stats, column_stats)
+        ctx.temperature, ctx.normalize, ctx.symmetric = call.temperature, call.normalize, symmetric
+        ctx.backend, ctx.ranks = backend, ranks
+        ctx.mark_non_differentiable(correct)
+        return losses, correct
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_losses, _):
-        query, key, temperature, slopes, row_stats, column_stats = ctx.saved_tensors
-        number, normalize, symmetric, backend, ranks = ctx.options
-        needs = ctx.needs_input_grad
-        rows = (grad_losses * 0.5 if symmetric else grad_losses).contiguous()
-        grad_query = grad_key = grad_temperature = None
+        query, key, temperature_tensor, slopes, row_stats, column_stats = ctx.saved_tensors
+        needs = InfoNCECall(*ctx.needs_input_grad[:-2])
+        rows = (grad_losses * 0.5 if ctx.symmetric else grad_losses).contiguous()
+        grads = {}
 
         def part(step, keys, columns=None, stats=column_stats):
-            return dispatch.kernel("info_nce_bwd", backend)(
-                rows, columns, query, keys, None, temperature, number, normalize,
-                _label(step, keys), None, row_stats, stats, needs[0], needs[1], False, True,
-            )[:2]  # fmt: skip
+            call = InfoNCEBackwardCall(
+                grad_losses=rows,
+                grad_column_losses=columns,
+                query=query,
+                key=keys,
+                negatives=None,
+                temperature_tensor=temperature_tensor,
+                temperature=ctx.temperature,
+                normalize=ctx.normalize,
+                label_offset=_label(step, keys),
+                self_offset=None,
+                row_stats=row_stats,
+                column_stats=stats,
+                need_query=needs.query,
+                need_key=needs.key,
+                need_negatives=False,
+                unrounded=True,
+            )
+            grad_query, grad_key, _ = dispatch.kernel(INFO_NCE[1], ctx.backend)(*call)
+            return grad_query, grad_key
 
-        if needs[0] or needs[1]:
-            travels = (key, rows, column_stats) if symmetric else (key,)
-            grad_query, grad_key = gradients(ranks, part, *travels, need_sent=needs[1])
-        if needs[2]:
-            grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
-        return (
-            grad_query.to(query.dtype) if needs[0] else None,
-            grad_key.to(key.dtype) if needs[1] else None,
-            grad_temperature, None, None, None, None, None, None,
-        )  # fmt: skip
+        if needs.query or needs.key:
+            travels = (key, rows, column_stats) if ctx.symmetric else (key,)
+            grad_query, grad_key = gradients(ctx.ranks, part, *travels, need_sent=needs.key)
+            grads["query"] = grad_query.to(query.dtype) if needs.query else None
+            grads["key"] = grad_key.to(key.dtype) if needs.key else None
+        if needs.temperature_tensor:
+            grads["temperature_tensor"] = similarity.grad_temperature(
+                temperature_tensor, grad_losses, slopes
+            )
+        return *of_fields(InfoNCECall, **grads), None  # None for the ranks
 
 
 def _label(step, keys):

@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 
 from .... import dispatch
-from ...common.autograd import differentiable_once
+from ...common.autograd import differentiable_once, gradients
 from .. import similarity
+from ..calls import (
+    INFO_NCE,
+    NT_XENT,
+    InfoNCEBackwardCall,
+    InfoNCECall,
+    NTXentBackwardCall,
+    NTXentCall,
+)
 from .ring import Passenger, no_classes
 
-# Of the views of two ranks; among those of one they are a triangle.
-RECTANGLE = ("info_nce_fwd", "info_nce_bwd")
 PLANES = 4  # of the statistics of a row: max, sum, weighted sum of the others; its positive
 
 
@@ -24,12 +30,25 @@ class NTXentRing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z1, z2, temperature, number, normalize, need_slopes, backend, ranks):
-        rectangle = dispatch.kernel(RECTANGLE[0], backend)
-        options = (None, temperature, number, normalize)
-        views = torch.cat([z1, z2])
-        *_, rows = dispatch.kernel("nt_xent_fwd", backend)(
-            z1, z2, *options[1:], need_slopes, no_classes(views, PLANES)
+    def forward(ctx, *arguments):
+        *fields, backend, ranks = arguments
+        call = NTXentCall(*fields)
+        # The pairs of one rank's views are a triangle; those of two ranks are a rectangle.
+        rectangle = dispatch.kernel(INFO_NCE[0], backend)
+        views = torch.cat([call.z1, call.z2])
+        triangle = call._replace(before=no_classes(views, PLANES))
+        *_, rows = dispatch.kernel(NT_XENT[0], backend)(*triangle)
+        of_block = InfoNCECall(
+            query=views,
+            key=views[:0],
+            negatives=None,
+            temperature_tensor=call.temperature_tensor,
+            temperature=call.temperature,
+            normalize=call.normalize,
+            symmetric=False,
+            label_offset=0,
+            self_offset=None,
+            need_slopes=call.need_slopes,
         )
         columns = _passenger(ranks)
         for step, both, (block,) in _others(ranks, views):
@@ -38,47 +57,79 @@ class NTXentRing(torch.autograd.Function):
                 found = columns.take()
                 before = torch.cat([rows, no_classes(block, PLANES) if found is None else found])
             *_, after = rectangle(
-                views, block, *options, both, len(block), None, need_slopes, before
+                *of_block._replace(
+                    key=block, symmetric=both, label_offset=len(block), before=before
+                )
             )
             rows = after[: len(views)]
             if both:
                 columns.give(after[len(views) :], step)
         elsewhere = columns.take()
         if elsewhere is not None:
-            scale = 1 / (number if temperature is None else temperature.double())
-            rows = _together(rows, elsewhere, scale)
-        losses, right, slopes, stats, *_ = rectangle(  # no more classes: the results
-            views, views[:0], *options, False, 0, None, need_slopes, rows
-        )
-        ctx.save_for_backward(z1, z2, temperature, slopes, stats)
-        ctx.options = (number, normalize, backend, ranks)
-        ctx.mark_non_differentiable(right)
-        return losses, right
+            temperature = call.temperature
+            if call.temperature_tensor is not None:
+                temperature = call.temperature_tensor.double()
+            rows = _together(rows, elsewhere, 1 / temperature)
+        # No more classes: the results.
+        losses, correct, slopes, stats, *_ = rectangle(*of_block._replace(before=rows))
+        ctx.save_for_backward(call.z1, call.z2, call.temperature_tensor, slopes, stats)
+        ctx.temperature, ctx.normalize = call.temperature, call.normalize
+        ctx.backend, ctx.ranks = backend, ranks
+        ctx.mark_non_differentiable(correct)
+        return losses, correct
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_losses, _):
-        z1, z2, temperature, slopes, stats = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grads, grad_temperature = (None, None), None
-        if needs[0] or needs[1]:
-            grads = _grad_views(ctx, grad_losses.contiguous(), z1, z2, temperature, stats)
-        if needs[2]:
-            grad_temperature = similarity.grad_temperature(temperature, grad_losses, slopes)
-        grads = [grad if need else None for grad, need in zip(grads, needs[:2], strict=True)]
-        return *grads, grad_temperature, None, None, None, None, None
+        z1, z2, temperature_tensor, slopes, stats = ctx.saved_tensors
+        needs = NTXentCall(*ctx.needs_input_grad[:-2])
+        grads = {}
+        if needs.z1 or needs.z2:
+            weights = grad_losses.contiguous()
+            grad_z1, grad_z2 = _grad_views(ctx, weights, z1, z2, temperature_tensor, stats)
+            grads["z1"] = grad_z1 if needs.z1 else None
+            grads["z2"] = grad_z2 if needs.z2 else None
+        if needs.temperature_tensor:
+            grads["temperature_tensor"] = similarity.grad_temperature(
+                temperature_tensor, grad_losses, slopes
+            )
+        return *gradients(NTXentCall, **grads), None  # None for the ranks
 
 
-def _grad_views(ctx, weights, z1, z2, temperature, stats):
-    number, normalize, backend, ranks = ctx.options
-    views, options = torch.cat([z1, z2]), (temperature, number, normalize)
-    grad = dispatch.kernel("nt_xent_bwd", backend)(weights, z1, z2, *options, stats, True)
-    sums = _passenger(ranks)
-    for step, both, (block, columns, column_stats) in _others(ranks, views, weights, stats):
-        own, others, _ = dispatch.kernel(RECTANGLE[1], backend)(
-            weights, columns, views, block, None, *options, len(block), None, stats, column_stats,
-            True, both, False, True,
-        )  # fmt: skip
+def _grad_views(ctx, weights, z1, z2, temperature_tensor, stats):
+    views = torch.cat([z1, z2])
+    triangle = NTXentBackwardCall(
+        grad_losses=weights,
+        z1=z1,
+        z2=z2,
+        temperature_tensor=temperature_tensor,
+        temperature=ctx.temperature,
+        normalize=ctx.normalize,
+        stats=stats,
+        unrounded=True,
+    )
+    grad = dispatch.kernel(NT_XENT[1], ctx.backend)(*triangle)
+    sums = _passenger(ctx.ranks)
+    for step, both, (block, columns, column_stats) in _others(ctx.ranks, views, weights, stats):
+        rectangle = InfoNCEBackwardCall(
+            grad_losses=weights,
+            grad_column_losses=columns,
+            query=views,
+            key=block,
+            negatives=None,
+            temperature_tensor=temperature_tensor,
+            temperature=ctx.temperature,
+            normalize=ctx.normalize,
+            label_offset=len(block),
+            self_offset=None,
+            row_stats=stats,
+            column_stats=column_stats,
+            need_query=True,
+            need_key=both,
+            need_negatives=False,
+            unrounded=True,
+        )
+        own, others, _ = dispatch.kernel(INFO_NCE[1], ctx.backend)(*rectangle)
         grad += own
         if both:
             before = sums.take()
