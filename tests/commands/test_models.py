@@ -95,6 +95,71 @@ def test_policies_and_rewards_train_adapters_too(model_folder, files, tmp_path):
     assert theirs == pytest.approx(reward(["a film"], ["was w1"]), abs=1e-4)
 
 
+def sampling(name, model, files, output, *more):
+    return command(
+        name, model, files["prompts"], output, f"--reward={files['reward']}:happy",
+        f"--eval={files['held_out_prompts']}", "--max-new-tokens=4", "--learning-rate=3e-2",
+        *more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["train-rlhf", "train-grpo"])
+def test_a_policy_is_an_adapter_compared_with_its_base_or_its_start(
+    name, model_folder, files, tmp_path
+):
+    first, second, start = tmp_path / "first", tmp_path / "second", tmp_path / "start"
+    assert main(sampling(name, model_folder, files, first, "--lora-rank=2")) == 0
+    assert all("lora_" in key for key in weights_of(first / "model"))  # no value head, no base
+    before, after = summary_of(first)["before"], summary_of(first)["after"]
+    assert before["sequence_kl"] == pytest.approx(0, abs=1e-6) and after["sequence_kl"] != 0
+    one_step = ["--max-steps=1", "--learning-rate=1e-3"]
+    adapter = first / "model"
+    assert main(sampling(name, adapter, files, second, *one_step)) == 0
+    again = summary_of(second)["before"]
+    assert again == pytest.approx({k: after[k] for k in again}, abs=1e-5)
+    options = [*one_step, "--adapter-reference=start"]
+    assert main(sampling(name, adapter, files, start, *options)) == 0
+    assert summary_of(start)["before"]["sequence_kl"] == pytest.approx(0, abs=1e-6)
+    trained = weights_of(adapter)
+    for output in (second, start):
+        moved = weights_of(output / "model")
+        assert any(not torch.equal(moved[key], trained[key]) for key in trained)
+
+
+@pytest.mark.parametrize("options", [[], ["--pooling=mean"]])
+def test_the_adapter_of_a_reward_model_is_merged(model_folder, files, tmp_path, options):
+    given = ["--lora-rank=2", "--learning-rate=1e-2", "--max-steps=3", *options]
+    judge, merged = tmp_path / "judge", tmp_path / "merged"
+    assert main(command("train-reward-model", model_folder, files["pairs"], judge, *given)) == 0
+    assert main(["merge", f"--model={judge}", f"--output={merged}"]) == 0
+    assert not (merged / "adapter_config.json").exists()
+    texts = ["a film"] * 3, ["was w1", "was w1 w2 w3", "w9"]
+    ours, theirs = (load_text_reward(folder, "cpu")(*texts) for folder in (merged, judge / "model"))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    if not options:
+        import transformers
+
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(merged)
+        assert model.config.num_labels == 1
+        assert model(torch.ones(2, 3, dtype=torch.long)).logits.shape == (2, 1)  # it knows padding
+
+
+def test_the_adapter_of_an_encoder_is_merged_with_its_head(encoder_folder, lines, tmp_path):
+    import peft
+    import transformers
+
+    output, merged = tmp_path / "out", tmp_path / "merged"
+    given = ["--lora-rank=2", "--max-steps=2", "--learning-rate=1e-2"]
+    assert main(command("pretrain-mlm", encoder_folder, lines, output, *given)) == 0
+    assert main(["merge", f"--model={output}", f"--output={merged}"]) == 0
+    whole = transformers.AutoModelForMaskedLM.from_pretrained(merged).eval()
+    adapted = load_model(output / "model", type(whole).__name__, trainable=False).eval()
+    assert isinstance(adapted, peft.PeftModel)
+    ids = torch.arange(5, 10)[None]
+    torch.testing.assert_close(whole(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    assert (merged / "tokenizer.json").exists()
+
+
 def test_encoders_train_adapters_too(encoder_folder, lines, tmp_path):
     import transformers
 

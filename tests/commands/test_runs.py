@@ -189,14 +189,18 @@ def test_a_run_stopped_in_its_warm_up_continues_in_it(run, tmp_path, monkeypatch
     assert same_parameters(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("norms_too", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_weight_decay_shrinks_weights(run, tmp_path, decay):
-    assert run(f"--weight-decay={decay}", "--learning-rate=1e-2", "--max-steps=1") == 0
+def test_weight_decay_shrinks_weights(run, tmp_path, decay, norms_too):
+    more = ["--decay-norms-and-biases"] if norms_too else []
+    assert run(f"--weight-decay={decay}", "--learning-rate=1e-2", "--max-steps=1", *more) == 0
     assert run("--weight-decay=0", "--learning-rate=1e-2", "--max-steps=1", "--restart",
                f"--output={tmp_path / 'none'}") == 0  # fmt: skip
-    start = test_cli.tiny_llama().float().lm_head.weight
-    ours, theirs = (parameters(tmp_path / n)["lm_head.weight"] for n in ("out", "none"))
-    torch.testing.assert_close(ours, theirs - 1e-2 * decay * start)
+    start = test_cli.tiny_llama().float().state_dict()
+    ours, theirs = (parameters(tmp_path / n) for n in ("out", "none"))
+    for name, shrinks in (("lm_head.weight", True), ("model.norm.weight", norms_too)):
+        expected = theirs[name] - 1e-2 * decay * shrinks * start[name]
+        torch.testing.assert_close(ours[name], expected)
 
 
 # Files that are damaged, locked or left

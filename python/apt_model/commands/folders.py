@@ -20,10 +20,10 @@ def load_causal(options: Any, folder: Path) -> tuple[Any, Any]:
         folder: of a model, or of an adapter that names its base.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = {"gguf_file": options.gguf_file} if options.gguf_file else {}
+    from ..scoring.loading import load_model, load_tokenizer
+
     dtype = getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf)
+    model = load_model(folder, "AutoModelForCausalLM", dtype, options.gguf_file, trainable=False)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, **gguf)
+    return model.to(device).eval(), load_tokenizer(folder, options.gguf_file)

@@ -323,6 +323,7 @@ def trainer_options(options: Any, batches: ShuffledBatches) -> dict[str, Any]:
             None if options.precision.autocast == "none" else options.precision.autocast
         ),
         "scheduler": made,
+        "decay_norms_and_biases": training.decay_norms_and_biases,
     }
 
 

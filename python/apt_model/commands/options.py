@@ -152,7 +152,12 @@ class TrainingOptions:
     """Training."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "learning rate of AdamW"})
-    weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "weight decay of AdamW; norms and biases are left alone"}
+    )
+    decay_norms_and_biases: bool = field(
+        default=False, metadata={"help": "weight decay moves norms and biases too"}
+    )
     max_grad_norm: float | None = field(
         default=1.0, metadata={"help": "gradients are clipped to this norm; none: they are not"}
     )

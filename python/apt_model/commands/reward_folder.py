@@ -46,9 +46,7 @@ def make_reward_model(options: Any, tokenizer: Any) -> Any:
 
 def _classifier(options: Any, model: Any, tokenizer: Any) -> Any:
     inner = base_model(model)
-    if inner.config.pad_token_id is None:  # its last token is the last that is no padding
-        spare = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id
-        inner.config.pad_token_id = next((i for i in spare if i is not None), None)
+    name_padding(inner.config, tokenizer)
     made = set(getattr(inner, "made_weights", ()))
     model = trained_part(options, model, none_is_possible=True, wrap=False)
     if options.model.has_adapter:
@@ -58,6 +56,16 @@ def _classifier(options: Any, model: Any, tokenizer: Any) -> Any:
         if id(parameter) not in trunk or name in made:  # the head, whatever else is frozen
             parameter.requires_grad_(True)
     return model
+
+
+def name_padding(config: Any, tokenizer: Any) -> None:
+    """Gives a classifier's configuration a padding token where it has none.
+
+    The classifier scores the last token that is no padding, and without one no batch.
+    """
+    if config.pad_token_id is None:
+        spare = tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id
+        config.pad_token_id = next((i for i in spare if i is not None), None)
 
 
 def save_reward_model(
@@ -109,6 +117,8 @@ def load_reward_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         )
     options = {"num_labels": 1} if is_adapter(folder) else {}
     model = load_model(folder, CLASSIFIER, trainable=False, **options)
+    if is_adapter(folder):  # the base model's configuration is not what the training made of it
+        name_padding(base_model(model).config, load_tokenizer(folder))
     labels = base_model(model).config.num_labels
     if labels != 1:
         raise ValueError(f"{folder}: num_labels: expected 1, one number a text, got {labels}")

@@ -132,7 +132,31 @@ def base_folder(folder: Path) -> Path:
     )
 
 
+def adapted_kind(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Returns the class of transformers that an adapter adapts, and options to load it with.
+
+    Args:
+        folder: of the adapter. A classifier has as many labels as its saved head has rows.
+    """
+    import peft
+    import transformers
+
+    config = peft.PeftConfig.from_pretrained(folder)
+    if config.task_type == peft.TaskType.SEQ_CLS:
+        weights = peft.load_peft_weights(str(folder), device="cpu").items()
+        rows = [len(w) for name, w in weights if "lora_" not in name and w.dim() == 2]
+        return "AutoModelForSequenceClassification", {"num_labels": min(rows)} if rows else {}
+    if config.task_type == peft.TaskType.CAUSAL_LM:
+        return "AutoModelForCausalLM", {}
+    kind = (config.auto_mapping or {}).get("base_model_class", "")
+    return kind if hasattr(transformers, kind) else "AutoModel", {}
+
+
 def _gguf(folder: Path, gguf_file: str | None) -> dict[str, Any]:
+    """Returns how a GGUF file is told to `from_pretrained`: the only one where none is named."""
+    if gguf_file is None and not (folder / "config.json").is_file():
+        found = sorted(file.name for file in folder.glob("*.gguf"))
+        gguf_file = found[0] if len(found) == 1 else None
     return {"gguf_file": gguf_file} if gguf_file and (folder / gguf_file).is_file() else {}
 
 
