@@ -10,7 +10,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help setup demo demo-rl demo-pretraining test bench gpu-report lint format clean
+.PHONY: help setup demo demo-rl demo-pretraining test test-peers bench gpu-report lint format clean
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -41,6 +41,13 @@ demo-pretraining: setup ## SimCLR, MoCo, MLM and NSP on digits and reviews; figu
 
 test: setup ## all tests, a file at a time on every core (under 15 minutes on 2)
 	$(PYTEST) tests
+
+test-peers: setup ## the adapters against the sources of OpenRLHF and verl, downloaded to build/peers
+	@for peer in openrlhf==0.11.2 verl==0.9.1; do \
+	  name=$${peer%%==*}; test -d build/peers/$$name || { mkdir -p build/peers && \
+	  $(PIP) download --no-deps --dest build/peers/wheels $$peer && \
+	  $(BIN)/python -m zipfile -e build/peers/wheels/$$name-*.whl build/peers/$$name; } || exit 1; done
+	APT_PEERS=build/peers $(PYTEST) tests/peers/source_tests.py
 
 bench: setup ## kernels against eager and compiled PyTorch; results under benchmarks/results/
 	@$(BIN)/python benchmarks/run.py

@@ -30,7 +30,9 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
 
 class PolicyLoss(nn.Module):
-    """`policy_loss`; a row without tokens is left out of the mean, where OpenRLHF gives NaN.
+    """`policy_loss` as OpenRLHF 0.11 calls it.
+
+    A row without tokens is left out of the mean. Masked tokens may hold anything.
 
     Args:
         clip_eps_low: how far below 1 the ratio may fall.
@@ -39,9 +41,13 @@ class PolicyLoss(nn.Module):
         token_level_loss: the mean over tokens; else over rows of their mean.
         policy_loss_type: "ppo", or "gspo" with the mean over rows. In gspo a token has the gradient
             of its own advantage, OpenRLHF's in a row of equal advantages.
-        enable_vllm_is_correction: False; `policy_loss` takes such weights as `rollout_weights`.
-        vllm_is_truncated_threshold: of that correction.
-        vllm_is_correction_type: of that correction.
+        is_correction_level: what is weighted by the ratio of the training engine to the one that
+            sampled: "off", each "token", or "seq" (whole rows are kept or dropped).
+        is_correction_mode: "mask" drops what lies outside the threshold and weights the rest by the
+            ratio; "clip" bounds the ratio (with "token" and "ratio" alone).
+        is_correction_gating: what is compared with the threshold: the "ratio", or the divergence
+            "binary_kl" or "tv" of the two probabilities of the token.
+        is_correction_threshold: `(low, high)`.
     """
 
     def __init__(
@@ -51,24 +57,41 @@ class PolicyLoss(nn.Module):
         dual_clip: float | None = None,
         token_level_loss: bool = True,
         policy_loss_type: str = "ppo",
-        enable_vllm_is_correction: bool = False,
-        vllm_is_truncated_threshold: Sequence[float] | None = None,
-        vllm_is_correction_type: str = "tis",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: Sequence[float] = (0.5, 5.0),
     ) -> None:
         super().__init__()
         checks.choice("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
-        if enable_vllm_is_correction:
+        checks.choice("is_correction_level", is_correction_level, ("off", "token", "seq"))
+        checks.choice("is_correction_mode", is_correction_mode, ("mask", "clip"))
+        checks.choice("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv"))
+        ratio_of_tokens = is_correction_level != "seq" and is_correction_gating == "ratio"
+        if is_correction_mode == "clip" and not ratio_of_tokens:
             raise ValueError(
-                "enable_vllm_is_correction: expected False (policy_loss takes rollout_weights), "
-                f"got {enable_vllm_is_correction!r}"
+                "is_correction_mode: expected 'mask' with the level 'seq' or a divergence, got "
+                "'clip'"
             )
-        gspo = policy_loss_type == "gspo"
+        low, high = map(float, is_correction_threshold)
+        if is_correction_level != "off" and is_correction_gating != "ratio" and low > 0:
+            raise ValueError(
+                f"is_correction_threshold: expected 0 as the lower bound of a divergence, got {low}"
+            )
+        self.level, self.mode, self.gating = (
+            is_correction_level,
+            is_correction_mode,
+            is_correction_gating,
+        )
+        self.low, self.high = low, high
+        self.gspo = policy_loss_type == "gspo"
+        self.token_level_loss = token_level_loss and not self.gspo
         self.options = {
             "clip_low": clip_eps_low,
             "clip_high": clip_eps_high,
             "dual_clip": dual_clip,
-            "ratio_level": "sequence" if gspo else "token",
-            "aggregation": _aggregation(token_level_loss and not gspo),
+            "ratio_level": "sequence" if self.gspo else "token",
+            "aggregation": _aggregation(self.token_level_loss),
         }
 
     def forward(
@@ -78,16 +101,76 @@ class PolicyLoss(nn.Module):
         advantages: Tensor,
         action_mask: Tensor | None = None,
         rollout_log_probs: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        """(loss, share of clipped tokens, mean of -log ratio, None: no correction)."""
-        checks.unused("rollout_log_probs", rollout_log_probs, "there is no vLLM correction here")
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The loss and its metrics.
+
+        Args:
+            log_probs: `(B, T)`, differentiable.
+            old_log_probs: `(B, T)`, of the training engine at sampling time.
+            advantages: `(B, T)`.
+            action_mask: `(B, T)`, 1 = token that counts; None: all.
+            rollout_log_probs: `(B, T)`, of the engine that sampled, which the correction needs.
+                OpenRLHF's trainer gives them at the level "off" too, where nothing uses them.
+            dp_size: processes that the gradient is averaged over.
+            batch_num_tokens: tokens of all processes, by which a mean over tokens divides.
+            global_batch_size: rows of all processes, by which a mean over rows divides.
+
+        Returns:
+            (loss, share of clipped tokens, mean of -log ratio, mean of
+            rollout_log_probs - old_log_probs, share that the correction dropped or bounded); the
+            last two None without a correction (and in gspo, where the rollout's log-probabilities
+            replace the old ones).
+        """
         mask = _mask(action_mask, log_probs)
-        loss, metrics = policy_loss(log_probs, old_log_probs, advantages, mask, **self.options)
-        return loss, metrics["clip_fraction"], metrics["ppo_kl"], None
+        if self.level != "off" and rollout_log_probs is None:
+            raise ValueError("rollout_log_probs: expected a tensor for the correction, got None")
+        weights = drift = dropped = None
+        old = old_log_probs
+        if self.level != "off" and self.gspo:
+            old = rollout_log_probs
+        elif self.level != "off":
+            weights, dropped = self._correction(old_log_probs, rollout_log_probs, mask)
+            drift = _mean(rollout_log_probs - old_log_probs, mask)
+        normalizer = _normalizer(
+            self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+        )
+        loss, metrics = policy_loss(
+            log_probs,
+            old,
+            advantages,
+            mask,
+            rollout_weights=weights,
+            normalizer=normalizer,
+            **self.options,
+        )
+        kl = _mean(old_log_probs - log_probs, mask)  # the metric ppo_kl holds it within +-20
+        return loss, metrics["clip_fraction"], kl, drift, dropped
+
+    @torch.no_grad()
+    def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the factors of the tokens' losses, and the share that was dropped or bounded."""
+        live = mask.bool()
+        log_ratio = torch.where(live, old - rollout, 0.0)
+        ratio = log_ratio.exp()
+        if self.gating == "ratio":
+            gate = _row_mean(log_ratio, live).exp() if self.level == "seq" else ratio
+        else:
+            gate = torch.where(live, _divergence(self.gating, rollout, old), 0.0)
+            gate = _row_mean(gate, live) if self.level == "seq" else gate
+        outside = (gate < self.low) | (gate > self.high)
+        if self.mode == "clip":
+            weights = gate.clamp(self.low, self.high)
+        else:
+            weights = torch.where(outside, 0.0, ratio)
+        share = outside.float().mean() if self.level == "seq" else _mean(outside.float(), mask)
+        return weights, share
 
 
 class ValueLoss(nn.Module):
-    """`value_loss`; a row without tokens is left out of the mean, where OpenRLHF gives NaN.
+    """`value_loss` as OpenRLHF 0.11 calls it; a row without tokens is left out of the mean.
 
     Args:
         clip_eps: how far the value may move, or None.
@@ -96,6 +179,7 @@ class ValueLoss(nn.Module):
 
     def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True) -> None:
         super().__init__()
+        self.token_level_loss = token_level_loss
         self.options = {"clip_range": clip_eps, "aggregation": _aggregation(token_level_loss)}
 
     def forward(
@@ -104,11 +188,18 @@ class ValueLoss(nn.Module):
         old_values: Tensor,
         returns: Tensor,
         action_mask: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
     ) -> Tensor:
-        """Half of the mean squared error."""
+        """Half of the mean squared error; the arguments are those of `PolicyLoss`."""
         old = None if self.options["clip_range"] is None else old_values
         mask = _mask(action_mask, values)
-        return value_loss(values, returns, mask, old_values=old, **self.options)[0]
+        normalizer = _normalizer(
+            self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+        )
+        options = {"old_values": old, "normalizer": normalizer, **self.options}
+        return value_loss(values, returns, mask, **options)[0]
 
 
 class PairWiseLoss(nn.Module):
@@ -147,3 +238,31 @@ def _aggregation(token_level_loss: bool) -> str:
 
 def _mask(action_mask: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.bool) if action_mask is None else action_mask
+
+
+def _normalizer(
+    tokens: bool, dp_size: int, batch_num_tokens: float | None, global_batch_size: float | None
+) -> float | None:
+    """Returns what the sum of this process is divided by; None: its own tokens or rows."""
+    total = batch_num_tokens if tokens else global_batch_size
+    return None if total is None else float(total) / dp_size
+
+
+@torch.no_grad()
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean over the tokens that count, 0 where there are none."""
+    live = mask.bool()
+    return torch.where(live, x, 0.0).sum() / live.sum().clamp(min=1)
+
+
+def _row_mean(x: Tensor, live: Tensor) -> Tensor:
+    """Returns `(B, 1)`, the mean of each row over its tokens that count."""
+    return torch.where(live, x, 0.0).sum(-1, True) / live.sum(-1, True).clamp(min=1)
+
+
+def _divergence(gating: str, rollout: Tensor, old: Tensor) -> Tensor:
+    """Returns for each token a divergence of two coins that show the token with p and with q."""
+    p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
+    if gating == "tv":
+        return (p - q).abs()
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()

@@ -82,6 +82,74 @@ def test_verl_functions(logits, index):
         verl.linear_cross_entropy(hidden, weight, index, 1.0, "avg")
 
 
+LOSSES = torch.tensor([[1.0, 2.0, torch.nan], [torch.nan] * 3, [6.0, torch.nan, torch.nan]])
+COUNTS = {"dp_size": 2, "batch_num_tokens": 10, "global_batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("mode", "local", "all_processes"),
+    [
+        ("token-mean", 9 / 3, 2 * 9 / 10),
+        ("token-sum", 9, 2 * 9),
+        ("seq-mean-token-sum", 9 / 2, 2 * 9 / 8),
+        ("seq-mean-token-mean", 7.5 / 2, 2 * 7.5 / 8),
+        ("seq-mean-token-sum-norm", 9 / 2 / 3, 2 * 9 / 8 / 3),
+    ],
+)
+def test_verl_aggregates(mode, local, all_processes):
+    mask = LOSSES.isfinite().long()
+    assert verl.agg_loss(LOSSES, mask, mode).item() == pytest.approx(local)
+    assert verl.agg_loss(LOSSES, mask, mode, **COUNTS).item() == pytest.approx(all_processes)
+    values = (2 * LOSSES).sqrt().requires_grad_()  # of half of the square
+    arguments = (values, torch.zeros(3, 3), values.detach(), mask, 1.0, mode)
+    assert verl.compute_value_loss(*arguments)[0].item() == pytest.approx(local)
+    loss, share = verl.compute_value_loss(*arguments, **COUNTS)
+    assert loss.item() == pytest.approx(all_processes) and share.item() == 0.0
+    policy = {"log_prob": values, "old_log_prob": values.detach(), "advantages": -LOSSES}
+    policy |= {"response_mask": mask, "loss_agg_mode": mode}
+    loss, _ = verl.compute_policy_loss_vanilla(**policy, config={"global_batch_info": COUNTS})
+    assert loss.item() == pytest.approx(all_processes)
+    loss.backward()
+    assert values.grad[mask == 0].eq(0).all() and values.grad[0, 0] != 0
+    if mode == "seq-mean-token-sum-norm":
+        counts = COUNTS | {"loss_scale_factor": 5}
+        assert verl.agg_loss(LOSSES, mask, mode, **counts).item() == pytest.approx(2 * 9 / 8 / 5)
+    if mode != "token-sum":
+        with pytest.raises(ValueError, match="expected the count of all 2 processes"):
+            verl.agg_loss(LOSSES, mask, mode, dp_size=2)
+
+
+@pytest.mark.parametrize("name", ["kl", "abs", "mse", "low_var_kl", "k1+", "abs+", "k3+"])
+def test_verl_kl_penalty(name):
+    d = torch.tensor([0.5, -1.0, 2.0, -9.0], dtype=torch.float64, requires_grad=True)
+    wanted = {"kl": d, "abs": d.abs(), "mse": d**2 / 2, "k1+": d, "abs+": d.abs()}
+    k3 = ((-d).exp() - 1 + d).clamp(max=10)
+    got = verl.kl_penalty(d, torch.zeros_like(d), name)
+    torch.testing.assert_close(got, wanted.get(name, k3))
+    behind = d**2 / 2 if name.endswith("+") else wanted.get(name, k3)
+    torch.testing.assert_close(gradient(got, d), gradient(behind, d))
+    with pytest.raises(ValueError, match="kl_penalty: expected"):
+        verl.kl_penalty(d, d.detach(), "full")
+
+
+def test_verl_advantages_by_group():
+    rewards = torch.tensor([[1.0, 1.0], [4.0, 1.0], [0.0, 4.0], [0.0, 7.0]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]])
+    index = ["a", "b", "a", "a"]  # rewards 2, 4, 7 and 5 alone
+    advantages, returns = verl.compute_grpo_outcome_advantage(rewards, mask, index, 0.0)
+    deviation = torch.tensor([2.0, 4.0, 7.0]).std()
+    row = (torch.tensor([2.0, 4.0, 7.0]) - 13 / 3) / deviation
+    wanted = torch.stack([row[0], torch.tensor(5.0), row[1], row[2]]).unsqueeze(1) * mask
+    torch.testing.assert_close(advantages, wanted)
+    assert torch.equal(advantages, returns)
+    centered, _ = verl.compute_grpo_outcome_advantage(rewards, mask, index, 0.0, False)
+    torch.testing.assert_close(centered[0], torch.full((2,), 2 - 13 / 3))
+    others, _ = verl.compute_rloo_outcome_advantage(rewards, mask, index)
+    torch.testing.assert_close(others[:, 0], torch.tensor([2 - 5.5, 5, 4 - 4.5, 7 - 3]))
+    with pytest.raises(ValueError, match="index: expected 4 names"):
+        verl.compute_rloo_outcome_advantage(rewards, mask, ["a"])
+
+
 # -- the patch ------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,12 @@
 import pkgutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn.functional import logsigmoid, normalize
 
 from apt_kernels import integrations
@@ -64,11 +67,45 @@ def test_openrlhf_policy_loss(tokens, masked, dual_clip):
         floor = torch.maximum(surrogate, dual_clip * advantages)
         surrogate = torch.where(advantages < 0, floor, surrogate)
     criterion = openrlhf.PolicyLoss(0.3, 0.4, dual_clip, tokens)
-    loss, clipped, kl, correction = criterion(logps, old, advantages, mask if masked else None)
+    loss, clipped, kl, *correction = criterion(logps, old, advantages, mask if masked else None)
     assert_equal(loss, mean(-surrogate, mask, tokens), logps)
     torch.testing.assert_close(clipped, mean((bounded < free).double(), mask, True))
     torch.testing.assert_close(kl, mean(old - logps.detach(), mask, True))
-    assert correction is None
+    assert correction == [None, None]
+    batch = {"dp_size": 2, "batch_num_tokens": 60, "global_batch_size": 10}
+    given = mask if masked else None
+    whole, *_ = criterion(logps, old, advantages, given, torch.zeros(4, 6), **batch)
+    sums = (-surrogate * mask).sum() / 60 if tokens else loss * 4 / 10
+    assert_equal(whole, 2 * sums, logps)
+
+
+CORRECTIONS = {
+    "keeps": (("token", "mask", "ratio", (0.4, 2.5)), [[2.0, 0.5, 0.0], [0.0, 1.0, 0.0]]),
+    "bounds": (("token", "clip", "ratio", (0.4, 2.5)), [[2.0, 0.5, 2.5], [0.4, 1.0, 0.0]]),
+    "rows": (("seq", "mask", "ratio", (0.9, 2.0)), [[2.0, 0.5, 4.0], [0.0, 0.0, 0.0]]),
+    "coins": (("token", "mask", "tv", (0.0, 0.15)), [[2.0, 0.5, 0.0], [0.25, 1.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_openrlhf_corrects_for_the_engine_that_sampled(name):
+    options, weights = CORRECTIONS[name]
+    ratio = torch.tensor([[2.0, 0.5, 4.0], [0.25, 1.0, torch.nan]]).double()
+    rollout = torch.tensor([[0.1, 0.2, 0.2], [0.1, 0.5, 0.5]]).double()
+    old = (rollout * ratio).log()
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    logps, advantages = randn(2, 3), torch.randn(2, 3).double()
+    logps = (old.nan_to_num(0.0) + 0.01 * logps).detach().requires_grad_()
+    criterion = openrlhf.PolicyLoss(0.2, 0.2, None, True, "ppo", *options)
+    loss, _, _, drift, dropped = criterion(logps, old, advantages, mask, rollout.log())
+    weights = torch.tensor(weights).double()
+    surrogate = (logps - old.nan_to_num(0.0)).exp() * advantages  # nothing is clipped
+    assert_equal(loss, -(weights * surrogate).sum() / 5, logps)
+    torch.testing.assert_close(drift, -ratio.log()[mask.bool()].mean())
+    shares = {"keeps": 2 / 5, "bounds": 2 / 5, "rows": 1 / 2, "coins": 1 / 5}
+    assert dropped.item() == pytest.approx(shares[name])
+    with pytest.raises(ValueError, match=r"^rollout_log_probs: expected a tensor"):
+        criterion(logps, old, advantages, mask)
 
 
 def test_openrlhf_gspo():
@@ -91,6 +128,9 @@ def test_openrlhf_value_loss(tokens, clip):
         error = torch.maximum(error, (old + (values - old).clamp(-clip, clip) - returns) ** 2)
     loss = openrlhf.ValueLoss(clip, tokens)(values, old, returns, mask)
     assert_equal(loss, 0.5 * mean(error, mask, tokens), values)
+    batch = {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 9}
+    whole = openrlhf.ValueLoss(clip, tokens)(values, old, returns, mask, **batch)
+    assert_equal(whole, loss * 2 * (10 / 40 if tokens else 3 / 9), values)
 
 
 def test_openrlhf_pair_wise_loss():
@@ -124,17 +164,29 @@ def test_dpo_losses():
         assert_equal(loss, wanted, chosen, rejected)
         torch.testing.assert_close(rewards[0], 0.3 * (chosen - ref_chosen).detach())
         torch.testing.assert_close(rewards[1], 0.3 * (rejected - ref_rejected).detach())
+    policy = SimpleNamespace(chosen_logps=chosen, rejected_logps=rejected)
+    reference = SimpleNamespace(chosen_logps=ref_chosen, rejected_logps=ref_rejected)
+    assert_equal(torchtune.DPOLoss(0.3, 0.1)(policy, reference)[0], losses, chosen, rejected)
+    with pytest.raises(ValueError, match=r"^reference_chosen_logps: expected None"):
+        torchtune.DPOLoss()(policy, reference, ref_chosen)
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: openrlhf.PolicyLoss(enable_vllm_is_correction=True), "enable_vllm_is_correction"),
+        (
+            lambda: openrlhf.PolicyLoss(is_correction_level="seq", is_correction_mode="clip"),
+            "is_correction_mode",
+        ),
+        (
+            lambda: openrlhf.PolicyLoss(is_correction_level="token", is_correction_gating="tv"),
+            "is_correction_threshold",
+        ),
         (lambda: openrlhf.PolicyLoss(policy_loss_type="ppg"), "policy_loss_type"),
         (lambda: openrlhf.DPOLoss(0.1, 0.1, ipo=True), "label_smoothing"),
         (lambda: lightly.NTXentLoss(0.0), "temperature"),
-        (lambda: lightly.NTXentLoss(memory_bank_size=8), "memory_bank_size"),
-        (lambda: lightly.NTXentLoss(0.1, (8, 4), True), "gather_distributed"),
+        (lambda: lightly.NTXentLoss(memory_bank_size=(8, 4, 2)), "memory_bank_size"),
+        (lambda: lightly.NTXentLoss(memory_bank_size=-8), "memory_bank_size"),
         (lambda: open_clip.ClipLoss(use_horovod=True), "use_horovod"),
         (lambda: open_clip.ClipLoss(world_size=2), "local_loss"),
         (lambda: open_clip.ClipLoss(local_loss=True, world_size=2), "gather_with_grad"),
@@ -149,8 +201,6 @@ def test_options_that_are_not_served(make, message):
 
 def test_arguments_that_are_not_served():
     x, flags = torch.randn(2, 3, 1), torch.zeros(2, 3, 1, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"^rollout_log_probs: expected None"):
-        openrlhf.PolicyLoss()(x[..., 0], x[..., 0], x[..., 0], rollout_log_probs=x[..., 0])
     with pytest.raises(ValueError, match=r"^logit_bias: expected None"):
         open_clip.ClipLoss()(x[0], x[0], 1.0, torch.tensor(1.0))
     estimate = torchrl.generalized_advantage_estimate
@@ -224,6 +274,32 @@ def test_lightly_bank_takes_the_keys_in_training_alone():
     assert torch.equal(criterion.bank[3], before[3]) and criterion.bank_ptr.item() == 3
     assert query.grad.abs().sum() > 0 and key.grad.abs().sum() > 0
     assert not criterion.state_dict()
+
+
+def test_lightly_bank_as_wide_as_the_first_batch():
+    criterion = lightly.NTXentLoss(0.2, memory_bank_size=4)
+    query, key = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    loss = criterion(query, key)
+    assert criterion.bank.shape == (4, 5) and loss.isfinite()
+    torch.testing.assert_close(criterion.bank[:3], normalize(key))
+
+
+def test_lightly_bank_takes_the_keys_of_all_processes(tmp_path):
+    mp.spawn(fill_a_bank, (str(tmp_path / "store"),), nprocs=2)
+
+
+def fill_a_bank(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    criterion = lightly.NTXentLoss(0.2, (8, 5), gather_distributed=True)
+    keys = torch.arange(1, 31).reshape(6, 5).float()
+    before = criterion.bank.clone()
+    query = torch.randn(3, 5, requires_grad=True)
+    loss = criterion(query, keys[3 * rank : 3 * rank + 3])
+    torch.testing.assert_close(criterion.bank[:6], normalize(keys))
+    own = normalize(keys[3 * rank : 3 * rank + 3])
+    logits = torch.cat([(normalize(query) * own).sum(1, True), normalize(query) @ before.T], 1)
+    torch.testing.assert_close(loss, (-(logits / 0.2).log_softmax(1)[:, 0]).mean())
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
