@@ -79,6 +79,8 @@ class Op:
     source: str
     benchmarks: tuple[Benchmark, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    # The arguments that autocast casts: the factors of the products.
+    autocast: tuple[str, ...] = ()
     summary: str = ""
 
     def sample(self, name: str, dtype: torch.dtype = torch.float32) -> Sample:

@@ -213,13 +213,60 @@ def test_no_recompilation_for_new_lengths(op):
     assert counter.frame_count <= 2, "one static graph, one for all other lengths"
 
 
+def _with_cast_factors(op, dtype):
+    """The operation on factors that are cast by hand as autocast casts them; others stay."""
+    signature = inspect.signature(op.function)
+
+    def function(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        factors = {n: t for n, t in bound.arguments.items() if n in op.autocast and t is not None}
+        if all(t.dtype != torch.float64 for t in factors.values()):
+            bound.arguments.update({n: t.to(dtype) for n, t in factors.items()})
+        return op.function(*bound.args, **bound.kwargs)
+
+    return function
+
+
+def _assert_equal(results, wanted):
+    for got, expected in zip((*results[0], *results[1]), (*wanted[0], *wanted[1]), strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def _of_autocast():
+    for op in OPS.values():
+        for dtype in [d for d in op.dtypes if d in (torch.float32, torch.bfloat16, torch.float64)]:
+            for sample in list(op.samples(dtype))[: None if op.autocast else 1]:
+                yield pytest.param(op, sample, id=f"{op.name}-{_name(dtype)}-{sample.name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=_name)
+@pytest.mark.parametrize("op, sample", list(_of_autocast()))
+def test_autocast_casts_the_factors_of_products_alone(op, sample, dtype):
+    """Bit for bit; gradients arrive in the dtype of the inputs. float64 is left alone."""
+    for device in DEVICES:
+        wanted = call(_with_cast_factors(op, dtype), fresh(sample, device), backend=ONLY_BACKEND)
+        function = torch.autocast(device, dtype=dtype)(op.function)  # backward is outside
+        results = call(function, fresh(sample, device), backend=ONLY_BACKEND)
+        _assert_equal(results, wanted)
+
+
 @pytest.mark.parametrize("op, sample", list(_each_sample(1)))
-def test_autocast(op, sample):
-    outputs, grads = call(op.function, fresh(sample))
+def test_autocast_in_one_graph(op, sample):
+    torch._dynamo.reset()
+
+    def inside(*args, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return op.function(*args, **kwargs)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast_outputs, cast_grads = call(op.function, fresh(sample))
-    for got, wanted in zip((*cast_outputs, *cast_grads), (*outputs, *grads), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        wanted = call(op.function, fresh(sample), backend=ONLY_BACKEND)
+        compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+        around = call(compiled, fresh(sample), backend=ONLY_BACKEND)
+    compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    for results in (around, call(compiled, fresh(sample), backend=ONLY_BACKEND)):
+        for got, expected in zip((*results[0], *results[1]), (*wanted[0], *wanted[1]), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("op, sample", [p for p in _differentiable(1) if _has_kernels(p.values[0])])

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ... import checks, dispatch, reference
+from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
 from ..common.module import LossModule
 from . import similarity
@@ -34,8 +35,9 @@ def info_nce(
     """The loss logsumexp_j s_ij - s_i,i+label_offset of each row, where s = q . k / temperature.
 
     The matrix of similarities exists a tile at a time: memory is O((N + M) D), forward costs one
-    product of all pairs, backward three. Sources: van den Oord 2018; Radford 2021 (CLIP: symmetric,
-    a learned temperature); He 2020 (MoCo: negatives).
+    product of all pairs, backward three. Under autocast all rows are cast to its dtype, as a
+    product of matrices does; sums are float32. Sources: van den Oord 2018; Radford 2021 (CLIP:
+    symmetric, a learned temperature); He 2020 (MoCo: negatives).
 
     Args:
         query: `(N, D)` float32, bfloat16, float16 or float64; any strides; differentiable.
@@ -75,6 +77,7 @@ def info_nce(
     checks.flag("symmetric", symmetric)
     checks.flag("return_correct", return_correct)
     _check_classes(query, key, negatives, symmetric, label_offset, process_group)
+    query, key, negatives = as_autocast(query, key, negatives)
     backend = dispatch.choose("info_nce", query.device, backend, query.dtype)
     if backend == "reference":
         return reference.info_nce(

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ... import checks, dispatch, reference
+from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
 from ..common.module import LossModule
 from . import similarity
@@ -33,6 +34,7 @@ def nt_xent(
     The mean is over 2N rows, as in lightly and solo-learn; google-research's simclr gives twice as
     much. The matrix of similarities is symmetric and exists a tile at a time: each pair of rows is
     multiplied once forward and once backward, with one coefficient for both; memory is O(N D).
+    Under autocast all rows are cast to its dtype, as a product of matrices does; sums are float32.
     Source: Chen 2020 (SimCLR), eq. 1.
 
     Args:
@@ -67,6 +69,7 @@ def nt_xent(
     similarity.check_options(temperature, reduction, process_group, "z1", z1)
     checks.flag("normalize", normalize)
     checks.flag("return_correct", return_correct)
+    z1, z2 = as_autocast(z1, z2)
     backend = dispatch.choose("nt_xent", z1.device, backend, z1.dtype)
     if backend == "reference":
         return reference.nt_xent(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
 from ..common.module import LossModule
 from . import similarity
@@ -79,8 +80,9 @@ def siglip_loss(
     """The loss sum_j -log sigmoid(z_ij (q_i . k_j / temperature + logit_bias)) of each row.
 
     z is 1 for a row's own key and -1 for others. The matrix of similarities exists a tile at a
-    time: memory is O((N + M) D), forward costs one product of all pairs, backward three. Source:
-    Zhai 2023 (SigLIP), eq. 1.
+    time: memory is O((N + M) D), forward costs one product of all pairs, backward three. Under
+    autocast all rows are cast to its dtype, as a product of matrices does; sums are float32.
+    Source: Zhai 2023 (SigLIP), eq. 1.
 
     Args:
         query: `(N, D)` float32, bfloat16, float16 or float64; any strides; differentiable.
@@ -120,6 +122,7 @@ def siglip_loss(
     else:
         checks.finite("logit_bias", logit_bias)
     similarity.check_label_offset(label_offset, query, key, process_group)
+    query, key = as_autocast(query, key)
     backend = dispatch.choose("siglip_loss", query.device, backend, query.dtype)
     if backend == "reference":
         return reference.siglip_loss(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
 from ..common.module import LossModule
 from . import similarity
@@ -81,8 +82,9 @@ def sup_con_loss(
 
     P_i are the other rows of anchor i's label. Two views of every sample with labels of their own
     give NT-Xent. The matrix of similarities is symmetric and exists a tile at a time: each pair of
-    rows is multiplied once forward and once backward; memory is O(N D). Source: Khosla 2020,
-    L_out; the authors' code multiplies it by temperature / 0.07, we do not.
+    rows is multiplied once forward and once backward; memory is O(N D). Under autocast
+    the rows are cast to its dtype, as a product of matrices does; sums are float32. Source: Khosla
+    2020, L_out; the authors' code multiplies it by temperature / 0.07, we do not.
 
     Args:
         features: `(N, D)` float32, bfloat16, float16 or float64; several views of a sample are
@@ -117,6 +119,7 @@ def sup_con_loss(
     similarity.check_options(temperature, reduction, process_group, "features", features)
     checks.flag("normalize", normalize)
     checks.flag("return_correct", return_correct)
+    (features,) = as_autocast(features)
     backend = dispatch.choose("sup_con_loss", features.device, backend, features.dtype)
     if backend == "reference":
         return reference.sup_con_loss(

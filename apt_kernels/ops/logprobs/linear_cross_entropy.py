@@ -11,6 +11,7 @@ from ... import checks, dispatch, reference
 from ...codes import REDUCTIONS
 from ...reference.head import head_logits
 from ...reference.numerics import accumulate_dtype
+from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
 from ..common.head import (
     check_head,
@@ -84,7 +85,8 @@ def linear_cross_entropy(
     Args:
         hidden: `(..., D)` float32, bfloat16, float16 or float64; any strides; differentiable.
         weight: `(V, D)`, the output embedding, differentiable. Where the dtypes of hidden states,
-            weight and bias differ, all are converted to the widest.
+            weight and bias differ, all are converted to the widest. Under autocast they are
+            converted to its dtype, as `F.linear` does; sums are float32 all the same.
         labels: `(...)` integers in [0, V), or `ignore_index`.
         bias: `(V,)` or None, differentiable.
         ignore_index: the label of rows that do not count, whatever they hold.
@@ -113,6 +115,7 @@ def linear_cross_entropy(
     _check_options(ignore_index, label_smoothing, reduction, return_correct)
     if reduction != "mean":
         checks.unused("normalizer", normalizer, "only the mean is divided")
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     backend = dispatch.choose("linear_cross_entropy", hidden.device, backend, hidden.dtype)
     if backend == "reference":
         return reference.linear_cross_entropy(

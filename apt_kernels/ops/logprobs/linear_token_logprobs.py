@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import checks, dispatch, reference
+from ..common.autocast import as_autocast
 from ..common.head import BACKWARD, FORWARD, check_head, check_tokens, head_logprobs
 
 dispatch.register("linear_token_logprobs", FORWARD, BACKWARD)
@@ -36,7 +37,8 @@ def linear_token_logprobs(
     Args:
         hidden: `(..., D)` float32, bfloat16, float16 or float64; any strides; differentiable.
         weight: `(V, D)`, the output embedding, differentiable. Where the dtypes of hidden states,
-            weight and bias differ, all are converted to the widest.
+            weight and bias differ, all are converted to the widest. Under autocast they are
+            converted to its dtype, as `F.linear` does; sums are float32 all the same.
         token_ids: `(...)` integers in [0, V).
         bias: `(V,)` or None, differentiable. A column of -inf is excluded from the vocabulary.
         temperature: a number above 0, or a tensor `(...)` of one per row (no gradient).
@@ -59,6 +61,7 @@ def linear_token_logprobs(
     check_head(hidden, weight, bias, softcap, logit_scale)
     check_tokens(hidden, token_ids, temperature, mask)
     checks.flag("return_entropy", return_entropy)
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     backend = dispatch.choose("linear_token_logprobs", hidden.device, backend, hidden.dtype)
     if backend == "reference":
         return reference.linear_token_logprobs(

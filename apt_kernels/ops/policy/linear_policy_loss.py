@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
+from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients, save_call, saved_call
 from ..common.head import (
     check_head,
@@ -84,7 +85,8 @@ def linear_policy_loss(
         hidden: `(B, T, D)` float32, bfloat16, float16 or float64; any strides; differentiable. A
             masked token may hold anything, in any argument; it has no loss and no gradient.
         weight: `(V, D)`, the output embedding; differentiable. Where the dtypes of `hidden`,
-            `weight` and `bias` differ, all are cast to the widest.
+            `weight` and `bias` differ, all are cast to the widest. Under autocast they are cast to
+            its dtype, as `F.linear` does; sums are float32 all the same.
         token_ids: `(B, T)` integers in [0, V).
         old_logps: `(B, T)`, log-probabilities in nats at sampling time; None takes the policy's
             own, so that the ratio is 1.
@@ -149,6 +151,7 @@ def linear_policy_loss(
         rollout_weights=rollout_weights,
         normalizer=normalizer,
     )
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     backend = dispatch.choose("linear_policy_loss", hidden.device, backend, hidden.dtype)
     if backend == "reference":
         return reference.linear_policy_loss(

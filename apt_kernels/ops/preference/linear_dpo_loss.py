@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import checks, dispatch, reference
 from ..common import head, sequences
+from ..common.autocast import as_autocast
 from .dpo_loss import KERNEL, DPOLoss, dpo_loss
 
 dispatch.register(
@@ -53,7 +54,8 @@ def linear_dpo_loss(
 
     Args:
         hidden: `(2B, T, D)` float32, bfloat16, float16 or float64; any strides; differentiable.
-        weight: `(V, D)`, the output embedding, differentiable.
+        weight: `(V, D)`, the output embedding, differentiable; dtypes and autocast as in
+            `linear_token_logprobs`.
         token_ids: `(2B, T)` integers in [0, V).
         mask: `(2B, T)`, True counts: the tokens of the answers. Others may hold anything and have
             exactly no gradient; an answer without tokens has a log-probability of 0.
@@ -93,6 +95,7 @@ def linear_dpo_loss(
     checks.tensor("mask", mask, (torch.bool, *checks.INTEGERS, *checks.FLOATS))
     checks.flag("average", average)
     pairs = rows[0] // 2
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     backend = dispatch.choose("linear_dpo_loss", hidden.device, backend, hidden.dtype)
     options = {"mask": mask, "temperature": temperature, "softcap": softcap}
     options["logit_scale"] = logit_scale

@@ -130,6 +130,7 @@ OP = Op(
     samples=samples,
     of_length=of_length,
     rejected=rejected,
+    autocast=("query", "key", "negatives"),
     source="van den Oord 2018, Radford 2021",
     summary="CLIP's and MoCo's loss without the matrix of similarities",
     benchmarks=(

@@ -121,6 +121,7 @@ OP = Op(
     samples=samples,
     of_length=of_length,
     rejected=rejected,
+    autocast=("z1", "z2"),
     source="Chen 2020",
     summary="SimCLR's loss by half of the similarities of both views",
     benchmarks=(

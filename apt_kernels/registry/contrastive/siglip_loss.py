@@ -100,6 +100,7 @@ OP = Op(
     samples=samples,
     of_length=of_length,
     rejected=rejected,
+    autocast=("query", "key"),
     source="Zhai 2023",
     summary="the sigmoid loss of all pairs without their matrix",
     benchmarks=(_benchmark(4096, 128),),

@@ -138,6 +138,7 @@ OP = Op(
     samples=samples,
     of_length=of_length,
     rejected=rejected,
+    autocast=("features",),
     source="Khosla 2020",
     summary="supervised contrastive loss by half of the similarities",
     benchmarks=(_benchmark(4096, 128, 100),),

@@ -203,6 +203,7 @@ OP = Op(
     samples=samples,
     of_length=of_length,
     rejected=rejected,
+    autocast=("hidden", "weight", "bias"),
     source="Szegedy 2016; Wijmans 2024",
     summary="cross-entropy of an output head; ignored rows cost nothing",
     benchmarks=(

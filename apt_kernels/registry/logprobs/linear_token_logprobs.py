@@ -191,6 +191,7 @@ OP = Op(
     samples=samples,
     of_length=of_length,
     rejected=rejected,
+    autocast=("hidden", "weight", "bias"),
     source="Wijmans 2024",
     summary="token log-probabilities from hidden states, without the logits",
     benchmarks=(

@@ -273,6 +273,7 @@ OP = Op(
     samples=samples,
     of_length=of_length,
     rejected=rejected,
+    autocast=("hidden", "weight", "bias"),
     source="Schulman 2017; Wijmans 2024",
     summary="policy_loss from hidden states, gradient formed in the forward pass",
     benchmarks=(

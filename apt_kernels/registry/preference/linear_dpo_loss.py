@@ -167,6 +167,7 @@ OP = Op(
     samples=samples,
     of_length=of_length,
     rejected=rejected,
+    autocast=("hidden", "weight", "bias"),
     source="Rafailov 2023; Wijmans 2024",
     summary="dpo_loss from hidden states, without the logits",
     benchmarks=(
