@@ -42,11 +42,11 @@ demo-pretraining: setup ## SimCLR, MoCo, MLM and NSP on digits and reviews; figu
 test: setup ## all tests, a file at a time on every core (under 15 minutes on 2)
 	$(PYTEST) tests
 
-test-peers: setup ## the adapters against the sources of OpenRLHF and verl, downloaded to build/peers
-	@for peer in openrlhf==0.11.2 verl==0.9.1; do \
+test-peers: setup ## the adapters against the sources of OpenRLHF, verl and Liger, downloaded to build/peers
+	@for peer in openrlhf==0.11.2 verl==0.9.1 liger-kernel==0.8.5; do \
 	  name=$${peer%%==*}; test -d build/peers/$$name || { mkdir -p build/peers && \
 	  $(PIP) download --no-deps --dest build/peers/wheels $$peer && \
-	  $(BIN)/python -m zipfile -e build/peers/wheels/$$name-*.whl build/peers/$$name; } || exit 1; done
+	  $(BIN)/python -m zipfile -e build/peers/wheels/$$(echo $$name | tr - _)-*.whl build/peers/$$name; } || exit 1; done
 	APT_PEERS=build/peers $(PYTEST) tests/peers/source_tests.py
 
 bench: setup ## kernels against eager and compiled PyTorch; results under benchmarks/results/

@@ -6,7 +6,9 @@ compiled, so that nothing of a peer is imported.
 """
 
 import ast
+import importlib
 import os
+import sys
 import types
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from apt_kernels.integrations import liger as ours_liger
 from apt_kernels.integrations import openrlhf, verl
 
 PACKAGES = Path(os.environ["APT_PEERS"])
@@ -168,3 +171,72 @@ def test_verl_advantages_by_group(core):
         m.compute_rloo_outcome_advantage(rewards.clone(), mask, index)[0] for m in (verl, core)
     )
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def liger():
+    folder = str(PACKAGES / "liger-kernel")
+    sys.path.insert(0, folder)
+    yield importlib.import_module("liger_kernel.chunked_loss")
+    sys.path.remove(folder)
+
+
+def states(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+DPO = [{"loss_type": name} for name in ("sigmoid", "hinge", "nca_pair", "bco_pair", "sppo_hard")]
+DPO += [{"loss_type": name} for name in ("apo_zero", "apo_down", "discopop")]
+DPO += [{"loss_type": "robust", "label_smoothing": 0.2}]
+DPO += [{"loss_type": "exo_pair", "label_smoothing": 0.01}]
+DPO += [
+    {"average_log_prob": True, "compute_nll_loss": True, "alpha": 0.3},
+    {"use_ref_model": False},
+]
+
+
+@pytest.mark.parametrize("options", DPO, ids=lambda o: "-".join(map(str, o.values())))
+def test_liger_dpo(liger, options):
+    hidden, weight, bias = states(6, 5, 4), states(11, 4), states(11)
+    ref = (torch.randn(6, 5, 4).double(), torch.randn(11, 4).double(), torch.randn(11).double())
+    target = torch.randint(0, 11, (6, 5))
+    target[1, :2] = target[5, 3:] = -100
+    results = []
+    for module, compiled in ((ours_liger, {}), (liger, {"compiled": False})):
+        criterion = module.LigerFusedLinearDPOLoss(beta=0.3, **options, **compiled)
+        loss, more = criterion(weight, hidden, target, bias, *ref)
+        results.append((loss, more, torch.autograd.grad(loss, (hidden, weight, bias))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, check_dtype=False, rtol=1e-4, atol=1e-5)
+
+
+GRPO = [{"loss_type": n} for n in ("grpo", "bnpo", "dapo", "sapo")]
+GRPO += [{"loss_type": "cispo", "epsilon_high": 1.1}]
+GRPO += [{"loss_type": "dr_grpo", "max_completion_length": 9}, {"delta": 1.5}, {"beta": 0.0}]
+GRPO += [{"use_bias_correction_kl": True}, {"temperature": 0.7}]
+GRPO += [{"importance_sampling_level": "sequence", "loss_type": "grpo"}]
+
+
+@pytest.mark.parametrize("options", GRPO, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("given", ["alone", "everything"])
+def test_liger_grpo(liger, options, given):
+    hidden, weight, bias = states(4, 6, 5), states(11, 5), states(11)
+    ids = torch.randint(0, 11, (4, 6))
+    mask = (torch.arange(6) < torch.tensor([[6], [2], [4], [5]])).long()
+    advantages = torch.randn(4).double()
+    rest, options = {}, {"use_ref_model": given == "everything"} | options
+    if given == "everything":
+        now = (hidden @ weight.T + bias).detach() / options.get("temperature", 1.0)
+        now = now.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        rest["old_per_token_logps"] = now + 0.2 * torch.randn(4, 6)
+        rest["ref_per_token_logps"] = now + 0.2 * torch.randn(4, 6)
+        rest["vllm_is_ratio"] = torch.rand(4, 1).double() + 0.5
+        rest["num_items_in_batch"] = 40
+    results = []
+    for module, compiled in ((ours_liger, {}), (liger, {"compiled": False})):
+        criterion = module.LigerFusedLinearGRPOLoss(**{"loss_type": "dapo"} | options, **compiled)
+        loss, more = criterion(hidden, weight, ids, mask, advantages, bias, **rest)
+        more = tuple(more)[: -1 if options.get("loss_type") == "cispo" else None]
+        results.append((loss, more, torch.autograd.grad(loss, (hidden, weight, bias))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, check_dtype=False, rtol=1e-4, atol=1e-5)
