@@ -11,6 +11,7 @@ from apt_model.commands.run import run_steps
 from apt_model.training.checkpoint import Checkpoint
 from apt_model.training.curves import Curves
 from apt_model.training.loop import TrainingLoop
+from support.tiny_models import tiny_llama
 
 ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 
@@ -182,6 +183,31 @@ def test_impossible_options():
         Regression(linear().requires_grad_(False))
     with pytest.raises(ValueError, match="holds no parameter"):
         Regression(linear(), torch.optim.SGD(linear().parameters(), 0.1))
+
+
+def test_a_frozen_adapter_or_policy_does_not_leave_the_heads_to_train(tmp_path):
+    """PEFT loads adapters frozen: a head that the trainer makes would be all that learns."""
+    import peft
+
+    from apt_model.rl import RewardModel, create_rlhf_trainer
+    from apt_model.rl.reward_trainer import RewardModelTrainer
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    for trainable in (False, True):
+        model = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=trainable)
+        made = [
+            lambda model=model: create_rlhf_trainer(model, lambda ids, mask: [0.0]),
+            lambda model=model: RewardModelTrainer(RewardModel(model, 16)),
+        ]
+        for make in made:
+            if trainable:
+                make()
+                continue
+            with pytest.raises(ValueError, match="requires a gradient"):
+                make()
+    with pytest.raises(ValueError, match="policy_model: no parameter requires a gradient"):
+        create_rlhf_trainer(tiny_llama().requires_grad_(False), lambda ids, mask: [0.0])
 
 
 def test_the_device_is_where_the_model_is_unless_told():

@@ -12,7 +12,7 @@ import torch
 from ..data.images import ImageViews, load_images
 from ..pretraining.encoder import Encoder
 from ..pretraining.views import pool
-from ..training.options import device_of, evaluating
+from ..scoring.devices import device_of, evaluating
 from .messages import say
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")

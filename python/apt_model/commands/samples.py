@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..scoring.devices import device_of, evaluating
 from ..scoring.model_access import without_wrapper
 from ..training import processes
 from ..training.files import write_whole
-from ..training.options import device_of, evaluating
 
 BATCH = 16
 

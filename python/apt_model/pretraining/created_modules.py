@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..scoring.devices import device_of, evaluating, move_modules
 from ..scoring.model_access import FSDPModule
@@ -102,11 +101,6 @@ def add_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> 
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     new = [p for p in parameters if id(p) not in held and p.requires_grad]
     optimizer.param_groups[0]["params"].extend(new)
-
-
-def warmup(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Returns the schedule whose factor is min(1, (step + 1) / steps)."""
-    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
 
 
 def bring_beside(model: nn.Module, module: nn.Module) -> None:

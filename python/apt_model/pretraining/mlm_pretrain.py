@@ -14,7 +14,8 @@ from ..data.sentence_pairs import NSPDataBuilder
 from ..scoring.model_access import vocabulary_size
 from ..training.config import split_options
 from ..training.loop import read_numbers
-from .created_modules import CreatedModulesLoop, warmup
+from ..training.schedule import warmup_of
+from .created_modules import CreatedModulesLoop
 from .encoder import Encoded, Encoder
 from .masked_batch import MaskedBatch, make_masked_batch, masked
 from .mlm_config import MLMConfig
@@ -80,7 +81,6 @@ class MLMPretrainer(CreatedModulesLoop):
         if self.config.use_nsp:
             has_nsp = own is not None and own.has_nsp
             self.nsp_head = OwnNSPHead(own, backend) if has_nsp else NSPHead(hidden_size, backend)
-        steps = self.config.warmup_steps
         super().__init__(
             "model",
             model,
@@ -90,7 +90,7 @@ class MLMPretrainer(CreatedModulesLoop):
             learning_rate=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
             max_grad_norm=self.config.max_grad_norm,
-            scheduler=partial(warmup, steps=steps) if scheduler is None and steps else scheduler,
+            scheduler=warmup_of(self.config.warmup_steps) if scheduler is None else scheduler,
             **options,
         )
         self._own_head = own

@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from apt_kernels import kl_penalty
 
+from ..scoring.devices import evaluating, move_modules
 from ..scoring.model_access import vocabulary_size
 from ..scoring.next_token import NextTokenScorer
 from ..scoring.output_head import Scoring, TokenScores
 from ..scoring.value_head import ValueHead
 from ..training.curves import read_numbers
 from ..training.loop import TrainingLoop
-from ..training.options import evaluating, move_modules
 from .kl_control import KLCoefficient
 from .reference_model import START, ReferenceModel
 from .response_end import StopRules, read_end_tokens
@@ -79,6 +79,8 @@ class PolicyTrainer(TrainingLoop):
         **options: Any,
     ) -> None:
         self.config = config
+        if not any(parameter.requires_grad for parameter in policy_model.parameters()):
+            raise ValueError("policy_model: no parameter requires a gradient")
         device = move_modules([policy_model], device)
         modules: dict[str, nn.Module] = {"policy": policy_model}
         self.value_head = ValueHead(policy_model).wrapped_as(policy_model) if value_head else None

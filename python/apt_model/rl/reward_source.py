@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..scoring.devices import device_of, evaluating
 from ..scoring.model_access import without_wrapper
 from ..scoring.sequence_scores import SequenceScores
-from ..training.options import device_of, evaluating
 from .reward_output import rewards_of
 
 

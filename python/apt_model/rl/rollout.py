@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
+from ..scoring.devices import evaluating
 from ..scoring.model_access import FSDPModule, base_model, has_adapter, without_wrapper
 from ..scoring.next_token import NextTokenScorer
-from ..training.options import evaluating
 from .batch_checks import check_real_rows, check_vocabulary, checked_ids, checked_mask
 from .response_end import FoundEnds, StopRules, read_end_tokens
 

@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ..scoring.devices import move_modules
 from ..scoring.model_access import FSDPModule
 from .curves import Curves, read_numbers
 from .master_weights import FIRST_SCALE, FIRST_SCALE_OF_FLOAT16, MasterWeights
 from .options import (
     data_parallel_groups,
-    move_modules,
     read_autocast_dtype,
     read_log,
     read_max_grad_norm,

@@ -11,10 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..scoring.devices import device_of, evaluating, move_modules
-from ..scoring.model_access import FSDPModule
-
-__all__ = ["device_of", "evaluating", "move_modules"]  # also known by this module's name
+from ..scoring.model_access import FSDPModule, has_adapter
 
 AUTOCAST_DTYPES = {
     "bf16": torch.bfloat16,
@@ -53,6 +50,8 @@ def read_optimizer(
     trained = {id(p): p for p in parameters if p.requires_grad}
     if not trained:
         raise ValueError(f"no parameter of the {' and '.join(modules)} requires a gradient")
+    for name, module in modules.items():
+        _reject_frozen_adapter(name, module)
     if optimizer is None:
         fused = all(p.device.type in FUSED_OPTIMIZER_DEVICES for p in trained.values())
         spared = set() if decay_norms_and_biases or not weight_decay else _spared(modules.values())
@@ -67,6 +66,19 @@ def read_optimizer(
             "gradient: make it after the model was wrapped"
         )
     return optimizer
+
+
+def _reject_frozen_adapter(name: str, module: nn.Module) -> None:
+    """Raises where an adapter is there to be trained and nothing of it is: a head alone would be.
+
+    So `PeftModel.from_pretrained` gives it by default.
+    """
+    for part in module.modules():
+        if has_adapter(part) and not any(p.requires_grad for p in part.parameters()):
+            raise ValueError(
+                f"{name}: no parameter of its adapter requires a gradient: load it with "
+                "is_trainable=True, or merge it into the model to train something else"
+            )
 
 
 def _spared(modules: Iterable[nn.Module]) -> set[int]:

@@ -32,7 +32,7 @@ def schedule(
     if name in CONSTANT:
         if options:
             raise ValueError(f"--schedule-options: {name} has none, got {', '.join(options)}")
-        return partial(_warmup, steps=warmup_steps) if warmup_steps else None
+        return warmup_of(warmup_steps)
     made = partial(
         _scheduled, name=name, warmup=warmup_steps, total=total_steps, options=dict(options or {})
     )
@@ -55,8 +55,13 @@ def _try(made: Callable[[Optimizer], LambdaLR], name: str) -> None:
         ) from None
 
 
+def warmup_of(steps: int) -> Callable[[Optimizer], LambdaLR] | None:
+    """Returns what makes a rate that rises over `steps` steps and stays; None for no steps."""
+    return partial(_warmup, steps=steps) if steps else None
+
+
 def _warmup(optimizer: Optimizer, steps: int) -> LambdaLR:
-    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
+    return LambdaLR(optimizer, partial(_factor, after=lambda step: 1.0, warmup=steps))
 
 
 def _scheduled(
