@@ -124,6 +124,29 @@ def test_two_processes_of_fsdp_train_as_one(files, causal_folder, encoder_folder
     assert main([*sharded, "--epochs=3"]) == 0  # by one process
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_two_processes_of_16_bits_train_as_one(
+    dtype, sharded, files, causal_folder, encoder_folder, tmp_path
+):
+    """The float32 copies of 16-bit parameters are each process's own, or its part of them."""
+    run = arguments("train-dpo", files, causal_folder, encoder_folder, tmp_path / "one")
+    run += [f"--dtype={dtype}", "--learning-rate=1e-3", "--epochs=6"]
+    assert main(run) == 0
+    given = [*run, f"--output={tmp_path / 'two'}", *(["--fsdp"] if sharded else [])]
+    for more in (["--max-steps=7"], []):  # stopped and continued
+        _, err, status = torchrun(*given, *more)
+        assert status == 0, err
+    one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two"))
+    assert one["before"]["loss"] - one["after"]["loss"] > 0.01
+    assert two["after"] == pytest.approx(one["after"], abs=5e-3)
+    assert two["curves"]["loss"] == pytest.approx(one["curves"]["loss"], abs=1e-2)
+    expected, moved = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert {value.dtype for value in moved.values()} == {getattr(torch, dtype)}
+    for name, value in moved.items():
+        torch.testing.assert_close(value, expected[name], rtol=0.02, atol=2e-3, msg=name)
+
+
 @pytest.mark.parametrize("name", ["train-grpo", "train-rlhf"])
 def test_two_processes_sample_and_learn(name, files, causal_folder, tmp_path):
     out, err, status = torchrun(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .state import snapshot
+from .state import sharded_as, snapshot
 
 HALF = (torch.float16, torch.bfloat16)
 FIRST_SCALE = 2.0**16  # of a loss, as torch's GradScaler begins
@@ -105,7 +105,7 @@ class MasterWeights:
                 f"the {len(own)} of this trainer"
             )
         for name, master in own.items():
-            master.copy_(state[name])
+            master.copy_(sharded_as(state[name], master))
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {str(i): master for i, (_, master) in enumerate(self._pairs) if master.requires_grad}
