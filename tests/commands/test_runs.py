@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from apt_model.commands.main import main
-from apt_model.training.files import DamagedFile, FolderLock, load_tensors, save_tensors
+from apt_model.training.files import (
+    DamagedFile,
+    FolderLock,
+    load_tensors,
+    save_tensors,
+    sha256_of,
+)
 from apt_model.training.schedule import schedule
 from commands import test_cli, test_cli_pretraining
 from commands.test_cli import arguments, parameters, rows, write
@@ -201,6 +207,27 @@ def test_weight_decay_shrinks_weights(run, tmp_path, decay, norms_too):
     for name, shrinks in (("lm_head.weight", True), ("model.norm.weight", norms_too)):
         expected = theirs[name] - 1e-2 * decay * shrinks * start[name]
         torch.testing.assert_close(ours[name], expected)
+
+
+def test_the_hash_of_a_folder_is_of_what_its_links_lead_to(tmp_path):
+    """Images of a linked folder are trained on: another content is another run."""
+    inside, outside = tmp_path / "data", tmp_path / "elsewhere"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "own.png").write_bytes(b"own")
+    (inside / "linked").symlink_to(outside, target_is_directory=True)
+    (outside / "back").symlink_to(inside, target_is_directory=True)  # a loop
+    (outside / "theirs.png").write_bytes(b"first")
+    first = sha256_of(inside)
+    assert sha256_of(inside) == first
+    (outside / "theirs.png").write_bytes(b"other")
+    assert sha256_of(inside) != first
+    (outside / "theirs.png").write_bytes(b"first")
+    copied = tmp_path / "copied"
+    (copied / "linked").mkdir(parents=True)
+    (copied / "own.png").write_bytes(b"own")
+    (copied / "linked" / "theirs.png").write_bytes(b"first")
+    assert sha256_of(copied) == first  # what is read is the same
 
 
 # Files that are damaged, locked or left

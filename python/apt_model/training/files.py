@@ -27,8 +27,7 @@ def sha256_of(path: Path, whole: bool = True) -> str:
             model's parameters are many.
     """
     digest = hashlib.sha256()
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    for file in files:
+    for file in _files_below(path) if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
         with open(file, "rb") as opened:
@@ -41,6 +40,22 @@ def sha256_of(path: Path, whole: bool = True) -> str:
                 opened.seek(size - BLOCK)
                 digest.update(opened.read(BLOCK))
     return digest.hexdigest()
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Returns the files below a folder and below the folders that links lead to, each once."""
+    found, seen = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort(key=lambda name: (Path(parent, name).is_symlink(), name))  # links come last
+        kept = []
+        for name in folders:
+            real = os.path.realpath(Path(parent, name))
+            if real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        found += [Path(parent, name) for name in names if Path(parent, name).is_file()]
+    return sorted(found)
 
 
 def sha256_of_all(paths: Sequence[Path]) -> str:
