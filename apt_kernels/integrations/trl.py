@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..ops.logprobs.linear_token_logprobs import linear_token_logprobs
 from ..ops.logprobs.token_logprobs import token_logprobs
+from ..ops.preference.bradley_terry_loss import bradley_terry_loss
 
 _PATCHED_MODULE = "trl.trainer.utils"
+_REWARD_MODULE = "trl.trainer.reward_trainer"
 _TRAINERS = ("dpo_trainer", "grpo_trainer", "kto_trainer", "rloo_trainer", "sft_trainer")
 _originals: dict[str, Any] = {}  # TRL's own objects by name, while ours are in their place
 # TRL's optional results, in its order; all but the first are metrics without a gradient.
@@ -260,6 +262,27 @@ def report() -> dict[str, Any]:
     return {"taken": _calls["taken"], "refused": dict(_calls["refused"])}
 
 
+def _compute_reward_loss(
+    self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+) -> Any:
+    """`RewardTrainer.compute_loss` with the loss of `bradley_terry_loss`, in float32.
+
+    TRL's own method runs the model and keeps its metrics; its loss of one number a pair is dropped.
+    """
+    margin = inputs.get("margin")
+    original = _originals["RewardTrainer.compute_loss"]
+    _, outputs = original(self, model, inputs, True, num_items_in_batch)
+    chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+    _calls["taken"] += 1
+    loss = bradley_terry_loss(
+        chosen,
+        rejected,
+        margin=None if margin is None else margin.to(chosen.dtype),
+        center_coef=self.args.center_rewards_coefficient or 0.0,
+    )
+    return (loss, outputs) if return_outputs else loss
+
+
 def _trl_function():
     original = _originals.get("_ChunkedLogProbFunction")
     if original is None:  # called by itself, without the patch
@@ -279,7 +302,8 @@ def apply_to_trl() -> dict[str, str]:
     """Puts the functions of this module in the place of TRL's, in every module that has them.
 
     The trainers for DPO, GRPO, KTO, RLOO and SFT then compute their log-probabilities with these
-    kernels, at TRL's defaults too; `report()` counts the calls. A second call changes nothing more
+    kernels, and the trainer of reward models its loss, at TRL's defaults too; `report()` counts the
+    calls. A second call changes nothing more
     than modules that were imported since. A function of another TRL that takes other arguments
     stays, with a warning.
 
@@ -313,7 +337,7 @@ def apply_to_trl() -> dict[str, str]:
         if current is not _REPLACEMENTS[name]:
             _originals[name] = current
     _calls.update(taken=0, refused={})
-    return _exchange({n: (_originals[n], _REPLACEMENTS[n]) for n in _originals})
+    return _exchange(_pairs()) | _patch_reward_trainer()
 
 
 def remove_from_trl() -> dict[str, str]:
@@ -326,15 +350,48 @@ def remove_from_trl() -> dict[str, str]:
         RuntimeError: another patch was put on top of this one. Nothing is changed then.
     """
     utils = sys.modules.get(_PATCHED_MODULE)
+    trainer = getattr(sys.modules.get(_REWARD_MODULE), "RewardTrainer", None)
     for name in _originals:
-        if vars(utils)[name] is not _REPLACEMENTS[name]:
+        if name == "RewardTrainer.compute_loss":
+            if trainer.compute_loss is not _compute_reward_loss:
+                raise RuntimeError(
+                    f"{_REWARD_MODULE}.{name} was replaced once more, by "
+                    f"{_full_name(trainer.compute_loss)}: undo that patch first"
+                )
+        elif vars(utils)[name] is not _REPLACEMENTS[name]:
             raise RuntimeError(
                 f"{_PATCHED_MODULE}.{name} was replaced once more, by "
                 f"{_full_name(vars(utils)[name])}: undo that patch first"
             )
-    report = _exchange({n: (_REPLACEMENTS[n], _originals[n]) for n in _originals})
+    report = _exchange({name: (ours, theirs) for name, (theirs, ours) in _pairs().items()})
+    if (original := _originals.get("RewardTrainer.compute_loss")) is not None:
+        trainer.compute_loss = original
+        report[f"{_REWARD_MODULE}.RewardTrainer.compute_loss"] = _full_name(original)
     _originals.clear()
     return report
+
+
+def _pairs() -> dict[str, tuple[Any, Any]]:
+    """Returns TRL's function and ours, by name."""
+    return {n: (_originals[n], ours) for n, ours in _REPLACEMENTS.items() if n in _originals}
+
+
+def _patch_reward_trainer() -> dict[str, str]:
+    """Puts the loss of reward models in its place; a method of other arguments stays, and warns."""
+    trainer = importlib.import_module(_REWARD_MODULE).RewardTrainer
+    current = trainer.compute_loss
+    if current is not _compute_reward_loss:
+        theirs, ours = _arguments(current), _arguments(_compute_reward_loss)
+        if theirs != ours or not _is_trls(current):
+            warnings.warn(
+                f"apt_kernels: RewardTrainer.compute_loss is {_full_name(current)} "
+                f"with arguments {theirs}, not TRL's with {ours}; it stays",
+                stacklevel=3,
+            )
+            return {}
+        _originals["RewardTrainer.compute_loss"] = current
+        trainer.compute_loss = _compute_reward_loss
+    return {f"{_REWARD_MODULE}.RewardTrainer.compute_loss": _full_name(_compute_reward_loss)}
 
 
 def _exchange(pairs: dict[str, tuple[Any, Any]]) -> dict[str, str]:

@@ -32,20 +32,21 @@ def tokenizer():
     )
 
 
-def model(folder):
+def model(folder, kind):
     """A model that came from a folder: the trainers load their reference from there."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    made = LlamaForCausalLM(
+    made = (LlamaForSequenceClassification if kind == "Reward" else LlamaForCausalLM)(
         LlamaConfig(
+            num_labels=1,
             vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
     made.save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder)
+    return type(made).from_pretrained(folder)
 
 
 def rows(kind):
@@ -57,6 +58,7 @@ def rows(kind):
         rejected = " ".join(f"w{(i * 7 + j) % 40}" for j in range(2 + i % 4))
         yield {
             "DPO": {"prompt": prompt, "chosen": chosen, "rejected": rejected},
+            "Reward": {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": i / 8},
             "KTO": {"prompt": prompt, "completion": chosen, "label": i % 2 == 0},
             "SFT": {"text": f"{prompt} {chosen}"},
             "GRPO": {"prompt": prompt},
@@ -75,6 +77,8 @@ def trained(kind, folder, **changes):
 
     sampled = kind in ("GRPO", "RLOO")
     options = {"max_completion_length": 4, "num_generations": 2} if sampled else {}
+    if kind == "Reward":
+        options = {"center_rewards_coefficient": 0.01}
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=2, logging_steps=1,
         report_to=[], use_cpu=True, learning_rate=1e-2, seed=3, save_strategy="no",
@@ -82,7 +86,7 @@ def trained(kind, folder, **changes):
     )  # fmt: skip
     more = {"reward_funcs": length_reward} if sampled else {}
     trainer = getattr(trl, f"{kind}Trainer")(
-        model=model(folder / "model"), args=arguments,
+        model=model(folder / "model", kind), args=arguments,
         train_dataset=Dataset.from_list(list(rows(kind))),
         processing_class=tokenizer(), **more,
     )  # fmt: skip
@@ -90,7 +94,7 @@ def trained(kind, folder, **changes):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("kind", ["DPO", "KTO", "SFT", "GRPO", "RLOO"])
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "SFT", "GRPO", "RLOO", "Reward"])
 def test_every_call_is_fused_at_trls_defaults(kind, tmp_path):
     ours.apply_to_trl()
     logs = trained(kind, tmp_path)
@@ -101,7 +105,7 @@ def test_every_call_is_fused_at_trls_defaults(kind, tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("kind", ["DPO", "KTO", "SFT"])
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "SFT", "Reward"])
 def test_the_steps_are_those_of_trl(kind, bf16, tmp_path):
     plain = trained(kind, tmp_path / "plain", bf16=bf16)
     ours.apply_to_trl()
