@@ -17,6 +17,10 @@ class LossModule(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options: dict[str, Any] = {}
+        self.add_options(**options)
+
+    def add_options(self, **options: Any) -> None:
+        """Adds the options that only some of a family's losses have."""
         for name, value in options.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)

@@ -9,7 +9,6 @@ from torch import Tensor
 from ... import checks, dispatch, reference
 from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
-from ..common.module import LossModule
 from . import similarity
 from .calls import INFO_NCE, InfoNCEBackwardCall, InfoNCECall
 from .ring.info_nce import InfoNCERing
@@ -188,7 +187,7 @@ class _InfoNCE(torch.autograd.Function):
         return gradients(InfoNCECall, **grads)
 
 
-class InfoNCELoss(LossModule):
+class InfoNCELoss(similarity.SimilarityLoss):
     """`info_nce` as a module. Its arguments are the options of the function.
 
     A temperature that is an `nn.Parameter` is learned.
@@ -205,23 +204,16 @@ class InfoNCELoss(LossModule):
         return_correct: bool = False,
         backend: str | None = None,
     ) -> None:
-        similarity.check_module(
-            temperature,
-            reduction,
-            process_group,
-            normalize=normalize,
-            symmetric=symmetric,
-            return_correct=return_correct,
-        )
+        checks.flag("symmetric", symmetric)
         super().__init__(
-            temperature=temperature,
+            temperature,
             normalize=normalize,
-            symmetric=symmetric,
             reduction=reduction,
             process_group=process_group,
             return_correct=return_correct,
             backend=backend,
         )
+        self.add_options(symmetric=symmetric)
 
     def forward(
         self, query: Tensor, key: Tensor, negatives: Tensor | None = None, label_offset: int = 0

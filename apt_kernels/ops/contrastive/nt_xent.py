@@ -9,7 +9,6 @@ from torch import Tensor
 from ... import checks, dispatch, reference
 from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
-from ..common.module import LossModule
 from . import similarity
 from .calls import INFO_NCE, NT_XENT, NTXentBackwardCall, NTXentCall
 from .ring.nt_xent import NTXentRing
@@ -137,34 +136,8 @@ class _NTXent(torch.autograd.Function):
         return gradients(NTXentCall, **grads)
 
 
-class NTXentLoss(LossModule):
+class NTXentLoss(similarity.SimilarityLoss):
     """`nt_xent` as a module. Its arguments are the options of the function."""
-
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        *,
-        normalize: bool = True,
-        reduction: str = "mean",
-        process_group: dist.ProcessGroup | None = None,
-        return_correct: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        similarity.check_module(
-            temperature,
-            reduction,
-            process_group,
-            normalize=normalize,
-            return_correct=return_correct,
-        )
-        super().__init__(
-            temperature=temperature,
-            normalize=normalize,
-            reduction=reduction,
-            process_group=process_group,
-            return_correct=return_correct,
-            backend=backend,
-        )
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The loss, or `(loss, correct)`; arguments as `apt_kernels.nt_xent`."""

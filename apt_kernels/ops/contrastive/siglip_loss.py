@@ -12,7 +12,6 @@ from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
 from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
-from ..common.module import LossModule
 from . import similarity
 from .ring import ring
 
@@ -255,7 +254,7 @@ def _(*fields):
     return grad_query, key.new_empty(key.shape if call.need_key else 0, dtype=dtype)
 
 
-class SigLIPLoss(LossModule):
+class SigLIPLoss(similarity.SimilarityLoss):
     """`siglip_loss` as a module. Its arguments are the options of the function.
 
     A temperature or bias that is an `nn.Parameter` is learned.
@@ -272,24 +271,17 @@ class SigLIPLoss(LossModule):
         return_correct: bool = False,
         backend: str | None = None,
     ) -> None:
-        similarity.check_module(
-            temperature,
-            reduction,
-            process_group,
-            normalize=normalize,
-            return_correct=return_correct,
-        )
         if not isinstance(logit_bias, Tensor):
             checks.finite("logit_bias", logit_bias)
         super().__init__(
-            temperature=temperature,
-            logit_bias=logit_bias,
+            temperature,
             normalize=normalize,
             reduction=reduction,
             process_group=process_group,
             return_correct=return_correct,
             backend=backend,
         )
+        self.add_options(logit_bias=logit_bias)
 
     def forward(
         self, query: Tensor, key: Tensor, label_offset: int = 0

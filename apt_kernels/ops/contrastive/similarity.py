@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import checks
 from ...codes import REDUCTIONS
+from ..common.module import LossModule
 from .ring.ring import Ring
 
 
@@ -45,13 +46,6 @@ def check_options(
             "process_group: expected a torch.distributed.ProcessGroup or None, got "
             f"{type(process_group).__name__}"
         )
-
-
-def check_module(temperature: Any, reduction: Any, process_group: Any, **flags: Any) -> None:
-    """The options of a loss as a module, when it is made."""
-    check_options(temperature, reduction, process_group, "temperature", temperature)
-    for name, value in flags.items():
-        checks.flag(name, value)
 
 
 def check_label_offset(offset: Any, query: Tensor, key: Tensor, process_group: Any) -> None:
@@ -132,3 +126,32 @@ def results(
     if not return_correct:
         return loss
     return loss, (correct * directions).sum(dtype=torch.int64)
+
+
+class SimilarityLoss(LossModule):
+    """The base of the modules of contrastive losses: the options that all of them have.
+
+    A temperature that is an `nn.Parameter` is learned.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        return_correct: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        check_options(temperature, reduction, process_group, "temperature", temperature)
+        checks.flag("normalize", normalize)
+        checks.flag("return_correct", return_correct)
+        super().__init__(
+            temperature=temperature,
+            normalize=normalize,
+            reduction=reduction,
+            process_group=process_group,
+            return_correct=return_correct,
+            backend=backend,
+        )

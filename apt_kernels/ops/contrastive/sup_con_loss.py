@@ -12,7 +12,6 @@ from ... import checks, dispatch, reference
 from ...reference.numerics import accumulate_dtype
 from ..common.autocast import as_autocast
 from ..common.autograd import differentiable_once, gradients
-from ..common.module import LossModule
 from . import similarity
 from .ring.ring import no_classes, ring_of
 
@@ -264,34 +263,8 @@ def _(*fields):
     return features.new_empty(features.shape, dtype=dtype)
 
 
-class SupConLoss(LossModule):
+class SupConLoss(similarity.SimilarityLoss):
     """`sup_con_loss` as a module. Its arguments are the options of the function."""
-
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        *,
-        normalize: bool = True,
-        reduction: str = "mean",
-        process_group: dist.ProcessGroup | None = None,
-        return_correct: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        similarity.check_module(
-            temperature,
-            reduction,
-            process_group,
-            normalize=normalize,
-            return_correct=return_correct,
-        )
-        super().__init__(
-            temperature=temperature,
-            normalize=normalize,
-            reduction=reduction,
-            process_group=process_group,
-            return_correct=return_correct,
-            backend=backend,
-        )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The loss, or `(loss, correct)`; arguments as `apt_kernels.sup_con_loss`."""
