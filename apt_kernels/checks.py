@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT32 = torch.finfo(torch.float32)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -23,10 +24,19 @@ def _shape(t: Tensor) -> str:
 def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not is_dense(value):
+        layout = str(value.layout).removeprefix("torch.")
+        kind = "a nested tensor" if value.is_nested else f"one of layout {layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
     return value
+
+
+def is_dense(value: Tensor) -> bool:
+    """Neither sparse nor nested, whose elements no kernel could find."""
+    return value.layout == torch.strided and not value.is_nested
 
 
 def dims(name: str, value: Tensor, least: int, most: int | None = None) -> None:
@@ -57,11 +67,33 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
+def no_shared_elements(name: str, value: Tensor) -> None:
+    """Each element has memory of its own: a tensor that is written must not be expanded."""
+    span = 1  # elements of memory under the dimensions of smaller stride
+    for stride, size in sorted(zip(value.stride(), value.shape)):
+        if size == 0:
+            return
+        if size > 1 and stride < span and (stride == 0 or _share_elements(value)):
+            raise ValueError(
+                f"{name}: expected a tensor whose elements do not share memory, as it is written, "
+                f"got shape {_shape(value)} with strides {tuple(value.stride())}"
+            )
+        span += (size - 1) * stride
+
+
+def _share_elements(value: Tensor) -> bool:
+    offsets = torch.zeros((), dtype=torch.int64)
+    for stride, size in zip(value.stride(), value.shape):
+        offsets = offsets.unsqueeze(-1) + stride * torch.arange(size)
+    return offsets.unique().numel() < offsets.numel()
+
+
 def pair(name: str, value: Any, other_name: str, other: Tensor, constant_: bool = False) -> None:
     """A tensor of floats like another. Small losses are called often: one test if all is well."""
     if (
         isinstance(value, Tensor)
         and value.dtype in FLOATS
+        and is_dense(value)
         and value.shape == other.shape
         and value.device == other.device
         and not (constant_ and value.requires_grad)
@@ -146,6 +178,11 @@ def positive(name: str, value: Any) -> None:
     number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    if not FLOAT32.tiny <= value <= FLOAT32.max:  # kernels would take it for 0 or infinity
+        raise ValueError(
+            f"{name}: expected a number in the range of float32, {FLOAT32.tiny:.2g} to "
+            f"{FLOAT32.max:.2g}, got {value}"
+        )
 
 
 def at_least_zero(name: str, value: Any) -> None:

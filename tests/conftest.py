@@ -29,3 +29,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from gpu import triton_interpreter
 
     triton_interpreter.install()
+
+if os.environ.get("APT_TEST_CUDA_EMULATION") == "1":
+    from apt_kernels import dispatch
+    from gpu import cuda_emulation
+
+    dispatch.add_backend("cuda_emulation", cuda_emulation.kernels())

@@ -14,7 +14,7 @@ from .numerics import accumulate_dtype
 def ema_update_(
     targets: Tensor | Sequence[Tensor], sources: Tensor | Sequence[Tensor], momentum: float
 ) -> None:
-    """Sets each target to target + (1 - momentum) * (source - target), in place.
+    """Sets each target to target + (1 - momentum) * (source - target), one pair after the other.
 
     Tensors of integers or booleans are copied. Source: He 2020 (MoCo), eq. 2.
 
@@ -27,7 +27,7 @@ def ema_update_(
         targets, sources = [targets], [sources]
     for target, source in zip(targets, sources, strict=True):
         if not target.is_floating_point() or momentum == 0:
-            target.copy_(source)
+            target.copy_(source.clone())  # they may share memory
         elif momentum != 1:
             dtype = accumulate_dtype(target)
             t, s = target.to(dtype), source.to(dtype)
@@ -49,5 +49,6 @@ def queue_push_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     count, size = keys.shape[0], queue.shape[1]
     first = max(count - size, 0)
     columns = (pointer.reshape(()) + torch.arange(first, count, device=queue.device)) % size
-    queue.index_copy_(1, columns, keys[first:].to(queue.dtype).mT)
+    written = keys[first:].to(queue.dtype).mT.clone()  # keys may be columns of the queue
+    queue.index_copy_(1, columns, written)
     pointer.add_(count).remainder_(size)

@@ -44,7 +44,8 @@ def linear_cross_entropy(
     if reduction != "none":
         loss = losses.sum()
     if reduction == "mean":
-        loss = loss / (counts.sum().clamp(min=1) if normalizer is None else normalizer)
+        number = counts.sum().clamp(min=1) if normalizer is None else normalizer
+        loss = loss / torch.as_tensor(number, dtype=loss.dtype, device=loss.device)
     if not return_correct:
         return loss
     return loss, ((logits.detach().argmax(-1) == safe_labels) & counts).sum()

@@ -135,20 +135,29 @@ def _loss_of_difference(
     if loss_type == "discopop":
         t = 0.05 if discopop_tau is None else discopop_tau
         # exp(-l) S(l/t) as one exponential: inf * 0 for very negative l otherwise
-        exponential = torch.exp(F.logsigmoid(logits / t) - logits)
-        return -F.logsigmoid(logits) * torch.sigmoid(-logits / t) + exponential
+        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+        exponential = torch.exp(F.logsigmoid(logits / t) - finite)
+        rest = torch.where(torch.sigmoid(logits / t) == 0, 1.0, torch.sigmoid(-logits / t))
+        return -F.logsigmoid(logits) * rest + exponential
     if loss_type == "simpo":
         logits = logits - (0.5 if simpo_gamma is None else simpo_gamma)
     right, wrong = F.logsigmoid(logits), F.logsigmoid(-logits)
     if loss_type == "exo_pair":
         log_smoothing = math.log(label_smoothing) if label_smoothing else -math.inf
-        return torch.sigmoid(logits) * (right - math.log1p(-label_smoothing)) + torch.sigmoid(
-            -logits
-        ) * (wrong - log_smoothing)
+        return _product(torch.sigmoid(logits), right - math.log1p(-label_smoothing)) + _product(
+            torch.sigmoid(-logits), wrong - log_smoothing
+        )
+    if not label_smoothing:
+        return -right
     if loss_type == "robust":
         loss = -(1 - label_smoothing) * right + label_smoothing * wrong
         return loss / (1 - 2 * label_smoothing)
     return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
+def _product(p: Tensor, q: Tensor) -> Tensor:
+    """p q, and 0 where p is: q may be infinite there."""
+    return p * q.masked_fill(p == 0, 0)
 
 
 def bradley_terry_loss(

@@ -41,8 +41,10 @@ def ema_update_(
 
     Args:
         targets: tensors, or one, modified; `model.parameters()` or `model.state_dict().values()`
-            will do. Integers and booleans (counters of batches) are copied from their source. A
-            tensor that comes twice is updated twice.
+            will do. Integers and booleans (counters of batches) are copied from their source. The
+            pairs take effect one after the other: a tensor that comes twice is updated twice, and
+            a source that is an earlier target has its updated values. No two elements of a target
+            may share their memory, as those of an expanded tensor do.
         sources: as many tensors of the same shapes, on the devices of their targets and of
             any dtype; no gradient.
         momentum: in [0, 1]; 0 copies to the bit, 1 leaves floating-point targets as they are.
@@ -62,6 +64,8 @@ def ema_update_(
         )
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         _check_pair(i, target, source)
+        if not target.is_contiguous():
+            checks.no_shared_elements(f"targets[{i}]", target)
     if not targets:
         return
     backend = dispatch.choose("ema_update_", targets[0].device, backend)
@@ -76,7 +80,8 @@ def _check_pair(i: int, target: Tensor, source: Tensor) -> None:
     """Cheap where nothing is wrong: there are hundreds of pairs."""
     if isinstance(target, Tensor) and isinstance(source, Tensor):
         known = target.dtype in DTYPES and source.dtype in DTYPES
-        if known and target.shape == source.shape and target.device == source.device:
+        dense = checks.is_dense(target) and checks.is_dense(source)
+        if known and dense and target.shape == source.shape and target.device == source.device:
             return
     checks.tensor(f"targets[{i}]", target, DTYPES)
     checks.tensor(f"sources[{i}]", source, DTYPES)

@@ -35,7 +35,8 @@ def queue_push_(
     Args:
         queue: `(D, K)` float32, bfloat16, float16 or float64, any strides, modified.
         pointer: int64 of one element, on the queue's device, modified.
-        keys: `(N, D)` of any of these dtypes, any strides; no gradient. N = 0 changes nothing.
+        keys: `(N, D)` of any of these dtypes, any strides; no gradient. N = 0 changes nothing. Keys
+            that are columns of the queue are read before it is written.
         backend: None for the fastest, or a name of `apt_kernels.backends()`.
 
     Raises:
@@ -45,6 +46,8 @@ def queue_push_(
     checks.dims("queue", queue, 2)
     if queue.shape[1] == 0:
         raise ValueError(f"queue: expected shape (D, K), K >= 1, got {tuple(queue.shape)}")
+    if not queue.is_contiguous():
+        checks.no_shared_elements("queue", queue)
     checks.tensor("pointer", pointer, (torch.int64,))
     if pointer.numel() != 1:
         raise ValueError(f"pointer: expected one element, got shape {tuple(pointer.shape)}")

@@ -1,5 +1,6 @@
 """ema_update_ in Triton: a few dozen tensors a launch."""
 
+import bisect
 import functools
 
 import torch
@@ -145,26 +146,65 @@ def _has_no_gaps(t):
     return True
 
 
+class _Memory:
+    """Pieces of memory, merged where they meet: one is found in the logarithm of their number."""
+
+    def __init__(self):
+        self.begins, self.ends = [], []
+
+    def overlaps(self, begin, end):
+        before = bisect.bisect_left(self.begins, end)
+        return begin < end and before > 0 and self.ends[before - 1] > begin
+
+    def add(self, begin, end):
+        first = bisect.bisect_left(self.ends, begin)
+        last = bisect.bisect_right(self.begins, end)
+        if first < last:
+            begin, end = min(begin, self.begins[first]), max(end, self.ends[last - 1])
+        self.begins[first:last], self.ends[first:last] = [begin], [end]
+
+    def clear(self):
+        self.begins.clear(), self.ends.clear()
+
+
+def _bytes(t):
+    """The addresses of a tensor's first byte and of the end of its last; it has elements."""
+    steps = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (steps + 1) * t.element_size()
+
+
+def _apart(target, source):
+    """The source, or a copy of it if the target's memory holds its elements in other places."""
+    (begin, end), (source_begin, source_end) = _bytes(target), _bytes(source)
+    if end <= source_begin or source_end <= begin:
+        return source
+    alike = target.dtype == source.dtype and target.stride() == source.stride()
+    return source if alike and begin == source_begin else source.clone()
+
+
 def ema_update_fwd(targets, sources, momentum):
-    """Sets every target to target + (1 - momentum) (source - target)."""
-    waiting, seen, scattered = {}, set(), []
+    """Sets every target to target + (1 - momentum) (source - target), one pair after the other."""
+    waiting, scattered, written, read = {}, [], _Memory(), _Memory()
 
     def run():
         for (*_, vector), pairs in waiting.items():
             _launch(pairs, vector, 1 - momentum)
         for target, packed in scattered:
             target.copy_(packed)
-        waiting.clear(), seen.clear(), scattered.clear()
+        waiting.clear(), scattered.clear(), written.clear(), read.clear()
 
     for target, source in zip(targets, sources, strict=True):
-        if not target.is_floating_point() or momentum == 0:
+        copied = not target.is_floating_point() or momentum == 0
+        if target.numel() == 0 or (momentum == 1 and not copied):
+            continue
+        to, of = _bytes(target), _bytes(source)
+        if written.overlaps(*to) or written.overlaps(*of) or read.overlaps(*to):
+            run()  # this pair needs the result of one that waits, or changes what it reads
+        written.add(*to), read.add(*of)
+        source = _apart(target, source)
+        if copied:
             target.copy_(source)
             continue
-        if momentum == 1 or target.numel() == 0:
-            continue
-        if (target.device, target.data_ptr()) in seen:
-            run()  # a tied tensor comes twice: in turn, as separate calls would
-        seen.add((target.device, target.data_ptr()))
         if not source.is_floating_point():
             source = source.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
         packed, source = _packed(target, source)

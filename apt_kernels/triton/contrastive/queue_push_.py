@@ -49,6 +49,8 @@ def queue_push_fwd(queue, pointer, keys):
     """Writes the keys into the queue's columns and moves the pointer."""
     (D, K), N = queue.shape, keys.shape[0]
     oldest = max(0, N - K)
+    if keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
+        keys = keys.clone()  # they are columns of the queue
     with rows.device_of(queue):
         if N > 0 and D > 0:
             # a window more, for the first one may begin before the pointer

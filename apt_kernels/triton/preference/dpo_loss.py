@@ -24,11 +24,18 @@ APO_DOWN = tl.constexpr(9)
 DISCOPOP = tl.constexpr(10)
 SIMPO = tl.constexpr(11)
 ORPO = tl.constexpr(12)
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def pair_block(B):
     """Pairs that a program takes and its warps: 4 pairs a thread, 16 bytes of float32."""
     return (1024, 8) if B <= 1024 else (2048, 16)
+
+
+@triton.jit
+def _product(a, b):
+    """a b, and 0 where a is: b may be infinite there."""
+    return tl.where(a == 0.0, 0.0, a * b)
 
 
 @triton.jit
@@ -39,7 +46,7 @@ def _loss_of_difference(d, beta, smoothing, extra, extra_2, LOSS: tl.constexpr):
         x -= extra
     right, wrong = sigmoids(x)
     if LOSS == HINGE:
-        loss = tl.where(x < 1.0, 1.0 - x, x * 0.0)  # x * 0 keeps a NaN
+        loss = tl.where(x >= 1.0, 0.0, 1.0 - x)  # keeps a NaN
         slope = tl.where(x < 1.0, -1.0, 0.0)
     elif LOSS == IPO:
         distance = d - 0.5 / beta
@@ -48,20 +55,21 @@ def _loss_of_difference(d, beta, smoothing, extra, extra_2, LOSS: tl.constexpr):
     elif LOSS == EXO_PAIR:
         log_right = log_sigmoid(x) - extra
         log_wrong = log_sigmoid(-x) - extra_2
-        loss = right * log_right + wrong * log_wrong
-        slope = right * wrong * (log_right - log_wrong)
+        loss = _product(right, log_right) + _product(wrong, log_wrong)
+        slope = _product(right * wrong, log_right - log_wrong)
     elif LOSS == DISCOPOP:
         gate, rest = sigmoids(x / extra)
         # e^-x S(x/t) as one exponential: inf * 0 for very negative x otherwise
-        exponential = tl.exp(log_sigmoid(x / extra) - x)
+        above = tl.where(x < LEAST, LEAST, x)  # -inf + inf would be NaN
+        exponential = tl.exp(log_sigmoid(x / extra) - above)
         loss = exponential - log_sigmoid(x) * rest
-        slope = (log_sigmoid(x) * gate + exponential) * (rest / extra) - exponential
+        slope = (_product(gate, log_sigmoid(x)) + exponential) * (rest / extra) - exponential
         slope -= wrong * rest
     elif LOSS == ROBUST:
-        loss = extra_2 * log_sigmoid(-x) - extra * log_sigmoid(x)
+        loss = _product(extra_2, log_sigmoid(-x)) - extra * log_sigmoid(x)
         slope = -(extra * wrong + extra_2 * right)
     else:
-        loss = -(1.0 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)
+        loss = -(1.0 - smoothing) * log_sigmoid(x) - _product(smoothing, log_sigmoid(-x))
         slope = smoothing * right - (1.0 - smoothing) * wrong
     return loss, beta * slope
 

@@ -43,6 +43,11 @@ inline const void* optional_data(const OptionalTensor& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
+// Ends the error of an id that is out of range, where it is the mark of tokens that do not count.
+inline const char* mask_hint(int64_t id) {
+  return id == -100 ? "; pass mask=(ids != -100) to leave out tokens marked by -100" : "";
+}
+
 // One temperature a row, null for none; above 0 where the mask counts.
 inline const void* row_temperatures(const OptionalTensor& temperatures,
                                     const OptionalTensor& mask) {

@@ -7,7 +7,8 @@ namespace {
 
 void queue_push_fwd_cpu(const Tensor& queue, const Tensor& pointer, const Tensor& keys) {
   const bool both = (queue.scalar_type() == at::kDouble) == (keys.scalar_type() == at::kDouble);
-  const Tensor taken = both ? keys : keys.to(queue.scalar_type());
+  Tensor taken = both ? keys : keys.to(queue.scalar_type());
+  if (taken.is_alias_of(queue)) taken = taken.clone();  // keys that are columns of the queue
   int64_t* next = pointer.mutable_data_ptr<int64_t>();
   QueuePush a{};
   a.queue_dtype = dtype_of(queue);

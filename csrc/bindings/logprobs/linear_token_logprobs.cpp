@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_token_logprobs_fwd_cpu(
   const int64_t bad = APT_CALL_KERNEL(linear_token_logprobs_fwd, a);
   TORCH_CHECK_VALUE(bad < 0, "token_ids: expected ids in [0, ", a.head.vocab,
                     ") where the mask counts, got ", a.token_ids[std::max<int64_t>(bad, 0)],
-                    " in row ", bad);
+                    " in row ", bad, mask_hint(a.token_ids[std::max<int64_t>(bad, 0)]));
   return {logps, entropy, lse, grad.hidden};
 }
 

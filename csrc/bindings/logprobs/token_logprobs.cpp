@@ -39,7 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd_cpu(
   const int64_t bad = APT_CALL_KERNEL(token_logprobs_fwd, a);
   TORCH_CHECK_VALUE(bad < 0, "token_ids: expected ids in [0, ", a.vocab,
                     ") where the mask counts, got ", a.token_ids[std::max<int64_t>(bad, 0)],
-                    " in row ", bad / std::max<int64_t>(a.ids_per_row, 1));
+                    " in row ", bad / std::max<int64_t>(a.ids_per_row, 1),
+                    mask_hint(a.token_ids[std::max<int64_t>(bad, 0)]));
   return {logps, entropy, lse};
 }
 

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
   const int64_t bad = APT_CALL_KERNEL(linear_policy_loss_fwd, a);
   TORCH_CHECK_VALUE(bad < 0, "token_ids: expected ids in [0, ", a.head.vocab,
                     ") where the mask counts, got ", a.token_ids[std::max<int64_t>(bad, 0)],
-                    " in row ", bad);
+                    " in row ", bad, mask_hint(a.token_ids[std::max<int64_t>(bad, 0)]));
   return {loss, metrics, grad.hidden, grad.weight, grad.bias};
 }
 

@@ -4,6 +4,7 @@
 // log-ratios, except where its value does. float64 pairs are computed in double, one by one.
 #include "preference/dpo_loss.h"
 
+#include <limits>
 #include <utility>
 
 #include "preference/pair_loss.h"
@@ -11,7 +12,7 @@
 namespace apt::APT_ISA {
 namespace {
 
-// sigmoid or simpo without label smoothing; `extra` is 0 for sigmoid
+// sigmoid, robust or simpo without label smoothing; `extra` is 0 for the first two
 constexpr DpoLossType kPlainSigmoid = DpoLossType(kDpoLossTypes);
 
 template <class S>
@@ -33,6 +34,12 @@ PairResult<V> of_difference(V loss, V grad) {
   return {loss, grad, -grad};
 }
 
+// a b, and 0 where a is: b may be infinite there.
+template <class V>
+V product(V a, V b) {
+  return select(a == 0.f, zeros_like(a), a * b);
+}
+
 // -(1 - s) log S(x) - s log S(-x), x = beta d - margin; `sign` -1 for robust, which adds the last.
 template <class V, class S>
 PairResult<V> smoothed_sigmoid(V x, S sign, const Constants<S>& k) {
@@ -52,9 +59,9 @@ PairResult<V> plain_sigmoid(V x, const Constants<S>& k) {
 template <class V, class S>
 PairResult<V> exo_pair(V x, const Constants<S>& k) {
   const auto l = logistic(x);
-  return of_difference(
-      l.right * (l.log_right - k.log_right) + l.wrong * (l.log_wrong - k.log_wrong),
-      k.beta * (l.right * l.wrong) * (x - (k.log_right - k.log_wrong)));
+  return of_difference(product<V>(l.right, l.log_right - k.log_right) +
+                           product<V>(l.wrong, l.log_wrong - k.log_wrong),
+                       k.beta * product<V>(l.right * l.wrong, x - (k.log_right - k.log_wrong)));
 }
 
 // -log S(x) (1 - m) + e^-x m, m = S(x / tau); e^-x m in one exponential: it is inf * 0 else.
@@ -62,11 +69,13 @@ template <class V, class S>
 PairResult<V> discopop(V x, const Constants<S>& k) {
   const auto l = logistic(x), m = logistic(x / k.extra);
   constexpr S kOverflow = std::is_same_v<S, double> ? 710 : 89;
-  const V exponential = exp(vmin(zeros_like(x) + kOverflow, m.log_right - x));
+  constexpr S kLeast = std::numeric_limits<S>::lowest();  // -inf + inf would be NaN
+  const V above = select(x < kLeast, zeros_like(x) + kLeast, x);
+  const V exponential = exp(vmin(zeros_like(x) + kOverflow, m.log_right - above));
   const V slope = m.right * m.wrong / k.extra;
-  return of_difference(
-      exponential - l.log_right * m.wrong,
-      k.beta * (exponential * (m.wrong / k.extra - 1.f) + l.log_right * slope - l.wrong * m.wrong));
+  return of_difference(exponential - l.log_right * m.wrong,
+                       k.beta * (exponential * (m.wrong / k.extra - 1.f) +
+                                 product<V>(slope, l.log_right) - l.wrong * m.wrong));
 }
 
 template <class V, class S>
@@ -180,7 +189,8 @@ void run(const DpoLoss& a) {
 
 template <class V, int... kTypes>
 void run_type(const DpoLoss& a, std::integer_sequence<int, kTypes...>) {
-  const bool sigmoid = a.type == DpoLossType::sigmoid || a.type == DpoLossType::simpo;
+  const bool sigmoid = a.type == DpoLossType::sigmoid || a.type == DpoLossType::simpo ||
+                       a.type == DpoLossType::robust;
   if (sigmoid && a.label_smoothing == 0) return run<kPlainSigmoid, V>(a);
   ((a.type == DpoLossType(kTypes) ? run<DpoLossType(kTypes), V>(a) : void()), ...);
 }

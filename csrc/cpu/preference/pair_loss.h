@@ -1,6 +1,7 @@
 // Losses of preference pairs: a function of two numbers a pair, its gradients and its sum.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "common/lanes.h"
@@ -79,6 +80,18 @@ struct PairResult {
   V loss, grad_chosen, grad_rejected;
 };
 
+// The sum of the losses of pairs [first, end) where one of them is infinite: the error of an
+// addition to infinity would be inf - inf.
+template <class V, class LossOf>
+double plain_sum(const LossOf& loss_of, int64_t first, int64_t end) {
+  double sum = 0;
+  for (int64_t i = first; i < end; i += kWidth<V>) {
+    const int64_t left = std::min<int64_t>(end - i, kWidth<V>);
+    sum += total(CompensatedSum<V>{first_lanes(loss_of(i, left).loss, left)});
+  }
+  return sum;
+}
+
 constexpr int64_t kPairBlock = 1024;  // pairs of one partial sum
 constexpr int64_t kGrain = 16;        // blocks worth waking a thread for: 20 us
 
@@ -114,6 +127,9 @@ void pair_losses(const PairOutputs& out, const LossOf& shared_loss_of) {
       for (; i + kStep <= end; i += kStep) emit(i, kStep, loss_of(i, kStep));
       if (i < end) emit(i, end - i, loss_of(i, end - i));
       totals[block] = total(sum);
+      if (reduced && std::isnan(totals[block])) {
+        totals[block] = plain_sum<V>(loss_of, block * kPairBlock, end);
+      }
     }
   };
   if (blocks <= kGrain) {

@@ -1,4 +1,5 @@
 // The losses of DPO and its family, their rewards and gradients, in one launch.
+#include <cfloat>
 #include <cmath>
 
 #include "apt/dpo_loss.h"
@@ -21,28 +22,32 @@ struct DpoConstants {
 // A loss of the difference d = c - r has opposite gradients.
 __device__ inline PairResult of_difference(float loss, float grad) { return {loss, grad, -grad}; }
 
+// a b, and 0 where a is: b may be infinite there.
+__device__ inline float product(float a, float b) { return a == 0.0f ? 0.0f : a * b; }
+
 // -(1 - s) log S(x) - s log S(-x), x = beta d - margin; `sign` -1 for robust, which adds the last.
 __device__ inline PairResult smoothed_sigmoid(float x, float sign, const DpoConstants& k) {
   const float right = 1.0f - k.label_smoothing, wrong = sign * k.label_smoothing;
-  const float loss = -right * log_sigmoid(x) - wrong * log_sigmoid(-x);
+  const float loss = -right * log_sigmoid(x) - product(wrong, log_sigmoid(-x));
   return of_difference(loss, k.beta * (wrong * sigmoid(x) - right * sigmoid(-x)));
 }
 
 __device__ inline PairResult exo_pair(float x, const DpoConstants& k) {
   const float right = sigmoid(x), wrong = sigmoid(-x);
   const float loss =
-      right * (log_sigmoid(x) - k.log_right) + wrong * (log_sigmoid(-x) - k.log_wrong);
-  return of_difference(loss, k.beta * right * wrong * (x - (k.log_right - k.log_wrong)));
+      product(right, log_sigmoid(x) - k.log_right) + product(wrong, log_sigmoid(-x) - k.log_wrong);
+  return of_difference(loss, k.beta * product(right * wrong, x - (k.log_right - k.log_wrong)));
 }
 
 // -log S(x) (1 - m) + exp(-x) m, m = S(x / tau); exp(-x) m in one exponential: it is inf * 0 else.
 __device__ inline PairResult discopop(float x, const DpoConstants& k) {
   const float scaled = x / k.extra;
   const float rest = sigmoid(-scaled), slope = sigmoid(scaled) * rest / k.extra;
-  const float exponential = expf(log_sigmoid(scaled) - x);
+  const float above = x < -FLT_MAX ? -FLT_MAX : x;  // -inf + inf would be NaN
+  const float exponential = expf(log_sigmoid(scaled) - above);
   const float loss = exponential - log_sigmoid(x) * rest;
   const float grad =
-      exponential * (rest / k.extra - 1.0f) + log_sigmoid(x) * slope - sigmoid(-x) * rest;
+      exponential * (rest / k.extra - 1.0f) + product(slope, log_sigmoid(x)) - sigmoid(-x) * rest;
   return of_difference(loss, k.beta * grad);
 }
 
