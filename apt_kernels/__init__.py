@@ -1,5 +1,7 @@
 """Fused kernels for preference training and self-supervised pretraining, on the CPU and the GPU."""
 
+from importlib import metadata as _metadata
+
 from .dispatch import backends, empty_cache
 from .ops.contrastive.ema_update_ import ema_update_
 from .ops.contrastive.info_nce import InfoNCELoss, info_nce
@@ -23,6 +25,11 @@ from .ops.policy.value_loss import ValueLoss, value_loss
 from .ops.preference.bradley_terry_loss import BradleyTerryLoss, bradley_terry_loss
 from .ops.preference.dpo_loss import DPOLoss, dpo_loss
 from .ops.preference.linear_dpo_loss import LinearDPOLoss, linear_dpo_loss
+
+try:
+    __version__ = _metadata.version("apt-kernels")
+except _metadata.PackageNotFoundError:  # the sources on a path, not installed
+    __version__ = "unknown"
 
 __all__ = [
     "BradleyTerryLoss",

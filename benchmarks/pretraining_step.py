@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import measure
+from apt_kernels.commands import measure
 from apt_model.pretraining import create_contrastive_pretrainer, create_mlm_pretrainer
 from apt_model.pretraining.contrastive_pretrain import ContrastivePretrainer
 from run import ROOT, SETTINGS, facts

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 import demo_dpo
-import measure
 import rl_outside
+from apt_kernels.commands import measure
 from apt_model.data.preferences import collate
 from apt_model.rl import create_dpo_trainer, create_grpo_trainer
 from apt_model.scoring.model_access import train_last_layers

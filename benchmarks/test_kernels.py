@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from apt_kernels.commands.comparison import DEVICE, check, on_device, passes
 from apt_kernels.registry import OPS
-from run import DEVICE, check, on_device, passes
 
 
 def _cases():

@@ -9,7 +9,7 @@ import torch
 
 import apt_kernels
 import cuda_build
-import gpu_peers
+from apt_kernels.commands import gpu_peers
 from apt_kernels.registry import OPS, Benchmark, Sample
 from places import device
 

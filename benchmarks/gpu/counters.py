@@ -71,7 +71,7 @@ def profiled(item: str) -> None:
 
     import calling
     import targets
-    from run import passes
+    from apt_kernels.commands.comparison import passes
 
     operation, shape = item.split("|")
     bench = targets.benchmark(operation, shape)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 import calling
-import measure as memory
 import targets
 import timing
+from apt_kernels.commands import measure as memory
+from apt_kernels.commands.comparison import first, leaves, passes, result_bytes
 from apt_kernels.registry import OPS, Benchmark, Sample
 from faults import ends_the_process, failure
-from run import first, leaves, passes, result_bytes
 
 SECONDS = 0.4  # for one pass of one side
 

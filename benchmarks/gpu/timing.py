@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-import measure
+from apt_kernels.commands import measure
 from places import device
 
 TINY = 1.0

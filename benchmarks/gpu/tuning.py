@@ -17,9 +17,9 @@ from unittest import mock
 import calling
 import targets
 import timing
+from apt_kernels.commands.comparison import passes
 from faults import failure
 from places import device
-from run import passes
 
 AS_IT_IS = "as in the sources"
 NO_TRITON = "Triton is not installed"

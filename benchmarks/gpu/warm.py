@@ -14,8 +14,8 @@ import torch
 
 import calling
 import targets
+from apt_kernels.commands.comparison import passes
 from places import device
-from run import passes
 
 SHARE = 0.28  # of the GPU's memory, for one process
 

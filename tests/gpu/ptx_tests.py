@@ -19,10 +19,10 @@ import triton_checks as checks
 
 import apt_kernels.triton as kernels
 from apt_kernels import dispatch
+from apt_kernels.calls import TF32_ULPS, tensors
 from apt_kernels.triton.common import rows
 from gpu.cuda_emulation.checks import CHECKS
 from gpu.test_cuda_seeded_bugs import BUGS
-from support.calls import TF32_ULPS, tensors
 
 dispatch.add_backend("triton", kernels)
 PTXError = ptx_execution.ptxrun.PTXError

@@ -11,8 +11,8 @@ import torch
 
 import apt_kernels
 from apt_kernels import reference
+from apt_kernels.calls import call, fresh
 from apt_kernels.registry import OPS
-from support.calls import call, fresh
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from apt_kernels import dispatch, reference
+from apt_kernels.calls import assert_results, call, fresh
 from apt_kernels.registry import OPS, Sample
 from apt_kernels.testing import ULPS, assert_as_accurate
-from support.calls import assert_results, call, fresh
 
 DPO_TYPES = {
     "sigmoid": 0, "robust": 1, "hinge": 2, "ipo": 3, "exo_pair": 4, "nca_pair": 5, "bco_pair": 6,

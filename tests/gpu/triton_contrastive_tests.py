@@ -19,10 +19,10 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 import apt_kernels.triton as kernels
 from apt_kernels import dispatch
+from apt_kernels.calls import assert_as_the_reference
 from apt_kernels.registry import OPS, Sample
 from apt_kernels.registry.contrastive.similarity import near, rows, temperature
 from ops.contrastive.test_contrastive import test_rows_that_are_not_finite_are_seen  # noqa: F401
-from support.calls import assert_as_the_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {

@@ -23,11 +23,11 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 import apt_kernels.triton as kernels
+from apt_kernels.calls import in_float64, tensors
 from apt_kernels.triton.common import logistic
 from apt_kernels.triton.head import launch as head
 from ops.logprobs.test_linear_losses import test_a_loss_scale_saves_the_digits_of_float16  # noqa: F401
 from ops.policy.test_gae import test_what_lies_behind_the_end_of_an_episode_may_be_anything  # noqa: F401
-from support.calls import in_float64, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -12,14 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import apt_kernels
 from apt_kernels import dispatch
+from apt_kernels.calls import assert_as_the_reference, call, fresh, tensors
 from apt_kernels.registry import OPS
-from support.calls import assert_as_the_reference, call, fresh, tensors
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-if os.environ.get("APT_TEST_CUDA_EMULATION") == "1":
-    from gpu import cuda_emulation
-
-    dispatch.add_backend("cuda_emulation", cuda_emulation.kernels())
 ONLY_BACKEND = os.environ.get("APT_TEST_BACKEND")
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apt_kernels.calls import assert_results, call, fresh
 from apt_kernels.registry import OPS
 from apt_kernels.testing import assert_as_accurate, rounding_errors
-from support.calls import assert_results, call, fresh
 
 aten = torch.ops.aten
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apt_kernels.calls import fresh, tensors
 from apt_kernels.registry import OPS, Sample
-from support.calls import fresh, tensors
 
 # Shapes and strides can be had of "meta" without a GPU, and it too is another device than the CPU.
 DEVICES = ("cpu", "meta", *(("cuda",) if torch.cuda.is_available() else ()))

@@ -327,7 +327,7 @@ def test_threads_change_nothing_but_rounding(loss):
 MEMORY = """
 import sys, torch
 sys.path.insert(0, "benchmarks")
-import measure
+from apt_kernels.commands import measure
 from apt_kernels import info_nce, nt_xent
 torch.set_num_threads(2)
 x, y = torch.randn(4096, 128, requires_grad=True), torch.randn(4096, 128, requires_grad=True)

@@ -7,12 +7,12 @@ import torch
 
 import apt_kernels
 from apt_kernels import reference
+from apt_kernels.calls import fresh, in_float64
 from apt_kernels.registry import Sample
 from apt_kernels.registry.common.heads import hidden_and_weight
 from apt_kernels.registry.policy.linear_policy_loss import ARGUMENTS, tokens
 from apt_kernels.registry.preference.linear_dpo_loss import _pairs
 from apt_kernels.testing import assert_as_accurate
-from support.calls import fresh, in_float64
 
 
 def _policy(dtype: torch.dtype, rows: int = 4, length: int = 9) -> tuple:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from apt_kernels import backends, mlm_mask
+from apt_kernels.calls import fresh
 from apt_kernels.reference.masking import philox4x32
 from apt_kernels.registry import OPS
-from support.calls import fresh
 
 BACKENDS = backends()["operations"]["mlm_mask"]["cpu"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import apt_kernels
+from ..dispatch import empty_cache
 
 _LIBC = ctypes.CDLL(None)
 
@@ -32,7 +32,7 @@ def peak_memory(run: Callable[[], object]) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
-    apt_kernels.empty_cache()
+    empty_cache()
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -110,8 +110,16 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
     return ordered[round(0.2 * last)], statistics.median(ordered), ordered[round(0.8 * last)]
 
 
+def paired(times: list[float], others: list[float]) -> bool:
+    """Whether round i of both was measured at the same time; do_bench repeats short calls more."""
+    return len(times) == len(others)
+
+
 def ratio(slower: list[float], faster: list[float]) -> float:
-    """The median over rounds of one side's time divided by the other's in the same round."""
-    if len(slower) != len(faster):  # do_bench repeats short calls more often
+    """The median over rounds of one side's time divided by the other's in the same round.
+
+    Times of rounds that are not paired give the ratio of both medians.
+    """
+    if not paired(slower, faster):
         return statistics.median(slower) / statistics.median(faster)
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from apt_kernels.registry import Op, Sample
-from apt_kernels.testing import ULPS, assert_as_accurate, rounding_errors
+from .registry import Op, Sample
+from .testing import ULPS, assert_as_accurate, rounding_errors
 
 # Three TF32 products hold 22 bits of a factor: on a GPU, one element of one sample is 5.1 ulps
 # beyond twice the reference's error, where products of float32 stay within 1.
