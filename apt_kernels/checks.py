@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT32 = torch.finfo(torch.float32)
+NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -106,6 +107,22 @@ def pair(name: str, value: Any, other_name: str, other: Tensor, constant_: bool 
         constant(name, value)
 
 
+def pairs(
+    other_name: str, other: Tensor, *, constants: Collection[str] = (), **values: Tensor | None
+) -> None:
+    """Several tensors as `pair` checks one. `constants` names the tensors without a gradient."""
+    expected, device = other.shape, other.device
+    for name, value in values.items():
+        if not (
+            isinstance(value, Tensor)
+            and value.dtype in FLOATS
+            and value.shape == expected
+            and value.device == device
+            and not (value.requires_grad and name in constants)
+        ):
+            pair(name, value, other_name, other, constant_=name in constants)
+
+
 def constant(name: str, value: Any) -> None:
     """Arguments without a gradient here: silence would be a wrong gradient."""
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
@@ -156,7 +173,7 @@ def row_mask(name: str, value: Tensor | None, like: Tensor, expected: Sequence[i
 
 
 def number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 

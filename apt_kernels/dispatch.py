@@ -20,6 +20,7 @@ import torch
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 PREFERENCE_OF_OPERATION: dict[tuple[str, str], tuple[str, ...]] = {}
 
+_CPU = torch.device("cpu")
 INTERPRETING_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -114,8 +115,9 @@ def choose(
 
     dtype: of the arithmetic. GPU kernels have no float64, only the reference has.
     """
-    available = _BACKENDS.get((operation, device.type), ("reference",))
-    only_reference = dtype == torch.float64 and device.type != "cpu"
+    device_type = "cpu" if device == _CPU else device.type  # device.type forms a string: 0.5 us
+    available = _BACKENDS.get((operation, device_type), ("reference",))
+    only_reference = dtype == torch.float64 and device_type != "cpu"
     if only_reference:
         available = ("reference",)
     if requested is None:
@@ -123,7 +125,7 @@ def choose(
     if requested not in available:
         kind = "float64 " if only_reference else ""
         raise ValueError(
-            f"backend: expected one of {list(available)} for {kind}{operation} on {device.type}, "
+            f"backend: expected one of {list(available)} for {kind}{operation} on {device_type}, "
             f"got {requested!r} (apt_kernels.backends() tells what was built)"
         )
     return requested

@@ -17,13 +17,15 @@ _ONCE = (
 
 
 def gradients(call_type: type[NamedTuple], **grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What backward returns: a gradient or None for each field of the call, None for the backend.
+    """The results of backward: a gradient or None for each field of the call, None for the backend.
 
-    A name that is no field adds a gradient at the end, which PyTorch refuses.
+    A name that is no field raises ValueError.
     """
-    slots: dict[str, Tensor | None] = dict.fromkeys(call_type._fields)
-    slots.update(grads)
-    return (*slots.values(), None)
+    fields = call_type._fields
+    slots: list[Tensor | None] = [None] * (len(fields) + 1)
+    for name, grad in grads.items():
+        slots[fields.index(name)] = grad
+    return tuple(slots)
 
 
 def differentiable_once(backward: Callable) -> Callable:

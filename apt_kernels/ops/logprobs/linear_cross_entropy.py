@@ -217,8 +217,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *fields, backend = arguments
-        call = LinearCrossEntropyCall(*fields)
+        call, backend = LinearCrossEntropyCall._make(arguments[:-1]), arguments[-1]
         ctx.needed, ctx.backend = call.needed, backend
         ctx.wait = call.hidden.dtype == torch.float16 and any(call.needed)
         if ctx.wait:

@@ -156,8 +156,7 @@ def _check(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *fields, backend = arguments
-        call = TokenLogprobsCall(*fields)
+        call, backend = TokenLogprobsCall._make(arguments[:-1]), arguments[-1]
         logps, entropy, lse = dispatch.kernel(FORWARD, backend)(*call)
         ctx.save_for_backward(
             call.logits, call.token_ids, call.mask, call.temperature_tensor, lse, entropy

@@ -95,8 +95,7 @@ class KLPenaltyBackwardCall(NamedTuple):
 class _KLPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *fields, backend = arguments
-        call = KLPenaltyCall(*fields)
+        call, backend = KLPenaltyCall._make(arguments[:-1]), arguments[-1]
         save_call(ctx, call)
         ctx.backend = backend
         return dispatch.kernel(FORWARD, backend)(*call)

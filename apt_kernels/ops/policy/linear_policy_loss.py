@@ -246,8 +246,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *fields, backend = arguments
-        call = LinearPolicyLossCall(*fields)
+        call, backend = LinearPolicyLossCall._make(arguments[:-1]), arguments[-1]
         ctx.needed, ctx.backend = call.needed(), backend
         ctx.wait = call.hidden.dtype == torch.float16
         if ctx.wait:

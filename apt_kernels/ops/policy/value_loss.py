@@ -115,8 +115,7 @@ class ValueLossCall(NamedTuple):
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *fields, backend = arguments
-        call = ValueLossCall(*fields)
+        call, backend = ValueLossCall._make(arguments[:-1]), arguments[-1]
         loss, metrics, grad_values, scales = dispatch.kernel(KERNEL, backend)(*call)
         ctx.save_for_backward(grad_values, scales)
         ctx.dtype = call.values.dtype

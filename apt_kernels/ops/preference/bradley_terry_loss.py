@@ -105,8 +105,7 @@ def bradley_terry_loss(
 class _BradleyTerryLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *fields, backend = arguments
-        call = BradleyTerryLossCall(*fields)
+        call, backend = BradleyTerryLossCall._make(arguments[:-1]), arguments[-1]
         loss, formed = dispatch.kernel(KERNEL, backend)(*call)
         keep(ctx, formed, call, call.chosen_rewards, call.rejected_rewards, call.margin_tensor)
         ctx.dtype, ctx.backend = call.chosen_rewards.dtype, backend
@@ -115,8 +114,9 @@ class _BradleyTerryLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_loss):
-        kernel = dispatch.kernel(KERNEL, ctx.backend)
-        grads = scaled(ctx, grad_loss, lambda call: kernel(*call)[1])
+        grads = scaled(
+            ctx, grad_loss, lambda call: dispatch.kernel(KERNEL, ctx.backend)(*call)[1]
+        )
         if grads.dtype != ctx.dtype:
             grads = grads.to(ctx.dtype)
         grad_chosen, grad_rejected = grads.unbind()

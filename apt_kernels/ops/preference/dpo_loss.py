@@ -215,8 +215,8 @@ def _check_pairs(
 ) -> None:
     like, chosen = "policy_chosen_logps", policy_chosen_logps
     checks.tensor(like, chosen)
-    checks.pair("policy_rejected_logps", policy_rejected_logps, like, chosen)
     if ref_chosen_logps is None and ref_rejected_logps is None:
+        checks.pair("policy_rejected_logps", policy_rejected_logps, like, chosen)
         if not reference_free and loss_type not in _WITHOUT_REFERENCE:
             raise ValueError(
                 f"ref_chosen_logps: expected the reference's log-probabilities, as {loss_type} "
@@ -226,8 +226,14 @@ def _check_pairs(
     if loss_type in _WITHOUT_REFERENCE:
         checks.unused("ref_chosen_logps", ref_chosen_logps, f"{loss_type} has no reference")
         checks.unused("ref_rejected_logps", ref_rejected_logps, f"{loss_type} has no reference")
-    checks.pair("ref_chosen_logps", ref_chosen_logps, like, chosen, constant_=True)
-    checks.pair("ref_rejected_logps", ref_rejected_logps, like, chosen, constant_=True)
+    checks.pairs(
+        like,
+        chosen,
+        constants=("ref_chosen_logps", "ref_rejected_logps"),
+        policy_rejected_logps=policy_rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+    )
 
 
 def _check_lengths(
@@ -251,23 +257,24 @@ def _check_lengths(
 
 def _loss(call: DPOLossCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and both rewards by the kernel, which takes contiguous pairs of one dtype."""
-    chosen, rejected = call.policy_chosen_logps, call.policy_rejected_logps
-    ref_chosen, ref_rejected = call.ref_chosen_logps, call.ref_rejected_logps
-    dtype = chosen.dtype
-    if rejected.dtype != dtype or (
-        ref_chosen is not None and not ref_chosen.dtype == ref_rejected.dtype == dtype
-    ):
-        dtype = accumulate_dtype(chosen)
-        chosen, rejected = chosen.to(dtype), rejected.to(dtype)
-        if ref_chosen is not None:
-            ref_chosen, ref_rejected = ref_chosen.to(dtype), ref_rejected.to(dtype)
-    call = call._replace(
-        policy_chosen_logps=chosen.contiguous(),
-        policy_rejected_logps=rejected.contiguous(),
-        ref_chosen_logps=None if ref_chosen is None else ref_chosen.contiguous(),
-        ref_rejected_logps=None if ref_rejected is None else ref_rejected.contiguous(),
-    )
+    dtype = call.policy_chosen_logps.dtype
+    pairs = call[:4]
+    for t in pairs:
+        if t is not None and not (t.dtype == dtype and t.is_contiguous()):
+            call = _contiguous(call)
+            break
     return _DPOLoss.apply(*call, backend)
+
+
+def _contiguous(call: DPOLossCall) -> DPOLossCall:
+    """The call with contiguous pairs of their common dtype, else of the first's accumulation."""
+    pairs = [t for t in call[:4] if t is not None]
+    dtype = pairs[0].dtype
+    if any(t.dtype != dtype for t in pairs):
+        dtype = accumulate_dtype(pairs[0])
+    return DPOLossCall(
+        *(None if t is None else t.to(dtype).contiguous() for t in call[:4]), *call[4:]
+    )
 
 
 def _loss_of_transformed(
@@ -315,8 +322,7 @@ def _loss_of_transformed(
 class _DPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *fields, backend = arguments
-        call = DPOLossCall(*fields)
+        call, backend = DPOLossCall._make(arguments[:-1]), arguments[-1]
         loss, chosen_rewards, rejected_rewards, formed = dispatch.kernel(KERNEL, backend)(*call)
         keep(
             ctx,
@@ -335,8 +341,9 @@ class _DPOLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_loss, *_):
-        kernel = dispatch.kernel(KERNEL, ctx.backend)
-        grads = scaled(ctx, grad_loss, lambda call: kernel(*call)[3])
+        grads = scaled(
+            ctx, grad_loss, lambda call: dispatch.kernel(KERNEL, ctx.backend)(*call)[3]
+        )
         if grads.dtype != ctx.dtype:
             grads = grads.to(ctx.dtype)
         grad_chosen, grad_rejected = grads.unbind()
