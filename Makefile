@@ -58,6 +58,7 @@ gpu-report: ## on a GPU: accuracy, times, counters, tuning in nine minutes; benc
 lint: setup ## formatting and static checks
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 	@$(BIN)/pydoclint -q apt_kernels/ops apt_kernels/*.py
+	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: setup ## format everything

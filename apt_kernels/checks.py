@@ -183,7 +183,7 @@ def finite(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
-def integer(name: str, value: Any, least: int | None = None, end: int | None = None) -> None:
+def integer(name: str, value: Any, least: int | None = None, end: float = float("inf")) -> None:
     """An integer in [least, end)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")

@@ -26,6 +26,9 @@ class NTXentLoss(nn.Module):
             takes the keys of all processes.
     """
 
+    bank: Tensor
+    bank_ptr: Tensor
+
     def __init__(
         self,
         temperature: float = 0.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class PolicyLoss(nn.Module):
         self.low, self.high = low, high
         self.gspo = policy_loss_type == "gspo"
         self.token_level_loss = token_level_loss and not self.gspo
-        self.options = {
+        self.options: dict[str, Any] = {
             "clip_low": clip_eps_low,
             "clip_high": clip_eps_high,
             "dual_clip": dual_clip,
@@ -180,7 +181,10 @@ class ValueLoss(nn.Module):
     def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True) -> None:
         super().__init__()
         self.token_level_loss = token_level_loss
-        self.options = {"clip_range": clip_eps, "aggregation": _aggregation(token_level_loss)}
+        self.options: dict[str, Any] = {
+            "clip_range": clip_eps,
+            "aggregation": _aggregation(token_level_loss),
+        }
 
     def forward(
         self,
@@ -220,7 +224,7 @@ class DPOLoss(_dpo.DPOLoss):
     def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
         super().__init__(beta, label_smoothing, "ipo" if ipo else "sigmoid")
 
-    def forward(
+    def forward(  # type: ignore[override]  # the names that OpenRLHF uses
         self,
         policy_chosen_logps: Tensor,
         policy_rejected_logps: Tensor,

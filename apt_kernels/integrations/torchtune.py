@@ -16,7 +16,7 @@ class DPOLoss(_dpo.DPOLoss):
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
         super().__init__(beta, label_smoothing, reduction="none")
 
-    def forward(
+    def forward(  # type: ignore[override]  # the names that torchtune uses
         self,
         policy_chosen_logps: Any,
         policy_rejected_logps: Any,

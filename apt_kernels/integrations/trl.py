@@ -134,7 +134,7 @@ class ChunkedLogProbFunction:
         # A reference is scored without a gradient. It takes the entropy too, as the policy does:
         # the two are then computed alike, and equal models have margins of exactly 0.
         with_entropy = "entropy" in outputs or not torch.is_grad_enabled()
-        results = linear_token_logprobs(
+        results: Any = linear_token_logprobs(
             hidden,
             weight,
             targets,
@@ -158,7 +158,8 @@ class ChunkedLogProbFunction:
                 chunk_size,
             )
             metrics = logits.metrics(targets, asked)
-        return logps, entropy, *(metrics.get(name) for name in _METRICS[1:])
+        log_sum_sq_probs, mean_logits, is_top1 = (metrics.get(name) for name in _METRICS[1:])
+        return logps, entropy, log_sum_sq_probs, mean_logits, is_top1
 
 
 class _LogitsInChunks:
@@ -411,9 +412,10 @@ def _exchange(pairs: dict[str, tuple[Any, Any]]) -> dict[str, str]:
 
 def _arguments(value: Any) -> list[str]:
     """The names of a function's parameters, or of the forward pass of an autograd function."""
+    function: Any = value
     if isinstance(value, type):
-        value = getattr(value, "forward", None) or value.apply
-    return [name for name in inspect.signature(value).parameters if name != "ctx"]
+        function = getattr(value, "forward", None) or getattr(value, "apply", None)
+    return [name for name in inspect.signature(function).parameters if name != "ctx"]
 
 
 def _same_arguments(name: str, current: Any) -> bool:

@@ -23,9 +23,9 @@ def ema_update_(
         sources: as many tensors of the same shapes.
         momentum: in [0, 1]; 0 copies, 1 changes nothing.
     """
-    if isinstance(targets, Tensor):
-        targets, sources = [targets], [sources]
-    for target, source in zip(targets, sources, strict=True):
+    several_targets = [targets] if isinstance(targets, Tensor) else targets
+    several_sources = [sources] if isinstance(sources, Tensor) else sources
+    for target, source in zip(several_targets, several_sources, strict=True):
         if not target.is_floating_point() or momentum == 0:
             target.copy_(source.clone())  # they may share memory
         elif momentum != 1:

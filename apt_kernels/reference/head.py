@@ -5,12 +5,44 @@ The references of other losses are made of them.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from .numerics import accumulate_dtype, keep
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    softcap: float | None = ...,
+    return_entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,
@@ -78,6 +110,45 @@ def head_logits(
     return logit_scale * logits
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,

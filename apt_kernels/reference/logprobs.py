@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,51 @@ from .head import head_logits, scaled_logits
 from .numerics import keep
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_correct: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_correct: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_correct: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -58,13 +58,14 @@ def aggregate(
     if aggregation == "sequence_mean":
         losses = losses / at_least_one(lengths).unsqueeze(-1)
     if normalizer is None:
-        normalizer = {
+        denominators: dict[str, float | Tensor] = {
             "token_mean": at_least_one(lengths.sum()),
             "token_sum": 1.0,
             "sequence_mean": rows,
             "sequence_sum": rows,
             "dr_grpo": rows * max(mask.shape[-1], 1),
-        }[aggregation]
+        }
+        normalizer = denominators[aggregation]
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(losses.dtype)
     return keep(mask, losses).sum() / normalizer

@@ -263,6 +263,7 @@ def value_loss(
     losses = (v - target) ** 2
     clipped = torch.zeros_like(mask)
     if clip_range is not None:
+        assert old_values is not None
         old = keep(mask, old_values.detach().to(dtype))
         bounded = torch.minimum(torch.maximum(v, old - clip_range), old + clip_range)
         bounded_losses = (bounded - target) ** 2
@@ -321,9 +322,7 @@ def gae(
     """
     dtype = accumulate_dtype(rewards, values)
 
-    def rows(x: Tensor | None) -> Tensor | None:  # one row a sequence, or one row of them all
-        if x is None:
-            return None
+    def rows(x: Tensor) -> Tensor:  # one row a sequence, or one row of all sequences
         return x.unsqueeze(0) if cu_seqlens is not None else x.mT if time_major else x
 
     r, v = rows(rewards).to(dtype), rows(values).to(dtype)
@@ -378,13 +377,15 @@ def _backward_recurrence(deltas: Tensor, decays: Tensor, cut: Tensor) -> Tensor:
 
     Where it is cut a_t = deltas_t: behind it lies another episode, which may hold anything.
     """
-    carry = torch.zeros_like(deltas[:, 0]) if deltas.shape[-1] else None
+    if not deltas.shape[-1]:
+        return deltas
+    carry = torch.zeros_like(deltas[:, 0])
     steps = []
     columns = (reversed(t.unbind(-1)) for t in (deltas, decays, cut))
     for delta, decay, ends in zip(*columns, strict=True):
         carry = torch.where(ends, delta, torch.addcmul(delta, decay, carry))
         steps.append(carry)
-    return torch.stack(steps[::-1], dim=-1) if steps else deltas
+    return torch.stack(steps[::-1], dim=-1)
 
 
 def _whitened(advantages: Tensor, counts: Tensor) -> Tensor:

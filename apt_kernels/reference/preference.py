@@ -77,6 +77,7 @@ def dpo_loss(
     pc, pr = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
     rc, rr = torch.zeros_like(pc), torch.zeros_like(pr)
     if ref_chosen_logps is not None and not reference_free:
+        assert ref_rejected_logps is not None
         rc, rr = ref_chosen_logps.to(dtype), ref_rejected_logps.to(dtype)
     c, r = pc - rc, pr - rr
     chosen_rewards, rejected_rewards = (beta * c).detach(), (beta * r).detach()
@@ -91,6 +92,7 @@ def dpo_loss(
         elif loss_type == "aot_unpaired":
             d = torch.sort(c).values - torch.sort(r).values
         elif chosen_lengths is not None:
+            assert rejected_lengths is not None
             d = c / chosen_lengths.clamp(min=1) - r / rejected_lengths.clamp(min=1)
         else:
             d = c - r

@@ -54,14 +54,14 @@ def _raising(grad: Tensor) -> Tensor:
     return torch._C._functions.DelayedError(_ONCE, 1)(grad.detach().requires_grad_())
 
 
-def save_call(ctx: Any, call: NamedTuple) -> None:
+def save_call(ctx: Any, call: Any) -> None:
     """Saves the arguments of a kernel for the backward pass, where `saved_call` gives them."""
     tensors = {name: x for name, x in call._asdict().items() if isinstance(x, Tensor)}
     ctx.save_for_backward(*tensors.values())
     ctx.saved_names, ctx.options = tuple(tensors), call._replace(**dict.fromkeys(tensors))
 
 
-def saved_call(ctx: Any) -> NamedTuple:
+def saved_call(ctx: Any) -> Any:
     """The call that `save_call` saved."""
     return ctx.options._replace(**dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True)))
 

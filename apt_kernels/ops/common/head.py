@@ -186,7 +186,8 @@ def head_logprobs(
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = LinearTokenLogprobsCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = LinearTokenLogprobsCall._make(fields)
         logps, entropy, lse, grad_hidden = dispatch.kernel(FORWARD, backend)(*call)
         ctx.formed, ctx.backend = call.form_grad_hidden, backend
         if call.form_grad_hidden:

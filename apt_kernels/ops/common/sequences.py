@@ -41,7 +41,8 @@ def summed_logps(logps: Tensor, mask: Tensor, average: bool, backend: str) -> Te
 class _SequenceLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = SequenceLogpsCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = SequenceLogpsCall._make(fields)
         sums, tokens = dispatch.kernel(FORWARD, backend)(*call)
         ctx.save_for_backward(call.mask, tokens)
         ctx.average, ctx.dtype, ctx.backend = call.average, call.logps.dtype, backend

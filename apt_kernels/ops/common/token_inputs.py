@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,16 @@ def boolean(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-def alike(*tensors: Tensor | None) -> list[Tensor | None]:
+def alike(first: Tensor, *others: Tensor | None) -> list[Any]:
     """The tensors in one dtype: their common one, else the accumulation dtype of the first.
 
-    Rows have stride 1.
+    Rows have stride 1. The list holds None where an argument is None.
     """
-    dtype = tensors[0].dtype
-    for t in tensors:  # small losses are called often: no conversion where all is well
-        if t is not None and t.dtype != dtype:
-            dtype = accumulate_dtype(tensors[0])
-            tensors = [None if t is None else t.to(dtype) for t in tensors]
+    tensors: tuple[Tensor | None, ...] = (first, *others)
+    for t in others:  # small losses are called often: no conversion where all is well
+        if t is not None and t.dtype != first.dtype:
+            dtype = accumulate_dtype(first)
+            tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
             break
     return [None if t is None else adjacent(t) for t in tensors]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,51 @@ from .ring.ring import ring_of
 dispatch.register("info_nce", *INFO_NCE)
 
 
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    symmetric: bool = ...,
+    label_offset: int = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    symmetric: bool = ...,
+    label_offset: int = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    symmetric: bool = ...,
+    label_offset: int = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -154,7 +201,7 @@ class _InfoNCE(torch.autograd.Function):
         query, key, negatives, temperature_tensor, slopes, row_stats, column_stats = (
             ctx.saved_tensors
         )
-        needs = InfoNCECall(*ctx.needs_input_grad[:-1])
+        needs: Any = InfoNCECall(*ctx.needs_input_grad[:-1])
         grad_losses = grad_losses.contiguous()
         grads = {}
         if needs.query or needs.key or needs.negatives:

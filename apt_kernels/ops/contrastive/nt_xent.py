@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,42 @@ from .ring.ring import ring_of
 dispatch.register("nt_xent", *NT_XENT, *INFO_NCE)  # INFO_NCE: over a ring of processes
 
 
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def nt_xent(
     z1: Tensor,
     z2: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,48 @@ class SigLIPLossBackwardCall(NamedTuple):
     unrounded: bool = False
 
 
+@overload
+def siglip_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    logit_bias: float | Tensor = ...,
+    normalize: bool = ...,
+    label_offset: int = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def siglip_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    logit_bias: float | Tensor = ...,
+    normalize: bool = ...,
+    label_offset: int = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def siglip_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    logit_bias: float | Tensor = ...,
+    normalize: bool = ...,
+    label_offset: int = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def siglip_loss(
     query: Tensor,
     key: Tensor,
@@ -185,7 +227,7 @@ class _SigLIPLoss(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad_losses, _):
         query, key, temperature_tensor, logit_bias_tensor, slopes, bias_slopes = ctx.saved_tensors
-        needs = SigLIPLossCall(*ctx.needs_input_grad[:-2])
+        needs: Any = SigLIPLossCall(*ctx.needs_input_grad[:-2])
         grad_rows = grad_losses.contiguous()
         grads = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,42 @@ class SupConLossBackwardCall(NamedTuple):
     unrounded: bool = False
 
 
+@overload
+def sup_con_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def sup_con_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sup_con_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    normalize: bool = ...,
+    reduction: str = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    return_correct: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def sup_con_loss(
     features: Tensor,
     labels: Tensor,
@@ -216,7 +252,7 @@ def _grad_features(ctx, grad_losses: Tensor) -> Tensor:
         unrounded=ctx.ranks is not None,
     )
     kernel = dispatch.kernel(BACKWARD, ctx.backend)
-    total = None
+    total: Any = None  # a tensor after the first block, which is this rank's own
     blocks = _blocks(ctx.ranks, features, labels, grad_losses, stats)
     for step, (classes, class_labels, columns, class_stats) in enumerate(blocks):
         if step == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -57,6 +57,54 @@ class LinearCrossEntropyCall(NamedTuple):
         return self.need_hidden, self.need_weight, self.need_bias
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_correct: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_correct: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_correct: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -217,7 +265,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = LinearCrossEntropyCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = LinearCrossEntropyCall._make(fields)
         ctx.needed, ctx.backend = call.needed, backend
         ctx.wait = call.hidden.dtype == torch.float16 and any(call.needed)
         if ctx.wait:

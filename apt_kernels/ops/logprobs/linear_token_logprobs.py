@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from ... import checks, dispatch, reference
@@ -11,6 +13,48 @@ from ..common.head import BACKWARD, FORWARD, check_head, check_tokens, head_logp
 dispatch.register("linear_token_logprobs", FORWARD, BACKWARD)
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    mask: Tensor | None = ...,
+    return_entropy: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,

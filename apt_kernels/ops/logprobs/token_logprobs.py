@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -53,6 +53,39 @@ class TokenLogprobsBackwardCall(NamedTuple):
     softcap: float
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    softcap: float | None = ...,
+    return_entropy: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,
@@ -156,7 +189,8 @@ def _check(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = TokenLogprobsCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = TokenLogprobsCall._make(fields)
         logps, entropy, lse = dispatch.kernel(FORWARD, backend)(*call)
         ctx.save_for_backward(
             call.logits, call.token_ids, call.mask, call.temperature_tensor, lse, entropy

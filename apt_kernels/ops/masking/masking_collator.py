@@ -120,8 +120,14 @@ class MaskingCollator:
         ids = batch["input_ids"]
         if self.mlm:
             attention = batch.get("attention_mask")
-            arrays = map(_array, (ids, attention, special))
-            masked, labels = self._mask(*arrays, words, lengths, own[self.sample_key])
+            masked, labels = self._mask(
+                _array(ids),
+                _array(attention),
+                _array(special),
+                words,
+                lengths,
+                own[self.sample_key],
+            )
         else:
             masked, labels = _array(ids).copy(), _array(ids).copy()
             labels[labels == self.tokenizer.pad_token_id] = IGNORED
@@ -197,6 +203,7 @@ class MaskingCollator:
             for row, numbers in zip(padded, words, strict=True):
                 row[: len(numbers)] = numbers
             words = padded
+        assert self.mlm_probability is not None  # only a collator without masking may have None
         masked, labels, _ = mlm_mask(
             ids,
             mask_token_id=self.tokenizer.mask_token_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,44 @@ _INT32 = 2**31
 _MASK_DTYPES = ("bool", "uint8", "int8", "int32", "int64")  # the kernels take them as they are
 
 
+@overload
+def mlm_mask(
+    input_ids: Tensor,
+    *,
+    mask_token_id: int,
+    vocab_size: int,
+    mask_prob: float = ...,
+    mask_token_prob: float = ...,
+    random_token_prob: float = ...,
+    special_token_ids: Sequence[int] = ...,
+    special_tokens_mask: Tensor | None = ...,
+    attention_mask: Tensor | None = ...,
+    seed: int,
+    step: int = ...,
+    sample_ids: Tensor | None = ...,
+    word_ids: Tensor | None = ...,
+    at_least_one: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def mlm_mask(
+    input_ids: ndarray,
+    *,
+    mask_token_id: int,
+    vocab_size: int,
+    mask_prob: float = ...,
+    mask_token_prob: float = ...,
+    random_token_prob: float = ...,
+    special_token_ids: Sequence[int] = ...,
+    special_tokens_mask: ndarray | None = ...,
+    attention_mask: ndarray | None = ...,
+    seed: int,
+    step: int = ...,
+    sample_ids: ndarray | None = ...,
+    word_ids: ndarray | None = ...,
+    at_least_one: bool = ...,
+    backend: str | None = ...,
+) -> tuple[ndarray, ndarray, ndarray]: ...
 def mlm_mask(
     input_ids: Tensor | ndarray,
     *,
@@ -81,7 +119,7 @@ def mlm_mask(
     Raises:
         ValueError, TypeError: a wrong argument.
     """
-    given = {
+    given: dict[str, Any] = {
         "input_ids": input_ids,
         "special_tokens_mask": special_tokens_mask,
         "attention_mask": attention_mask,
@@ -96,11 +134,11 @@ def mlm_mask(
     _check_numbers(mask_token_id, vocab_size, special_token_ids, seed, step, at_least_one)
     special_runs, word_count = _special_runs((*special_token_ids, mask_token_id), vocab_size)
     _check_probabilities(mask_prob, mask_token_prob, random_token_prob, word_count)
-    device = torch.device("cpu") if as_arrays else input_ids.device
+    device = input_ids.device if isinstance(input_ids, Tensor) else torch.device("cpu")
     backend = dispatch.choose("mlm_mask", device, backend)
     if backend == "reference":
         tensors = {k: arrays.copied(v) for k, v in given.items()} if as_arrays else given
-        results = reference.mlm_mask(
+        results: Any = reference.mlm_mask(
             **tensors,
             mask_token_id=mask_token_id,
             vocab_size=vocab_size,
@@ -112,7 +150,7 @@ def mlm_mask(
             step=step,
             at_least_one=at_least_one,
         )
-        return tuple(t.numpy() for t in results) if as_arrays else results
+        return _as_arrays(*results) if as_arrays else results
     of_arrays = as_arrays and backend == "native"
     if as_arrays and not of_arrays:
         given = {k: arrays.copied(v) for k, v in given.items()}
@@ -132,7 +170,13 @@ def mlm_mask(
     if of_arrays:
         return dispatch.array_kernel(KERNEL)(*call)
     results = dispatch.kernel(KERNEL, backend)(*call)
-    return tuple(t.numpy() for t in results) if as_arrays else results
+    return _as_arrays(*results) if as_arrays else results
+
+
+def _as_arrays(
+    masked_ids: Tensor, labels: Tensor, mask_positions: Tensor
+) -> tuple[ndarray, ndarray, ndarray]:
+    return masked_ids.numpy(), labels.numpy(), mask_positions.numpy()
 
 
 def _check_tensors(
@@ -230,7 +274,7 @@ def _kernel_tensors(
     attention_mask: Tensor | ndarray | None,
     sample_ids: Tensor | ndarray | None,
     word_ids: Tensor | ndarray | None,
-) -> dict[str, Tensor | ndarray | None]:
+) -> dict[str, Any]:
     """The tensors, or the arrays, as the kernels take them: contiguous, numbers as int64."""
 
     def mask(value):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,38 @@ dispatch.define(
 dispatch.register("gae", KERNEL)
 
 
+@overload
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = ...,
+    gae_lambda: float = ...,
+    mask: Tensor | None = ...,
+    terminated: Tensor | None = ...,
+    truncated: Tensor | None = ...,
+    bootstrap: Tensor | None = ...,
+    whiten: bool = ...,
+    time_major: bool = ...,
+    cu_seqlens: Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gae(
+    rewards: ndarray,
+    values: ndarray,
+    *,
+    gamma: float = ...,
+    gae_lambda: float = ...,
+    mask: ndarray | None = ...,
+    terminated: ndarray | None = ...,
+    truncated: ndarray | None = ...,
+    bootstrap: ndarray | None = ...,
+    whiten: bool = ...,
+    time_major: bool = ...,
+    cu_seqlens: ndarray | None = ...,
+    backend: str | None = ...,
+) -> tuple[ndarray, ndarray]: ...
 @torch.no_grad()
 def gae(
     rewards: Tensor | ndarray,
@@ -74,16 +106,36 @@ def gae(
     Raises:
         ValueError, TypeError: a wrong argument.
     """
-    if arrays.is_array(rewards):
-        given = {
-            "rewards": rewards, "values": values, "mask": mask, "terminated": terminated,
-            "truncated": truncated, "bootstrap": bootstrap, "cu_seqlens": cu_seqlens,
-        }  # fmt: skip
-        advantages, returns = gae(
-            **{name: arrays.shared(name, value) for name, value in given.items()}, gamma=gamma,
-            gae_lambda=gae_lambda, whiten=whiten, time_major=time_major, backend=backend,
-        )  # fmt: skip
-        return advantages.numpy(), returns.numpy()
+    inputs: dict[str, Any] = {
+        "rewards": rewards, "values": values, "mask": mask, "terminated": terminated,
+        "truncated": truncated, "bootstrap": bootstrap, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    as_arrays = arrays.is_array(rewards)
+    if as_arrays:
+        inputs = {name: arrays.shared(name, value) for name, value in inputs.items()}
+    advantages, returns = _of_tensors(
+        **inputs, gamma=gamma, gae_lambda=gae_lambda, whiten=whiten, time_major=time_major,
+        backend=backend,
+    )  # fmt: skip
+    return (advantages.numpy(), returns.numpy()) if as_arrays else (advantages, returns)
+
+
+def _of_tensors(
+    *,
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap: Tensor | None,
+    whiten: bool,
+    time_major: bool,
+    cu_seqlens: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`gae` of tensors."""
     _check_options(gamma, gae_lambda, whiten, time_major)
     _check_steps(rewards, values, time_major, cu_seqlens)
     _check_flags(rewards, mask=mask, terminated=terminated, truncated=truncated)

@@ -95,7 +95,8 @@ class KLPenaltyBackwardCall(NamedTuple):
 class _KLPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = KLPenaltyCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = KLPenaltyCall._make(fields)
         save_call(ctx, call)
         ctx.backend = backend
         return dispatch.kernel(FORWARD, backend)(*call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,7 +173,7 @@ def linear_policy_loss(
     hidden, weight, bias = kernel_layout(hidden, weight, bias)
     dtype = accumulate_dtype(hidden)
 
-    def floats(t: Tensor | None) -> Tensor | None:
+    def floats(t: Tensor | None) -> Any:
         return None if t is None else t.to(dtype).contiguous()
 
     temperature_tensor = None
@@ -246,7 +246,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = LinearPolicyLossCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = LinearPolicyLossCall._make(fields)
         ctx.needed, ctx.backend = call.needed(), backend
         ctx.wait = call.hidden.dtype == torch.float16
         if ctx.wait:

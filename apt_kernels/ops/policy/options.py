@@ -4,7 +4,7 @@ as a module holds them."""
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -46,10 +46,10 @@ def check_options(options: PolicyOptions) -> None:
     checks.finite("kl_coef", options.kl_coef)
     checks.finite("entropy_coef", options.entropy_coef)
     if loss_type in ("sapo", "reinforce"):
-        for name, value in (("clip_low", options.clip_low), ("clip_high", options.clip_high)):
-            if value != _DEFAULT_CLIP:
+        for name, bound in (("clip_low", options.clip_low), ("clip_high", options.clip_high)):
+            if bound != _DEFAULT_CLIP:
                 raise ValueError(
-                    f"{name}: expected {_DEFAULT_CLIP}, as {loss_type} has no clip, got {value}"
+                    f"{name}: expected {_DEFAULT_CLIP}, as {loss_type} has no clip, got {bound}"
                 )
     if options.dual_clip is not None:
         if loss_type != "clip":
@@ -100,7 +100,7 @@ def check_tensors(
     checks.normalizer(normalizer, like_name, like)
 
 
-def kernel_options(options: PolicyOptions) -> dict[str, int | float]:
+def kernel_options(options: PolicyOptions) -> dict[str, Any]:
     """The options as fields of a kernel's call: words as integers, None as the number it means."""
     dual_clip = options.dual_clip
     temperature_pos, temperature_neg = options.sapo_temperature_pos, options.sapo_temperature_neg

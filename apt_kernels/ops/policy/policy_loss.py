@@ -188,7 +188,8 @@ class PolicyLossCall(NamedTuple):
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = PolicyLossCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = PolicyLossCall._make(fields)
         loss, metrics, grad_logps, grad_entropy, scales = dispatch.kernel(KERNEL, backend)(*call)
         ctx.save_for_backward(grad_logps, grad_entropy, scales)
         ctx.dtype, ctx.need_entropy = call.logps.dtype, call.need_entropy

@@ -115,7 +115,8 @@ class ValueLossCall(NamedTuple):
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = ValueLossCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = ValueLossCall._make(fields)
         loss, metrics, grad_values, scales = dispatch.kernel(KERNEL, backend)(*call)
         ctx.save_for_backward(grad_values, scales)
         ctx.dtype = call.values.dtype

@@ -105,7 +105,8 @@ def bradley_terry_loss(
 class _BradleyTerryLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = BradleyTerryLossCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = BradleyTerryLossCall._make(fields)
         loss, formed = dispatch.kernel(KERNEL, backend)(*call)
         keep(ctx, formed, call, call.chosen_rewards, call.rejected_rewards, call.margin_tensor)
         ctx.dtype, ctx.backend = call.chosen_rewards.dtype, backend
@@ -114,9 +115,7 @@ class _BradleyTerryLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_loss):
-        grads = scaled(
-            ctx, grad_loss, lambda call: dispatch.kernel(KERNEL, ctx.backend)(*call)[1]
-        )
+        grads = scaled(ctx, grad_loss, lambda call: dispatch.kernel(KERNEL, ctx.backend)(*call)[1])
         if grads.dtype != ctx.dtype:
             grads = grads.to(ctx.dtype)
         grad_chosen, grad_rejected = grads.unbind()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,8 +165,8 @@ def dpo_loss(
             results = _loss(call, backend)
     if len(shape) == 1:
         return results
-    loss, *rewards = (x.reshape(shape) if x.dim() else x for x in results)
-    return loss, *rewards
+    loss, chosen_rewards, rejected_rewards = (x.reshape(shape) if x.dim() else x for x in results)
+    return loss, chosen_rewards, rejected_rewards
 
 
 def _flat(t: Tensor | None) -> Tensor | None:
@@ -249,7 +249,7 @@ def _check_lengths(
         if loss_type not in ("ipo", "sigmoid_norm"):
             checks.unused(name, lengths, f"{loss_type} is not normalised by length")
             continue
-        checks.tensor(name, lengths, (*checks.INTEGERS, *checks.FLOATS))
+        lengths = checks.tensor(name, lengths, (*checks.INTEGERS, *checks.FLOATS))
         checks.shape(name, lengths, policy_chosen_logps.shape, "that of policy_chosen_logps")
         checks.same_device(name, lengths, "policy_chosen_logps", policy_chosen_logps)
         checks.constant(name, lengths)
@@ -258,8 +258,12 @@ def _check_lengths(
 def _loss(call: DPOLossCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and both rewards by the kernel, which takes contiguous pairs of one dtype."""
     dtype = call.policy_chosen_logps.dtype
-    pairs = call[:4]
-    for t in pairs:
+    for t in (
+        call.policy_chosen_logps,
+        call.policy_rejected_logps,
+        call.ref_chosen_logps,
+        call.ref_rejected_logps,
+    ):
         if t is not None and not (t.dtype == dtype and t.is_contiguous()):
             call = _contiguous(call)
             break
@@ -268,13 +272,11 @@ def _loss(call: DPOLossCall, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def _contiguous(call: DPOLossCall) -> DPOLossCall:
     """The call with contiguous pairs of their common dtype, else of the first's accumulation."""
-    pairs = [t for t in call[:4] if t is not None]
-    dtype = pairs[0].dtype
-    if any(t.dtype != dtype for t in pairs):
-        dtype = accumulate_dtype(pairs[0])
-    return DPOLossCall(
-        *(None if t is None else t.to(dtype).contiguous() for t in call[:4]), *call[4:]
-    )
+    pairs: dict[str, Any] = {k: t for k, t in call._asdict().items() if isinstance(t, Tensor)}
+    dtype = call.policy_chosen_logps.dtype
+    if any(t.dtype != dtype for t in pairs.values()):
+        dtype = accumulate_dtype(call.policy_chosen_logps)
+    return call._replace(**{name: t.to(dtype).contiguous() for name, t in pairs.items()})
 
 
 def _loss_of_transformed(
@@ -307,6 +309,7 @@ def _loss_of_transformed(
     elif loss_type == "aot_unpaired":
         chosen, rejected = torch.sort(chosen).values, torch.sort(rejected).values
     else:
+        assert chosen_lengths is not None and rejected_lengths is not None  # they were checked
         chosen = chosen / chosen_lengths.clamp(min=1)
         rejected = rejected / rejected_lengths.clamp(min=1)
     call = call._replace(
@@ -322,7 +325,8 @@ def _loss_of_transformed(
 class _DPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        call, backend = DPOLossCall._make(arguments[:-1]), arguments[-1]
+        *fields, backend = arguments
+        call = DPOLossCall._make(fields)
         loss, chosen_rewards, rejected_rewards, formed = dispatch.kernel(KERNEL, backend)(*call)
         keep(
             ctx,
@@ -341,9 +345,7 @@ class _DPOLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_loss, *_):
-        grads = scaled(
-            ctx, grad_loss, lambda call: dispatch.kernel(KERNEL, ctx.backend)(*call)[3]
-        )
+        grads = scaled(ctx, grad_loss, lambda call: dispatch.kernel(KERNEL, ctx.backend)(*call)[3])
         if grads.dtype != ctx.dtype:
             grads = grads.to(ctx.dtype)
         grad_chosen, grad_rejected = grads.unbind()

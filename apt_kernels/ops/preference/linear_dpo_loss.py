@@ -97,8 +97,9 @@ def linear_dpo_loss(
     pairs = rows[0] // 2
     hidden, weight, bias = as_autocast(hidden, weight, bias)
     backend = dispatch.choose("linear_dpo_loss", hidden.device, backend, hidden.dtype)
-    options = {"mask": mask, "temperature": temperature, "softcap": softcap}
-    options["logit_scale"] = logit_scale
+    options: dict[str, Any] = {
+        "mask": mask, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale,
+    }  # fmt: skip
     if backend == "reference":
         logps = reference.linear_token_logprobs(hidden, weight, token_ids, bias=bias, **options)
         sums = reference.sequence_logps(logps, mask, average=average)
@@ -130,7 +131,7 @@ class LinearDPOLoss(DPOLoss):
         super().__init__(*args, **options)
         self.options["average"] = average
 
-    def forward(
+    def forward(  # type: ignore[override]  # other inputs: those of the head come first
         self,
         hidden: Tensor,
         weight: Tensor,
@@ -141,5 +142,13 @@ class LinearDPOLoss(DPOLoss):
         **inputs: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, chosen_rewards, rejected_rewards); inputs: the head's arguments and lengths."""
-        refs = (ref_chosen_logps, ref_rejected_logps)
-        return linear_dpo_loss(hidden, weight, token_ids, mask, *refs, **inputs, **self.options)
+        return linear_dpo_loss(
+            hidden,
+            weight,
+            token_ids,
+            mask,
+            ref_chosen_logps=ref_chosen_logps,
+            ref_rejected_logps=ref_rejected_logps,
+            **inputs,
+            **self.options,
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .... import dispatch
@@ -56,7 +58,7 @@ class InfoNCERing(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad_losses, _):
         query, key, temperature_tensor, slopes, row_stats, column_stats = ctx.saved_tensors
-        needs = InfoNCECall(*ctx.needs_input_grad[:-2])
+        needs: Any = InfoNCECall(*ctx.needs_input_grad[:-2])
         rows = (grad_losses * 0.5 if ctx.symmetric else grad_losses).contiguous()
         grads = {}
 

@@ -66,7 +66,7 @@ class NTXentRing(torch.autograd.Function):
                 columns.give(after[len(views) :], step)
         elsewhere = columns.take()
         if elsewhere is not None:
-            temperature = call.temperature
+            temperature: float | torch.Tensor = call.temperature
             if call.temperature_tensor is not None:
                 temperature = call.temperature_tensor.double()
             rows = _together(rows, elsewhere, 1 / temperature)

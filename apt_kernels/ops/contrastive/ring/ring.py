@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class Ring:
             last = step + 1 == steps
             coming = None if last else Message(self, block, step, 1, buffers[step % len(buffers)])
             yield block
-            block = [] if last else coming.arrived()
+            block = [] if coming is None else coming.arrived()
 
     def sum(self, count: Tensor) -> Tensor:
         count = count.clone()
@@ -110,7 +111,7 @@ def no_classes(rows: Tensor, planes: int, lowest: tuple[int, ...] = (0,)) -> Ten
 
 def gradients(
     ring: Ring, part: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor, need_sent: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Sums of the gradients of what stays and of what travels, of which `part` gives those of step.
 
     The second sum travels with its rows. The alternative, in which queries and upstream gradients
@@ -118,7 +119,7 @@ def gradients(
     pair where one for the coefficients and two for the gradients do, and as many bytes in float32.
     """
     sums = Passenger(ring, ring.world - 1)
-    total = None
+    total: Any = None  # a tensor after the first block, which is this rank's own
     for step, block in enumerate(ring.blocks(*tensors)):
         stays, travels = part(step, *block)
         total = stays if total is None else total.add_(stays)
