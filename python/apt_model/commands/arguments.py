@@ -71,7 +71,7 @@ def parser_of(command: str, options_class: type) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"apt-model {command}",
         usage=_usage(command, options_class),
-        description=" ".join(options_class.__doc__.split()),
+        description=" ".join((options_class.__doc__ or "").split()),
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -92,7 +92,7 @@ class _Several(argparse.Action):
     """Values of a flag; where it comes again, more of them. The command line replaces a file's."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        told = getattr(namespace, TOLD, frozenset())
+        told: frozenset[str] = getattr(namespace, TOLD, frozenset())
         before = (getattr(namespace, self.dest) or []) if self.dest in told else []
         # `none` alone is the value of an option that may be left out
         setattr(namespace, self.dest, None if values == [None] else [*before, *values])
@@ -246,6 +246,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
+    assert field.default_factory is not dataclasses.MISSING
     return field.default_factory()
 
 

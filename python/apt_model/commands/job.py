@@ -154,12 +154,13 @@ def run_job(
         settings: what decides the result, in JSON's types.
         effective: all options, written to `run.yaml`.
     """
-    trainer, output = job.trainer, run.output
-    if job.check_saving is not None:
-        processes.on_main(lambda: job.check_saving(output / "model"))
+    trainer, output, check_saving = job.trainer, run.output, job.check_saving
+    assert output is not None  # a run that trains has a folder
+    if check_saving is not None:
+        processes.on_main(lambda: check_saving(output / "model"))
     elif not run.fsdp:  # of shards the main process alone could save nothing
         processes.on_main(lambda: _try_saving(job, output / "model"))
-    evaluation = _evaluation(run, job)
+    evaluation = _evaluation(run, job, output)
     parts = {} if evaluation is None else {"evaluation": evaluation}
     checkpoint = Checkpoint(output / "checkpoint.pt", settings, parts)
     previous = run.resume == PREVIOUS
@@ -172,14 +173,16 @@ def run_job(
     if evaluation is not None and (saved is None or trainer.total_steps < steps):
         evaluation.start(saved)
     started_at = trainer.total_steps
-    if run.samples:
-        job.samples.begin(output / "samples.jsonl", run.samples, run.sample_tokens, started_at)
+    samples = job.samples if run.samples else None
+    if samples is not None:
+        samples.begin(output / "samples.jsonl", run.samples, run.sample_tokens, started_at)
     reports = Reports(run, trainer.curves, settings) if processes.is_main() else None
 
     def after_step() -> None:
         step = trainer.total_steps
-        if run.samples and (step == steps or (run.eval_every and step % run.eval_every == 0)):
-            job.samples.write(step)
+        is_measured = run.eval_every and step % run.eval_every == 0
+        if samples is not None and (step == steps or is_measured):
+            samples.write(step)
         if reports is not None:
             reports()
 
@@ -239,13 +242,13 @@ def _save_model(
         raise
 
 
-def _evaluation(run: RunOptions, job: Job) -> Evaluation | None:
+def _evaluation(run: RunOptions, job: Job, output: Path) -> Evaluation | None:
     if job.measure is None:
         return None
     rows = sha256_of_all(run.eval_data) if run.eval_data else ""
     return Evaluation(
         job.measure, job.key, job.higher_is_better, run.eval_every, run.patience,
-        run.output / "best.pt", rows,
+        output / "best.pt", rows,
     )  # fmt: skip
 
 
@@ -272,15 +275,16 @@ def _step(
 
     After the first one of a run it removes what an earlier run has left, but for its model.
     """
-    step, first = job.train_step or job.trainer.train_step, job.trainer.total_steps + 1
+    trainer: Any = job.trainer  # each trainer has a `train_step` of its own arguments
+    step, first = job.train_step or trainer.train_step, trainer.total_steps + 1
 
     def train_step(**batch: Any) -> Mapping[str, float]:
         metrics = step(**batch)
         if not processes.is_main():
             return metrics
-        if job.trainer.total_steps == first and effective is not None:
+        if trainer.total_steps == first and effective is not None:
             write_options(output / "run.yaml", effective)
-        if job.trainer.total_steps == 1:
+        if trainer.total_steps == 1:
             for name in ("checkpoint.pt", "checkpoint.previous.pt", "best.pt", "summary.json"):
                 (output / name).unlink(missing_ok=True)
         return metrics

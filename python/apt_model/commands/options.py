@@ -233,7 +233,7 @@ class TrainingOptions:
         return read
 
 
-def default_of(group: type, name: str, default: Any, **metadata: Any) -> Any:
+def default_of(group: Any, name: str, default: Any, **metadata: Any) -> Any:
     """Returns the field `name` of a group with another default, for a group derived from it."""
     inherited = group.__dataclass_fields__[name].metadata
     return field(default=default, metadata={**inherited, **metadata})

@@ -36,7 +36,8 @@ def load_all_pairs(
         text.truncate,
         all_turns=text.answer_turns == "all",
     )
-    counts, of_held_out = Counter(), Counter()
+    counts: Counter[str] = Counter()
+    of_held_out: Counter[str] = Counter()
     pairs = load_pairs(run.data, tokenize, **reading(options, counts))
     held_out = []
     if run.eval_data:

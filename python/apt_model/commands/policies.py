@@ -135,7 +135,8 @@ def load_all_prompts(
         tokenizer, limit, chat_template=text.chat_template, truncate=text.truncate
     )
     most = limit.tokens - 1 if text.max_prompt_length is None else text.max_prompt_length
-    counts, of_held_out = Counter(), Counter()
+    counts: Counter[str] = Counter()
+    of_held_out: Counter[str] = Counter()
     prompts = load_prompts(run.data, tokenize, most, **reading(options, counts))
     held_out = []
     if run.eval_data:

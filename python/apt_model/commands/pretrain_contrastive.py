@@ -51,7 +51,7 @@ class ContrastiveRunOptions(RunOptions):
 class EncoderOptions(ModelOptions):
     """Model."""
 
-    model: Path | None = field(
+    model: Path | None = field(  # type: ignore[assignment]  # images need no folder
         default=None,
         metadata={
             "metavar": "FOLDER",
@@ -146,7 +146,8 @@ def make_job(options: Options) -> Job:
         tokenizer = tokenizer_with_mask(options, needed=options.views.mask_prob > 0)
         limit = length_limit(options, tokenizer, TEXT_LENGTH)
     processor = None if run.is_text() else read_processor(options)
-    counts, of_held_out = Counter(), Counter()
+    counts: Counter[str] = Counter()
+    of_held_out: Counter[str] = Counter()
     data = _load(options, tokenizer, processor, limit, counts)
     held_out = None
     if run.eval_data:
@@ -222,6 +223,7 @@ def _load(
         return load_views(options, paths[0], seed, processor, counts)
     told = reading(options, counts, held_out)
     texts = load_texts(paths, usable=only_special(tokenizer), **told)
+    assert limit is not None  # of texts it is known
     probabilities = (views.mask_prob, views.delete_prob, views.swap_prob)
     return TextViews(texts, tokenizer, limit, seed, *probabilities, counts=counts)
 

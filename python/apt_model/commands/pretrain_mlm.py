@@ -97,7 +97,8 @@ def make_job(options: Options) -> Job:
     masks, training, run = options.masks, options.training, options.run
     tokenizer = tokenizer_with_mask(options)
     limit = length_limit(options, tokenizer, TEXT_LENGTH)
-    counts, of_held_out = Counter(), Counter()
+    counts: Counter[str] = Counter()
+    of_held_out: Counter[str] = Counter()
     data = _load(options, tokenizer, limit, counts)
     held_out = _load(options, tokenizer, limit, of_held_out, True) if run.eval_data else None
     batches = ShuffledBatches(

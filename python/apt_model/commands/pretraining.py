@@ -83,6 +83,7 @@ def save_encoder(
     sentence-transformers loads an encoder of texts, `load_image_encoder` one of images.
     """
     if tokenizer is not None:
+        assert max_length is not None  # of texts it is known
         save_sentence_transformer(
             trainer.encoder, folder, tokenizer, options.loss.pooling, trainer.hidden_size,
             max_length,

@@ -179,7 +179,7 @@ def _activations(job: Job, model: nn.Module, batch: Mapping[str, Any]) -> int:
     width, name = hidden_width(model), layers_name(model)
     if width is None or name is None:
         return 0
-    layers = model.get_submodule(name)
+    layers: Any = model.get_submodule(name)
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     kept = len(layers) - trained.index(True) if any(trained) else 0
     found = sequences(job, batch, counted=False)

@@ -30,7 +30,8 @@ class Reports:
     """
 
     def __init__(self, run: RunOptions, curves: Curves, settings: Mapping[str, Any]) -> None:
-        self._curves = curves
+        assert run.output is not None  # a run without a folder reports nothing
+        self._curves, self._output = curves, run.output
         self._ids = _Ids(run.output / IDS, curves.length > 0)
         self._write: list[Callable[[Record], Any]] = []
         self._close: list[Callable[[], Any]] = []
@@ -51,7 +52,7 @@ class Reports:
 
     def _open_tensorboard(self, run: RunOptions, settings: Mapping[str, Any]) -> None:
         tensorboard = _import("torch.utils.tensorboard", "tensorboard")
-        folder = run.tensorboard or run.output / "tensorboard"
+        folder = run.tensorboard or self._output / "tensorboard"
         writer = tensorboard.SummaryWriter(os.fspath(folder), purge_step=self._curves.length + 1)
 
         def write(record: Record) -> None:
@@ -66,7 +67,7 @@ class Reports:
         wandb = _import("wandb", "wandb")
         known = self._ids.get("wandb")
         board = wandb.init(
-            project="apt-model", name=run.output.name, dir=os.fspath(run.output),
+            project="apt-model", name=self._output.name, dir=os.fspath(self._output),
             config=dict(settings), id=known, resume="allow" if known else None,
         )  # fmt: skip
         self._ids.set("wandb", board.id)
@@ -76,7 +77,7 @@ class Reports:
     def _open_mlflow(self, run: RunOptions, settings: Mapping[str, Any]) -> None:
         mlflow = _import("mlflow", "mlflow")
         known = self._ids.get("mlflow")
-        begun = mlflow.start_run(run_id=known, run_name=run.output.name)
+        begun = mlflow.start_run(run_id=known, run_name=self._output.name)
         self._ids.set("mlflow", begun.info.run_id)
         if known is None:
             mlflow.log_params(dict(settings))
@@ -86,7 +87,7 @@ class Reports:
         self._close.append(mlflow.end_run)
 
     def _open_csv(self, run: RunOptions, settings: Mapping[str, Any]) -> None:
-        table = _Table(run.output / "metrics.csv", self._curves)
+        table = _Table(self._output / "metrics.csv", self._curves)
         self._write.append(table.write)
 
 

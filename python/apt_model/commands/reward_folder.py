@@ -115,7 +115,7 @@ def load_reward_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{folder} holds no reward model: expected a model ForSequenceClassification with one "
             f"label, which train-reward-model makes, got {kind}"
         )
-    options = {"num_labels": 1} if is_adapter(folder) else {}
+    options: dict[str, Any] = {"num_labels": 1} if is_adapter(folder) else {}
     model = load_model(folder, CLASSIFIER, trainable=False, **options)
     if is_adapter(folder):  # the base model's configuration is not what the training made of it
         name_padding(base_model(model).config, load_tokenizer(folder))

@@ -36,16 +36,16 @@ class StopRequest:
 
         def note(number: int, frame: Any) -> None:
             self.came = True
-            for known, handler in previous.items():
-                signal.signal(known, handler)
+            for known, before in previous.items():
+                signal.signal(known, before)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, note)
         try:
             yield self
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for known, before in previous.items():
+                signal.signal(known, before)
 
 
 def run_steps(

@@ -62,7 +62,7 @@ class Samples:
             write_whole(self._path, lambda file: file.write_text(text, "utf-8"))
 
     def _responses(self) -> list[tuple[str, str]]:
-        texts = []
+        texts: list[tuple[str, str]] = []
         model = without_wrapper(self._model)
         with evaluating(model):
             for start in range(0, len(self._prompts), BATCH):

@@ -39,6 +39,7 @@ def preference_of(row: Mapping[str, Any]) -> Preference:
         raise BadRow("'chosen' and 'rejected' must both be strings, or both lists of messages")
     if chosen == rejected:
         raise BadRow("'chosen' and 'rejected' are the same")
+    prompt: Any
     if is_absent(row.get("prompt")):
         prompt = "" if isinstance(chosen, str) else []
         shared = _shared_prompt(chosen, rejected)
@@ -47,7 +48,7 @@ def preference_of(row: Mapping[str, Any]) -> Preference:
             raise BadRow("has no 'prompt', and 'chosen' and 'rejected' share no first message")
     else:
         prompt = content_of(row, "prompt", may_be_empty=True)
-        if not isinstance(chosen, str):
+        if not isinstance(chosen, str) and not isinstance(rejected, str):
             prompt, chosen, rejected = _without_prompt(prompt, chosen, rejected)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         check_answer(name, answer)

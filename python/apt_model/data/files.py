@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,12 +32,19 @@ BOMS = (  # those of UTF-32 first: the little-endian one begins as that of UTF-1
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
 )  # fmt: skip
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+OPENERS: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
 REFUSED = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "packed with zstd"}
 CHUNK = 1 << 20
 LOOKED_AT = 4096
 UNDECODED = "\udcff"  # stands for a line of a table that is not UTF-8
-LINE_END = {str: re.compile(r"\r\n|\n|\r"), bytes: re.compile(rb"\r\n|\n|\r")}
+LINE_END: dict[type, re.Pattern] = {
+    str: re.compile(r"\r\n|\n|\r"),
+    bytes: re.compile(rb"\r\n|\n|\r"),
+}
 BLANK = re.compile(r"[\s\ufeff]*")
 
 
@@ -176,7 +184,8 @@ def _decoded(path: Path, encoding: str, mark: int) -> Iterator[str]:
 
 def _split(chunks: Iterator[Any], empty: Any) -> Iterator[Any]:
     """Yields lines; a CR at a chunk's end may be half of a line end."""
-    end, carriage_return = LINE_END[type(empty)], "\r" if empty == "" else b"\r"
+    end = LINE_END[type(empty)]
+    carriage_return = "\r" if empty == "" else b"\r"
     parts: list[Any] = []
     for chunk in chunks:
         if parts and parts[-1].endswith(carriage_return):
@@ -241,10 +250,16 @@ def _is_of_values(path: Path) -> bool:
     return kind_of_file(path) == JSON and _begins_with_value(path)
 
 
+def _after_blanks(text: str, place: int = 0) -> int:
+    match = BLANK.match(text, place)
+    assert match is not None  # the pattern matches nothing, too
+    return match.end()
+
+
 def _begins_with_value(path: Path) -> bool:
     try:
         text = _whole_text(path)
-        _DECODER.raw_decode(text, BLANK.match(text).end())
+        _DECODER.raw_decode(text, _after_blanks(text))
     except (ValueError, RecursionError):
         return False
     return True
@@ -273,11 +288,11 @@ def _held_rows(value: Any) -> str | None:
 def _json_values(path: Path) -> Iterator[Row]:
     """Yields the rows of an array, or rows one after the other, each of one or more lines."""
     text = _whole_text(path)
-    place = BLANK.match(text).end()
+    place = _after_blanks(text)
     in_array = text.startswith("[", place)
     place += in_array
     line = counted = 0
-    while (place := BLANK.match(text, place).end()) < len(text):
+    while (place := _after_blanks(text, place)) < len(text):
         line, counted = line + text.count("\n", counted, place), place
         if in_array and text[place] == "]":
             in_array, place = False, place + 1
@@ -290,7 +305,7 @@ def _json_values(path: Path) -> Iterator[Row]:
         key = _held_rows(value)
         for row in [value] if key is None else value[key]:
             yield Row(where, _as_row(row))
-        place = BLANK.match(text, place).end()
+        place = _after_blanks(text, place)
         if in_array and text.startswith(",", place):
             place += 1
         elif in_array and not text.startswith("]", place):
@@ -302,8 +317,8 @@ def _json_values(path: Path) -> Iterator[Row]:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        counted = Counter(key for key, _ in pairs)
+        twice = next(key for key, times in counted.items() if times > 1)
         raise ValueError(f"has the key {twice!r} twice")
     return made
 

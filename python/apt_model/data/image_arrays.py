@@ -76,7 +76,7 @@ def _one_of(file: Path, arrays: dict[str, np.ndarray | None]) -> np.ndarray:
         )
     wanted = "must be an array of images (N, H, W), (N, C, H, W) or (N, H, W, C)"
     came = [
-        "Python objects" if array is None else _problem(array) for array in arrays.values()
+        "Python objects" if array is None else str(_problem(array)) for array in arrays.values()
     ] or ["nothing"]
     raise ValueError(f"{file}: {wanted}, got {'; '.join(came)}")
 

@@ -26,7 +26,9 @@ def image_files(folder: Path, report: Callable[[str], Any]) -> list[Path]:
     Links are followed, and what several links lead to is taken once, so that a loop of links ends.
     Hidden files and folders and files of other kinds are left out; `report` is told how many.
     """
-    found, left_out, seen = [], Counter(), set()
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    seen: set[Any] = set()
 
     def refused(error: OSError) -> None:
         report(f"{error.filename}: {error.strerror} (folder skipped)")
@@ -154,7 +156,9 @@ def _grey(image: Any, background: str) -> Any:
     scaled = values.astype(np.float32) / white
     key = image.info.get("transparency")
     if isinstance(key, int):  # one grey that is transparent
-        scaled[values == key] = ImageColor.getcolor(background, "L") / 255
+        grey = ImageColor.getcolor(background, "L")
+        assert isinstance(grey, int)  # a mode of one channel
+        scaled[values == key] = grey / 255
     return Image.fromarray(scaled)
 
 

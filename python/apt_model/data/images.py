@@ -65,6 +65,7 @@ def load_images(
             told.frames += image.info["frames"] > 1
             if processor is not None:
                 return _processed(processor, image, channels)
+            assert size is not None  # checked above
             return torch.from_numpy(as_pixels(image, size, channels))
 
         images = _of_folder(path, read, fail_on_bad_image, told)

@@ -24,7 +24,7 @@ class Positions(NamedTuple):
             computed, and beyond `count` the model was not trained.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls here
     is_table: bool
 
 

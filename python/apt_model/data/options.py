@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,9 @@ COLUMNS = "NAME=COLUMN, for data whose columns have other names, such as prompt=
 
 class _Checked:
     """Checks that options of texts share."""
+
+    max_length: int | None
+    columns: Sequence[str]
 
     def check(self) -> None:
         """Raises ValueError that names the option, what was expected and what came."""

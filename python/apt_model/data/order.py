@@ -64,7 +64,8 @@ class ShuffledBatches:
         self.per_epoch = count_batches(numbers, batch_size, whole)
         sizes = Counter(numbers).values()
         self.left_out = sum(max(size - self.per_epoch, 0) for size in sizes)
-        self._epoch, self._batches = -1, []
+        self._epoch = -1
+        self._batches: list[list[int]] = []
 
     def rows(self, step: int) -> list[int]:
         """Returns the numbers of all rows of step `step`, counted from 0 over all epochs."""

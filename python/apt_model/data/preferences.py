@@ -122,11 +122,11 @@ class PairTokenizer:
                 "an answer of one token needs a prompt" if not shared
                 else f"no token of an answer is left within {self._limit.tokens} tokens"
             )  # fmt: skip
-        ids = [part.ids[len(kept) :] for part in parts]
+        chosen_ids, rejected_ids = (part.ids[len(kept) :] for part in parts)
         plain = all(part.counted == _behind(len(kept), len(part.ids)) for part in parts)
         counted = None if plain else (parts[0].counted, parts[1].counted)
         removed = sum(len(side.ids) for side in sides) - sum(len(part.ids) for part in parts)
-        return PreferencePair(parts[0].ids[: len(kept)], *ids, counted, removed)
+        return PreferencePair(parts[0].ids[: len(kept)], chosen_ids, rejected_ids, counted, removed)
 
     def encoded(
         self,

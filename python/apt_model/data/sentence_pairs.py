@@ -43,9 +43,10 @@ class NSPDataBuilder:
             raise ValueError(f"negative_ratio must be in [0, 1], got {negative_ratio}")
         if max_length < SPECIALS + 2:
             raise ValueError(f"max_length must be at least {SPECIALS + 2}, got {max_length}")
-        documents = [sentences] if all(isinstance(s, str) for s in sentences) else sentences
+        documents: Any = [sentences] if all(isinstance(s, str) for s in sentences) else sentences
         texts = [text for document in documents for text in document]
-        firsts, start = [], 0
+        firsts: list[int] = []
+        start = 0
         for document in documents:
             firsts += range(start, start + len(document) - 1)
             start += len(document)

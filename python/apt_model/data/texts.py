@@ -283,7 +283,7 @@ class MaskedTexts:
         all_words: list[int] | None = None if made[0][1] is None else []
         for number, (ids, words) in enumerate(made):
             parted = between if number else []
-            if all_words is not None:
+            if all_words is not None and words is not None:
                 first = all_words[-1] + 2 if all_words else 0
                 all_words += [first - 1] * len(parted) + [first + word for word in words]
             all_ids += [*parted, *ids]
@@ -339,7 +339,8 @@ class SentencePairs:
         tokenizer = working_copy(tokenizer)
         self._arguments = (documents, tokenizer, limit.tokens, negative_ratio)
         self._seed = seed
-        self._epoch, self._pairs = -1, None
+        self._epoch = -1
+        self._pairs: tuple[Tensor, ...] = ()
         self._count = sum(len(document) - 1 for document in documents)
         self.per_epoch = 1  # steps; whoever makes the batches sets it
         self._count_cut(limit, Counter() if counts is None else counts)

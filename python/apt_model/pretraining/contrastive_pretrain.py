@@ -77,7 +77,8 @@ class ContrastivePretrainer(CreatedModulesLoop):
             raise ValueError(f"cache_chunk must be an int >= 1 or None, got {cache_chunk!r}")
         if encoder_momentum is not None and not c.use_momentum_encoder:
             raise ValueError("encoder_momentum is given, but use_momentum_encoder is False")
-        self.encoder, self.projection = encoder, nn.Identity()
+        self.encoder = encoder
+        self.projection: nn.Module = nn.Identity()
         if c.use_projection:
             self.projection = ProjectionHead(
                 hidden_size, c.hidden_dim, c.projection_dim, batch_norm=c.batch_norm
@@ -96,7 +97,10 @@ class ContrastivePretrainer(CreatedModulesLoop):
             **options,
         )
         self.hidden_size, self.cache_chunk, self._backend = hidden_size, cache_chunk, backend
-        self._wanted = {"device": self.device, "vocabulary_size": vocabulary_size(encoder)}
+        self._wanted: dict[str, Any] = {
+            "device": self.device,
+            "vocabulary_size": vocabulary_size(encoder),
+        }
         self._features = PooledFeatures(encoder, hidden_size, c.pooling, self, cache_chunk)
         if has_batch_norm(encoder) and (cache_chunk or gradient_accumulation_steps > 1):
             warnings.warn("the encoder's batch norm will see parts of the batch", stacklevel=2)
@@ -112,13 +116,14 @@ class ContrastivePretrainer(CreatedModulesLoop):
                 self._momentum.encoder, hidden_size, c.pooling, self, cache_chunk
             )
             self.with_state["momentum"] = self._momentum
-        self.encoder_momentum = self._momentum and self._momentum.encoder
-        self.projection_momentum = self._momentum and self._momentum.projection
+        momentum = self._momentum
+        self.encoder_momentum = None if momentum is None else momentum.encoder
+        self.projection_momentum = None if momentum is None else momentum.projection
 
     @property
     def queue(self) -> Tensor | None:
         """MoCo's keys, `(dim, K)`, each of unit length."""
-        return self._momentum and self._momentum.queue
+        return None if self._momentum is None else self._momentum.queue
 
     @property
     def queue_ptr(self) -> int:
@@ -213,7 +218,8 @@ class ContrastivePretrainer(CreatedModulesLoop):
 
         Args: those of `train_step`.
         """
-        made = make_views(*views, **masks, **self._wanted)
+        options: dict[str, Any] = {**masks, **self._wanted}
+        made = make_views(*views, **options)
         with self._evaluating(), self.autocast():
             loss, metrics = self._nt_xent(made, self.count_over_processes(len(made[0].inputs)))
         return read_numbers({"loss": loss, **metrics}, self._data_parallel_groups)
@@ -226,9 +232,11 @@ class ContrastivePretrainer(CreatedModulesLoop):
 
     @torch.no_grad()
     def _keys(self, views: list[View]) -> list[Tensor]:
+        projection = self.projection_momentum
+        assert projection is not None
         features = self._key_features([self._features.cast(view) for view in views])
         with self.autocast():
-            projected = [widened(self.projection_momentum(part)) for part in features]
+            projected = [widened(projection(part)) for part in features]
         return [F.normalize(key, dim=1) for key in projected]
 
     def _nt_xent(self, views: list[View], count: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -44,18 +44,18 @@ class CreatedModulesLoop(TrainingLoop):
         **options: Any,
     ) -> None:
         move_modules([model], device)
-        created = {name: module for name, module in created.items() if module is not None}
+        modules = {name: module for name, module in created.items() if module is not None}
         known = {id(p) for p in model.parameters()}
-        for module in created.values():
+        for module in modules.values():
             bring_beside(model, module)
         self._created = [
-            p for module in created.values() for p in module.parameters() if id(p) not in known
+            p for module in modules.values() for p in module.parameters() if id(p) not in known
         ]
         sharded = isinstance(model, FSDPModule)
         self._averaged = [p for p in self._created if p.requires_grad and not sharded]
         if optimizer is not None:
             add_parameters(optimizer, self._created)
-        super().__init__({name: model, **created}, optimizer, device=device, **options)
+        super().__init__({name: model, **modules}, optimizer, device=device, **options)
 
     def _evaluating(self) -> AbstractContextManager[None]:
         """Returns the context in which all modules are in evaluation mode."""

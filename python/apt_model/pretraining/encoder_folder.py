@@ -40,7 +40,7 @@ def save_image_encoder(
             f"encoder: expected a model of transformers or a SmallCNN, got {type(encoder).__name__}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    first = encoder.layers[0].weight
+    first: Any = encoder.layers[0].weight
     settings = {"kind": "SmallCNN", "channels": first.shape[1], "width": encoder.width}
     (folder / CONFIGURATION).write_text(json.dumps(settings, indent=2) + "\n")
     torch.save(encoder.state_dict(), folder / WEIGHTS)

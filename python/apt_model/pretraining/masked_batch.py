@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,19 +72,23 @@ class MaskedBatch:
 
     def to(self, device: torch.device | str) -> MaskedBatch:
         """Returns the batch on `device`."""
-        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return MaskedBatch(
-            *(None if t is None else t.to(device, torch.long, non_blocking=True) for t in tensors)
-        )
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {
+            name: None if t is None else t.to(device, torch.long, non_blocking=True)
+            for name, t in tensors.items()
+        }
+        return MaskedBatch(**moved)
 
     def _rows(self, rows: slice, length: int) -> MaskedBatch:
         first, last = torch.searchsorted(
             self.positions, self.positions.new_tensor([rows.start * length, rows.stop * length])
         ).tolist()
-        tensors = (self.input_ids, self.attention_mask, self.token_type_ids, self.nsp_labels)
-        ids, mask, types, labels = (None if t is None else t[rows] for t in tensors)
+        tensors = (self.attention_mask, self.token_type_ids, self.nsp_labels)
+        mask, types, labels = (None if t is None else t[rows] for t in tensors)
         positions = self.positions[first:last] - rows.start * length
-        return MaskedBatch(ids, mask, types, positions, self.targets[first:last], labels)
+        return MaskedBatch(
+            self.input_ids[rows], mask, types, positions, self.targets[first:last], labels
+        )
 
 
 def make_masked_batch(
@@ -138,7 +143,8 @@ def make_masked_batch(
     sample_ids = torch.as_tensor(sample_ids, device=ids.device)
     _check_shape("sample_ids", sample_ids, shape[:1], "one a row")
     if token_type_ids is None and config.use_nsp:
-        ends = (ids == config.sep_token_id).long()
+        assert config.sep_token_id is not None  # MLMConfig checks it
+        ends = ids.eq(config.sep_token_id).long()
         token_type_ids = (ends.cumsum(-1) - ends).clamp(max=1)
     words = None if word_ids is None else word_ids.to(ids.device)
     masked_ids, labels, chosen = masked(config, ids, real, words, sample_ids, step, backend)

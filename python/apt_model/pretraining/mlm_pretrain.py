@@ -77,10 +77,12 @@ class MLMPretrainer(CreatedModulesLoop):
             lm_head, hidden_size, self.config.vocab_size, self.config.hidden_act, backend, model
         )
         own = self.mlm_head if isinstance(self.mlm_head, OwnMLMHead) else None
-        self.nsp_head: nn.Module | None = None
+        self.nsp_head: Any = None
         if self.config.use_nsp:
-            has_nsp = own is not None and own.has_nsp
-            self.nsp_head = OwnNSPHead(own, backend) if has_nsp else NSPHead(hidden_size, backend)
+            if own is not None and own.has_nsp:
+                self.nsp_head = OwnNSPHead(own, backend)
+            else:
+                self.nsp_head = NSPHead(hidden_size, backend)
         super().__init__(
             "model",
             model,
@@ -115,10 +117,11 @@ class MLMPretrainer(CreatedModulesLoop):
             sample_ids: `(B,)`, key of the rows' masks; None: their numbers.
             step: key of the masks; None: the steps made so far, so that each step has its own.
         """
-        tensors = (input_ids, attention_mask, word_ids, sample_ids)
-        moved = [None if t is None else t.to(self.device) for t in tensors]
+        tensors = (attention_mask, word_ids, sample_ids)
+        mask, words, samples = (None if t is None else t.to(self.device) for t in tensors)
         step = self.total_steps if step is None else step
-        return masked(self.config, *moved, step, self._backend)
+        ids = input_ids.to(self.device)
+        return masked(self.config, ids, mask, words, samples, step, self._backend)
 
     def compute_mlm_loss(self, hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mean loss, with its graph, and the accuracy over the labels not -100 (or 0).
@@ -232,10 +235,9 @@ class MLMPretrainer(CreatedModulesLoop):
         )
         return loss, correct.double() / count, encoded
 
-    def _nsp_of(
-        self, encoded: Encoded, labels: Tensor, count: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _nsp_of(self, encoded: Encoded, labels: Any, count: int | Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.nsp_head, OwnNSPHead):
+            assert encoded.nsp_logits is not None
             return self.nsp_head.loss_of(encoded.nsp_logits, labels, count)
         return self.nsp_head(encoded.pooled, labels, count)
 

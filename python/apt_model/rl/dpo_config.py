@@ -61,10 +61,11 @@ class DPOConfig:
         check_flag(self, "reference_free")
         check_flag(self, "average_logps", optional=True)
         none = torch.zeros(0)
-        references = [none, none] if self.has_reference else []
+        reference = none if self.has_reference else None
         of_lengths = self.loss_type == "sigmoid_norm"
         lengths = dict.fromkeys(LENGTHS, none.long()) if of_lengths else {}
-        dpo_loss(none, none, *references, **lengths, **self.loss_options())
+        options: dict[str, Any] = {**lengths, **self.loss_options()}
+        dpo_loss(none, none, reference, reference, **options)
         if self.average_logps and self.loss_type == "sigmoid_norm":
             raise ValueError("average_logps and loss_type sigmoid_norm would divide twice")
 

@@ -177,13 +177,14 @@ class DPOTrainer(PairTrainer):
         Args: as `compute_dpo_loss`.
         """
         pairs = self._batch(*args, **batch)
-        score = self._reference
+        score: Any = self._reference
         if score is None:
             if not self.config.has_reference or self.total_steps:
                 raise RuntimeError("there is no reference, or the policy no longer is its own")
             score = self._policy
         with self.autocast(), evaluating(self.policy_model):
-            return tuple(self._answer_logps(score, pairs)[0].unbind())
+            chosen, rejected = self._answer_logps(score, pairs)[0].unbind()
+            return chosen, rejected
 
     def _batch(self, *args: Any, **batch: Any) -> PairBatch:
         pairs = make_pair_batch(
@@ -214,9 +215,12 @@ class DPOTrainer(PairTrainer):
         if self.config.loss_type == "sigmoid_norm":
             of_chosen, of_rejected = counted.sum(-1)
             lengths = {"chosen_lengths": of_chosen, "rejected_lengths": of_rejected}
-        references = (None, None) if ref_logps is None else ref_logps.unbind()
-        options = self.config.loss_options()
-        return dpo_loss(*logps, *references, backend=self._backend, **lengths, **options)
+        ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.unbind()
+        chosen, rejected = logps
+        options: dict[str, Any] = {**lengths, **self.config.loss_options()}
+        return dpo_loss(
+            chosen, rejected, ref_chosen, ref_rejected, backend=self._backend, **options
+        )
 
     def _share(self, batch: PairBatch, count: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the batch's share of the loss and metrics of `count` pairs."""
@@ -231,13 +235,12 @@ class DPOTrainer(PairTrainer):
             balance.extend([] if scores.balance is None else [scores.balance])
             return scores.logps
 
-        policy = partial(self._answer_logps, score, batch)
+        policy: Any = partial(self._answer_logps, score, batch)
         if reference is None:
             logps, token_logps, counted = policy()
         else:
-            (logps, token_logps, counted), (ref_logps, *_) = reference.beside(
-                policy, partial(self._answer_logps, reference, batch)
-            )
+            theirs: Any = partial(self._answer_logps, reference, batch)
+            (logps, token_logps, counted), (ref_logps, *_) = reference.beside(policy, theirs)
         loss, chosen, rejected = self._loss(logps, ref_logps, batch.counted)
         if self.config.sft_coef:
             of_chosen = token_logps[: batch.pairs], counted[: batch.pairs]

@@ -76,16 +76,17 @@ class GRPOTrainer(PolicyTrainer):
         log: Callable[[dict[str, float]], Any] | Any = None,
         **options: Any,
     ) -> None:
-        config, options = split_options(config, GRPOConfig, options, GRPOTrainer)
+        settings: GRPOConfig
+        settings, options = split_options(config, GRPOConfig, options, GRPOTrainer)
         super().__init__(
             policy_model,
             reward_model,
             ref_policy_model,
             optimizer,
-            config,
+            settings,
             device,
-            value_head=config.use_critic,
-            temperature=config.sampling_temperature,
+            value_head=settings.use_critic,
+            temperature=settings.sampling_temperature,
             rollout=rollout,
             eos_token_id=eos_token_id,
             stop_strings=stop_strings,
@@ -286,6 +287,7 @@ class GRPOTrainer(PolicyTrainer):
             "approx_kl": measured["approx_kl"] * weight,
         }
         if config.use_critic and "scores" in columns:
+            assert scores.values is not None
             targets = columns["scores"].unsqueeze(-1).expand_as(scores.values)
             metrics["value_loss"], _ = value_loss(
                 scores.values, targets, tokens, normalizer=counts["tokens"], backend=self._backend

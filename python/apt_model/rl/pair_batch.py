@@ -49,8 +49,10 @@ class PairBatch:
 
     def with_margins(self, margin: float | Sequence[float] | Tensor) -> PairBatch:
         """Returns the batch with margins: a number, or one a pair, `(B,)` or `(B, 1)`."""
-        given = isinstance(margin, Tensor)
-        margins = margin.detach() if given else torch.as_tensor(margin, dtype=torch.float64)
+        if isinstance(margin, Tensor):
+            margins = margin.detach()
+        else:
+            margins = torch.as_tensor(margin, dtype=torch.float64)
         if margins.shape not in ((), (self.pairs,), (self.pairs, 1)):
             raise ValueError(
                 f"margin must be a number or ({self.pairs},) numbers, got {tuple(margins.shape)}"
@@ -127,22 +129,23 @@ def make_pair_batch(
         lengths = checked_prompt_lengths(prompt_lengths, pairs, device)
     width = max(ids.shape[1] for ids in sides)
     all_real = masks == [None, None] and sides[0].shape == sides[1].shape
-    counted = []
+    counted, reals = [], []
     for index, ids in enumerate(sides):
-        real = torch.ones_like(ids, dtype=torch.bool) if masks[index] is None else masks[index]
+        mask, answer = masks[index], answers[index]
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         if prompt_lengths is not None:
-            answers[index] = real.cumsum(-1) > lengths.unsqueeze(-1)
+            answer = real.cumsum(-1) > lengths.unsqueeze(-1)
         follows = F.pad(real[:, :-1], (1, 0))
-        counts = real & follows if answers[index] is None else real & follows & answers[index]
+        counts = real & follows if answer is None else real & follows & answer
         counted.append(F.pad(counts, (0, width - ids.shape[1])))
         sides[index] = F.pad(ids.masked_fill(~real, 0), (0, width - ids.shape[1]))
-        masks[index] = F.pad(real, (0, width - ids.shape[1]))
+        reals.append(F.pad(real, (0, width - ids.shape[1])))
     input_ids = torch.stack(sides)
     if vocabulary_size is not None and input_ids.device.type == "cpu":
         check_vocabulary("chosen_ids and rejected_ids", input_ids, vocabulary_size)
     return PairBatch(
         input_ids,
-        None if all_real else torch.stack(masks).long(),
+        None if all_real else torch.stack(reals).long(),
         torch.stack(counted),
         _checked_ref_logps(ref_chosen_logps, ref_rejected_logps, pairs, device),
     )
@@ -157,4 +160,5 @@ def _checked_ref_logps(
         if not isinstance(logps, Tensor) or logps.shape != (pairs,):
             came = tuple(logps.shape) if isinstance(logps, Tensor) else type(logps).__name__
             raise ValueError(f"{name} must be a tensor ({pairs},), got {came}")
+    assert chosen is not None and rejected is not None
     return torch.stack([chosen.detach(), rejected.detach()]).to(device)

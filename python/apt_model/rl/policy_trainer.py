@@ -284,9 +284,9 @@ class PolicyTrainer(TrainingLoop):
 
         if not compared:
             return policy(), None
-        return self._reference.beside(
-            policy, lambda: self._reference(*batch.sequences(), how.temperature)
-        )
+        reference = self._reference
+        assert reference is not None
+        return reference.beside(policy, lambda: reference(*batch.sequences(), how.temperature))
 
     @torch.no_grad()
     def eval_step(

@@ -23,7 +23,8 @@ from ..training.state import snapshot
 from .shared_prefix import SharedPrefix
 
 START = "start"
-Ours, Theirs = TypeVar("Ours"), TypeVar("Theirs")
+Ours = TypeVar("Ours")
+Theirs = TypeVar("Theirs")
 
 
 class ReferenceModel:

@@ -36,6 +36,7 @@ def import_functions(names: Sequence[str]) -> list[Callable[..., Any]]:
 def source_file(name: str) -> Path | None:
     """Returns the file that `FILE.py:NAME` or `package.module:NAME` is in, None if not a file."""
     where = name.rpartition(":")[0]
+    path: Path | None
     if where.endswith(".py"):
         path = Path(where)
     else:
@@ -61,8 +62,8 @@ def place_of(error: BaseException, near: str | None = None) -> str:
     ]
     folder = None if near is None else os.path.dirname(os.path.abspath(near)) + os.sep
     known = [f for f in frames if folder and os.path.abspath(f.filename).startswith(folder)]
-    frame = (known or frames or [None])[-1]
-    return "" if frame is None else f"{frame.filename}:{frame.lineno}"
+    places = known or frames
+    return f"{places[-1].filename}:{places[-1].lineno}" if places else ""
 
 
 def one_line(error: BaseException) -> str:
@@ -115,6 +116,7 @@ def _import_file(file: Path) -> ModuleType:
     _put_on_path(file.parent, first=True)
     name = file.stem if _is_free(file) else f"apt_reward_{file.stem}".replace(".", "_")
     spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # a file of Python has both
     module = importlib.util.module_from_spec(spec)
     before = sys.modules.get(name)
     sys.modules[name] = module  # where dataclasses and pickle look for it
@@ -131,7 +133,8 @@ def _import_file(file: Path) -> ModuleType:
 
 def _package_of(file: Path) -> tuple[Path, str | None]:
     """Returns the folder that holds the outermost package of a file, and the name of its own."""
-    root, parts = file.parent, []
+    root = file.parent
+    parts: list[str] = []
     while (root / "__init__.py").is_file() and root.name.isidentifier():
         parts.insert(0, root.name)
         root = root.parent

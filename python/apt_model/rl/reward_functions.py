@@ -68,7 +68,7 @@ class RewardFunction:
         self.name = called.__name__ if name is None else name
         self.origin = self.name if origin is None else origin
         try:
-            self._parameters = inspect.signature(function).parameters
+            self._parameters: Mapping[str, Any] = inspect.signature(function).parameters
             is_known = True
         except (TypeError, ValueError):  # of some built-in callables
             self._parameters, is_known = {}, False
@@ -118,7 +118,9 @@ class RewardFunction:
 
     def _of_batch(self, sampled: Sequence[Sampled]) -> list[Any]:
         columns = dict.fromkeys(name for one in sampled for name in one.row)
-        known = {name: [one.row.get(name) for one in sampled] for name in columns}
+        known: dict[str, list[Any]] = {
+            name: [one.row.get(name) for one in sampled] for name in columns
+        }
         ids = [list(one.token_ids) for one in sampled]
         known |= {
             "rows": [dict(one.row) for one in sampled],

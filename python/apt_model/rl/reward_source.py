@@ -59,10 +59,12 @@ class RewardSource:
     def __init__(self, reward_model: Callable[..., Any]) -> None:
         if not callable(reward_model):
             raise TypeError(f"reward_model must be callable, got {type(reward_model).__name__}")
-        self.model = reward_model
+        self.model: Any = reward_model
         self._is_module = isinstance(reward_model, nn.Module)
         self._wanted = wanted_of(reward_model)
-        self._call = SequenceScores(reward_model) if self._is_module else _call_plainly
+        self._call: Callable[..., Any] = _call_plainly
+        if isinstance(reward_model, nn.Module):
+            self._call = SequenceScores(reward_model)
         self._has_answered = False
 
     @torch.no_grad()
@@ -124,8 +126,9 @@ def _call_plainly(function: Callable[..., Any], *given: Any, **more: Any) -> Any
 
 def wanted_of(reward_model: Callable[..., Any]) -> set[str]:
     """Returns the names in the signature of a reward model."""
-    is_module = isinstance(reward_model, nn.Module)
-    called = without_wrapper(reward_model).forward if is_module else reward_model
+    called = reward_model
+    if isinstance(reward_model, nn.Module):
+        called = without_wrapper(reward_model).forward
     try:
         return set(inspect.signature(called).parameters)
     except (TypeError, ValueError):  # of some built-in callables

@@ -156,7 +156,7 @@ class RewardModelTrainer(PairTrainer):
         loss = bradley_terry_loss(
             chosen,
             rejected,
-            margin=batch.margins[0],
+            margin=None if batch.margins is None else batch.margins[0],
             center_coef=self.center_coef,
             reduction="sum",
             backend=self._backend,

@@ -73,16 +73,17 @@ class RLHFTrainer(PolicyTrainer):
         log: Callable[[dict[str, float]], Any] | Any = None,
         **options: Any,
     ) -> None:
-        config, options = split_options(config, RLHFConfig, options, RLHFTrainer)
+        settings: RLHFConfig
+        settings, options = split_options(config, RLHFConfig, options, RLHFTrainer)
         super().__init__(
             policy_model,
             reward_model,
             COPY if ref_policy_model is None else ref_policy_model,
             optimizer,
-            config,
+            settings,
             device,
             value_head=True,
-            temperature=config.temperature,
+            temperature=settings.temperature,
             rollout=rollout,
             eos_token_id=eos_token_id,
             stop_strings=stop_strings,
@@ -322,6 +323,7 @@ class RLHFTrainer(PolicyTrainer):
             normalizer=tokens,
             backend=self._backend,
         )
+        assert scores.values is not None  # the policy has a value head
         of_values, _ = value_loss(
             scores.values,
             columns["returns"],

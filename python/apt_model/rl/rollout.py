@@ -168,7 +168,7 @@ class Sampler:
         return self._positions, f"the model's {self._positions} positions"
 
     def _generate(
-        self, generator: nn.Module, ids: Tensor, mask: Tensor, room: int, temperature: float,
+        self, generator: Any, ids: Tensor, mask: Tensor, room: int, temperature: float,
         ends: FoundEnds,
     ) -> Tensor:  # fmt: skip
         from transformers import GenerationConfig, StoppingCriteriaList
@@ -201,8 +201,10 @@ class Sampler:
         for _ in range(room):
             logits = self._policy.next_logits(ids, mask)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            drawn = temperature > 0 and Categorical(logits=logits / temperature).sample()
-            token = drawn if temperature > 0 else logits.argmax(-1)
+            if temperature > 0:
+                token = Categorical(logits=logits / temperature).sample()
+            else:
+                token = logits.argmax(-1)
             ids = torch.cat([ids, token.unsqueeze(1)], 1)
             mask = torch.cat([mask, (~ended).long().unsqueeze(1)], 1)
             ended = ended | self.rules.is_end(token) | ends.stopped_by_text(ids[:, width:])
@@ -223,12 +225,13 @@ class Sampler:
         ids = checked_ids("the rollout's responses", result.responses, self._device)
         if len(ids) != rows:
             raise ValueError(f"the rollout must answer {rows} prompts, got {len(ids)} responses")
-        masks = [
-            checked_mask(f"the rollout's {name}", mask, ids).long()
+        masks: list[Any] = [
+            checked_mask(f"the rollout's {name}", mask, ids)
             for name, mask in (
                 ("response_masks", result.response_masks), ("token_mask", result.token_mask),
             )
         ]  # fmt: skip
+        real, tokens = (mask.long() for mask in masks)
         finished = result.finished
         if finished is not None:
             finished = torch.as_tensor(finished).to(self._device) != 0
@@ -236,7 +239,7 @@ class Sampler:
                 raise ValueError(
                     f"the rollout's finished must be ({rows},), got {tuple(finished.shape)}"
                 )
-        return Rollout(ids, *masks, result.logps, finished)
+        return Rollout(ids, real, tokens, result.logps, finished)
 
 
 def _positions_of(model: nn.Module) -> int | None:
@@ -251,7 +254,7 @@ def _positions_of(model: nn.Module) -> int | None:
     return known if has_table and isinstance(known, int) and known > 0 else None
 
 
-def _generator(model: nn.Module) -> nn.Module | None:
+def _generator(model: nn.Module) -> Any:
     """Returns whose `generate` samples with a KV cache; None where there is none."""
     inner = base_model(model)
     if not (callable(getattr(inner, "generate", None)) and hasattr(inner, "generation_config")):

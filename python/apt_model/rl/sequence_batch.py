@@ -115,8 +115,10 @@ def make_sequence_batch(
     """
     if isinstance(responses, Tensor) and responses.dim() == 3:
         grouped = (responses, response_masks, response_token_mask, prompt_lengths, old_log_probs)
-        grouped = (t.flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 1 else t for t in grouped)
-        responses, response_masks, response_token_mask, prompt_lengths, old_log_probs = grouped
+        flat: list[Any] = [
+            t.flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 1 else t for t in grouped
+        ]
+        responses, response_masks, response_token_mask, prompt_lengths, old_log_probs = flat
     ids = checked_ids("responses", responses, device)
     mask = checked_mask("response_masks", response_masks, ids)
     answers = checked_mask("response_token_mask", response_token_mask, ids)

@@ -29,7 +29,7 @@ class SharedPrefix:
         frozen = 0
         while frozen < len(policy) and _is_frozen(policy[frozen]):
             frozen += 1
-        self._last = policy[frozen - 1] if frozen else None
+        self._last: Any = policy[frozen - 1] if frozen else None
         self._skipped = list(copied[:frozen])
         self._independent = False  # of trained parameters: seen once where gradients were on
         self._trusted: dict[bool, bool] = {}  # by the mode of the policy
@@ -41,7 +41,9 @@ class SharedPrefix:
         name = layers_name(policy)
         if copied is None or name is None:
             return cls(nn.ModuleList(), nn.ModuleList())
-        return cls(policy.get_submodule(name), copied.get_submodule(name))
+        layers: Any = policy.get_submodule(name)
+        copied_layers: Any = copied.get_submodule(name)
+        return cls(layers, copied_layers)
 
     def __bool__(self) -> bool:
         return self._last is not None

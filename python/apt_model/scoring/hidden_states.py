@@ -97,7 +97,7 @@ class Positions:
 
     def __init__(self, model: nn.Module) -> None:
         inner = base_model(model)
-        adapters = without_wrapper(model).peft_config if has_adapter(model) else {}
+        adapters: Any = without_wrapper(model).peft_config if has_adapter(model) else {}
         learned = any(getattr(a, "is_prompt_learning", False) for a in adapters.values())
         paddings = (
             getattr(part, "padding_idx", None)

@@ -38,7 +38,7 @@ def load_model(
     gguf_file: str | None = None,
     trainable: bool = True,
     **options: Any,
-) -> nn.Module:
+) -> Any:
     """Returns the model of a folder, which can be trained and saved.
 
     Args:
@@ -102,7 +102,8 @@ def forget_quantization(model: nn.Module) -> nn.Module:
         return model
     if any(not p.is_floating_point() for p in model.parameters()):
         raise ValueError("the model's weights are packed GGUF blocks: they cannot be trained")
-    model.hf_quantizer, model.is_quantized = None, False
+    quantized: Any = model
+    quantized.hf_quantizer, quantized.is_quantized = None, False
     for name in ("quantization_method", "_is_quantized"):
         if name in vars(model):
             delattr(model, name)

@@ -12,18 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 try:
     from torch.distributed.fsdp import FSDPModule
 except ImportError:  # a PyTorch built without torch.distributed
-    FSDPModule = ()
+    FSDPModule = ()  # type: ignore[assignment,misc]  # nothing is an instance
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
+def without_wrapper(model: nn.Module) -> Any:
     """Returns the module inside DistributedDataParallel and torch.compile, else `model`."""
+    inner: Any = model
     while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        if isinstance(inner, DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -32,10 +33,10 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> Any:
     """Returns the user's model inside all wrappers and adapters."""
-    model = without_wrapper(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_wrapper(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding | None:
@@ -94,7 +95,7 @@ def train_last_layers(model: nn.Module, count: int) -> int:
     name = layers_name(model)
     if name is None:
         raise ValueError(f"{type(model).__name__} has no list of layers")
-    layers = model.get_submodule(name)
+    layers: Any = model.get_submodule(name)
     if not 0 < count <= len(layers):
         raise ValueError(f"the model has {len(layers)} layers, cannot train the last {count}")
     siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
@@ -104,7 +105,7 @@ def train_last_layers(model: nn.Module, count: int) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def as_autocast(*tensors: Tensor | None) -> list[Any]:
     """Returns the tensors as autocast gives them to a linear layer: not wider than its dtype."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):

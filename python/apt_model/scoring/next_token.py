@@ -18,6 +18,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +174,7 @@ class NextTokenScorer:
             if hook:
                 hook.remove()
         self.vocabulary_size = logits.shape[-1]
-        logps = token_logprobs(
+        results: Any = token_logprobs(
             logits[:, :-1],
             token_ids[:, 1:],
             temperature=how.temperature,
@@ -181,7 +182,7 @@ class NextTokenScorer:
             return_entropy=how.entropy,
             backend=self.backend,
         )
-        logps, entropy = logps if how.entropy else (logps, None)
+        logps, entropy = results if how.entropy else (results, None)
         hidden = (valued[0] if valued else logits)[:, -ids.shape[1] :]
         return TokenScores(logps, entropy, how.values(hidden))
 
@@ -197,13 +198,15 @@ class NextTokenScorer:
         targets = torch.cat([token_ids[:, 1:], token_ids.new_zeros(len(ids), 1)], dim=1)
         scored = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         scored = torch.cat([scored[:, 1:], scored.new_zeros(len(ids), 1)], dim=1)
-        head, found = self._head, []
+        head = self._head
+        assert head is not None
+        found: list[TokenScores] = []
 
         def score(hidden: Tensor) -> Tensor:
             hidden = hidden[:, -targets.shape[1] :]
             weight = head.layer.weight if tied is None else tied
             narrowed, weight, bias = as_autocast(hidden, weight, head.layer.bias)
-            logps = linear_token_logprobs(
+            results: Any = linear_token_logprobs(
                 narrowed,
                 weight,
                 targets,
@@ -215,7 +218,7 @@ class NextTokenScorer:
                 return_entropy=how.entropy,
                 backend=self.backend,
             )
-            logps, entropy = logps if how.entropy else (logps, None)
+            logps, entropy = results if how.entropy else (results, None)
             entropy = None if entropy is None else entropy[:, :-1]
             found.append(TokenScores(logps, entropy, how.values(hidden)))
             return logps.unsqueeze(-1).clone()  # FSDP2 hooks no views
@@ -236,26 +239,28 @@ class NextTokenScorer:
     def _check_head(self, ids: Tensor) -> None:
         """Finds the scale and cap of the logits; gives up a head that cannot be trusted."""
         self._head_is_checked = True
-        with self._head.answers() as answers:
+        head = self._head
+        assert head is not None
+        with head.answers() as answers:
             logits = self._same_random_state(ids, lambda: self._call(self.model, ids, None))
         expected = token_logprobs(logits[:, :-1], ids[:, 1:], backend=self.backend)
         try:
             call = partial(self._call, self.model, ids, None)
-            self._head.probe(lambda: self._same_random_state(ids, call), ids.device)
+            head.probe(lambda: self._same_random_state(ids, call), ids.device)
             score = partial(self._from_hidden, ids, None, None, ids, Scoring())
             logps = self._same_random_state(ids, lambda: score().logps)
         except Exception as error:
             return self._give_up(f"its head cannot be replaced: {type(error).__name__}: {error}")
-        dtype = self._head.layer.weight.dtype
+        dtype = head.layer.weight.dtype
         if torch.is_autocast_enabled(ids.device.type):
             dtype = torch.get_autocast_dtype(ids.device.type)
         if logits.shape[-1] != self.vocabulary_size:
             return self._give_up(
                 f"it makes {logits.shape[-1]} logits from {self.vocabulary_size} embedding rows"
             )
-        own = self._head.finished(answers[-1])[:, -ids.shape[1] :]
+        own = head.finished(answers[-1])[:, -ids.shape[1] :]
         largest = own.masked_fill(~own.isfinite(), 0).abs().max().clamp(min=1)
-        close = {"rtol": 0, "equal_nan": True}
+        close: dict[str, Any] = {"rtol": 0, "equal_nan": True}
         close["atol"] = TOLERANCE.get(dtype, HALF_TOLERANCE) * float(largest)
         if not torch.allclose(own.to(logits.dtype), logits, **close):
             self._give_up("it changes some of its logits")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class OutputHead:
     @contextmanager
     def answering(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """The layer computes `forward(hidden)` within this context."""
-        self.layer.forward = forward
+        self.layer.forward = forward  # type: ignore[method-assign,assignment]  # until the end
         try:
             yield
         finally:
@@ -54,6 +55,7 @@ class OutputHead:
         rounded once a token.
         """
         weight = self.layer.weight
+        tied: Any = embedding
         adds = (
             type(embedding) is nn.Embedding
             and embedding.weight is weight
@@ -62,16 +64,16 @@ class OutputHead:
             and torch.is_grad_enabled()
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.float64)
-            and not (embedding.sparse or embedding.scale_grad_by_freq)
+            and not (tied.sparse or tied.scale_grad_by_freq)
         )
         if not adds:
             yield None
             return
-        embedding.sparse = True
+        tied.sparse = True
         try:
             yield _LateGradient.apply(weight)
         finally:
-            embedding.sparse = False
+            tied.sparse = False
 
     @contextmanager
     def answers(self) -> Iterator[list[Tensor]]:

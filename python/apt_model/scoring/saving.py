@@ -21,7 +21,7 @@ SPARE = 2**24  # bytes of tokenizer and configurations
 
 
 def save_model(
-    model: nn.Module, folder: Path, tokenizer: Any = None, merge_adapter: bool = False
+    model: Any, folder: Path, tokenizer: Any = None, merge_adapter: bool = False
 ) -> None:
     """Writes a model of transformers and its tokenizer into a folder.
 
@@ -87,7 +87,7 @@ def check_saving(
             ) from error
 
 
-def _written_empty(model: nn.Module, folder: Path) -> bool:
+def _written_empty(model: Any, folder: Path) -> bool:
     """Returns whether the model could be saved without its numbers; False says nothing."""
     if has_adapter(model):
         return False

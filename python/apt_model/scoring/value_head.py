@@ -49,7 +49,7 @@ class ValueHead(nn.Module):
             from torch.distributed.fsdp import fully_shard
 
             mesh = next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
-            return fully_shard(self, mesh=mesh)
+            fully_shard(self, mesh=mesh)
         return self
 
 
@@ -61,7 +61,7 @@ def _output_layer(model: nn.Module) -> tuple[nn.Module | None, int]:
     layer = getter() if callable(getter) else None
     if layer is not None and hasattr(layer, "in_features"):
         return layer, layer.in_features
-    outputs: dict[nn.Module, Any] = {}
+    outputs: dict[Any, Any] = {}
     hooks = [
         part.register_forward_hook(lambda part, _, output: outputs.update({part: output}))
         for part in inner.modules()

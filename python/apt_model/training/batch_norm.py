@@ -59,6 +59,8 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Moves the running statistics towards those of this batch."""
         if not self.track_running_stats:
             return
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         kept = self.momentum
         if kept is None:

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 
-def read_config(config: Any, config_class: type, overrides: Mapping[str, Any] | None = None) -> Any:
+def read_config(config: Any, config_class: Any, overrides: Mapping[str, Any] | None = None) -> Any:
     """Returns a checked `config_class` made from None, a mapping or such an object.
 
     Args:
@@ -54,7 +54,8 @@ def split_options(
     fields = field_names(config_class)
     keywords: dict[str, None] = {}
     for owner in trainer_class.__mro__[:-1]:
-        for name, parameter in inspect.signature(owner.__init__).parameters.items():
+        initialize: Any = owner.__init__  # type: ignore[misc]  # of each base, its own
+        for name, parameter in inspect.signature(initialize).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY or name in ("optimizer", "device"):
                 keywords[name] = None
     reject_unknown(options, list(dict.fromkeys([*fields, *keywords])), trainer_class.__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -142,13 +143,13 @@ class TrainingLoop:
                 self._masters.take_gradients()
                 for name, value in {"loss": loss, **metrics}.items():
                     totals[name] = totals.get(name, 0) + value.detach()
-            metrics = self._step(totals)
+            numbers = self._step(totals)
         except BaseException:
             self._zero_grad()
             raise
         if finish:
-            self.finish_step(metrics)
-        return metrics
+            self.finish_step(numbers)
+        return numbers
 
     def _step(self, totals: dict[str, Tensor]) -> dict[str, float]:
         self._scaler.unscale_(self.optimizer)
@@ -156,21 +157,23 @@ class TrainingLoop:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        totals["grad_norm"] = norm / self._processes  # it is that of all, the others are shares
-        norm = (metrics := read_numbers(totals, self._data_parallel_groups)).pop("grad_norm")
-        overflowed = self._scaler.is_enabled() and not math.isfinite(norm)
-        if not all(map(math.isfinite, metrics.values())) or not (math.isfinite(norm) or overflowed):
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        totals["grad_norm"] = whole / self._processes  # it is that of all, the others are shares
+        metrics = read_numbers(totals, self._data_parallel_groups)
+        grad_norm = metrics.pop("grad_norm")
+        overflowed = self._scaler.is_enabled() and not math.isfinite(grad_norm)
+        finite = math.isfinite(grad_norm) or overflowed
+        if not finite or not all(map(math.isfinite, metrics.values())):
             self._scaler.update()  # else it would refuse to unscale the next step's gradients
             raise FloatingPointError(
-                f"step {self.total_steps + 1} has the gradient norm {norm} and "
+                f"step {self.total_steps + 1} has the gradient norm {grad_norm} and "
                 f"{', '.join(f'{k} {v}' for k, v in metrics.items())}; no parameter was changed"
             )
         self.is_mid_step = True
         self._scaler.step(self.optimizer)  # not when it overflowed: then the scale becomes smaller
         self._scaler.update()
         self._masters.write_back()
-        self._grad_norm, self._overflowed = norm, overflowed
+        self._grad_norm, self._overflowed = grad_norm, overflowed
         return metrics
 
     def _train_mode(self) -> None:
@@ -194,7 +197,7 @@ class TrainingLoop:
         self.is_mid_step = False
         self._log(record)
 
-    def count_over_processes(self, count: int | Tensor) -> int | Tensor:
+    def count_over_processes(self, count: Any) -> Any:
         """Returns the sum of `count` over the data-parallel processes, on the device (no read)."""
         if not self._data_parallel_groups:
             return count
@@ -228,7 +231,7 @@ class TrainingLoop:
         """Returns `total_steps` and the values of the last step, a copy."""
         return {"total_steps": self.total_steps, **self._statistics}
 
-    def plot_curves(self, path: str, names: Sequence[str] | None = None) -> None:
+    def plot_curves(self, path: str | Path, names: Sequence[str] | None = None) -> None:
         """Draws the curves to monitor (or those in `names`) over the steps as one PNG."""
         self.curves.save_png(path, self.monitored if names is None else names)
 

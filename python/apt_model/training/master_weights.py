@@ -75,7 +75,8 @@ class MasterWeights:
         """Rounds the copies into the parameters."""
         if self._pairs:
             local = [(_local(parameter), _local(master)) for parameter, master in self._pairs]
-            torch._foreach_copy_(*map(list, zip(*local, strict=True)))
+            parameters, masters = map(list, zip(*local, strict=True))
+            torch._foreach_copy_(parameters, masters)
             self._versions = [_version(parameter) for parameter, _ in self._pairs]
 
     @torch.no_grad()

@@ -57,7 +57,10 @@ def read_optimizer(
         spared = set() if decay_norms_and_biases or not weight_decay else _spared(modules.values())
         decayed = [p for p in trained.values() if id(p) not in spared]
         others = [p for p in trained.values() if id(p) in spared]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed},
+            {"params": others, "weight_decay": 0.0},
+        ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=fused)
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):

@@ -126,9 +126,11 @@ def wrapped(model: nn.Module, device: torch.device | str, sharded: bool = False)
 
     mesh = init_device_mesh(torch.device(device).type, (count(),))
     name = layers_name(model)
-    for layer in () if name is None else model.get_submodule(name):
+    layers: Any = () if name is None else model.get_submodule(name)
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 @contextmanager
@@ -137,8 +139,9 @@ def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     All processes must enter it: each gives its part of what is sharded.
     """
-    sharded: list[tuple[nn.Module, str, nn.Parameter]] = []
+    sharded: list[tuple[nn.Module, str, Any]] = []
     whole: dict[int, nn.Parameter] = {}
+    parameter: Any
     for part in (part for module in modules for part in module.modules()):
         for name, parameter in part._parameters.items():
             if not hasattr(parameter, "full_tensor"):

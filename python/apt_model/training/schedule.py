@@ -75,7 +75,9 @@ def _scheduled(
         raise ValueError("it follows a measured figure")
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = group["initial_lr"] = rate  # `theirs` has set its own first rate
-    factors = [partial(_factor, after=factor, warmup=warmup) for factor in theirs.lr_lambdas]
+    factors: list[Callable[[int], float]] = [
+        partial(_factor, after=factor, warmup=warmup) for factor in theirs.lr_lambdas
+    ]
     return LambdaLR(optimizer, factors)
 
 
