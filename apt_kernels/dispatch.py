@@ -168,7 +168,7 @@ def fake(name: str, *only: str) -> Callable[[Callable], Callable]:
 
 
 def backends() -> dict[str, Any]:
-    """What was built and installed, and what every operation uses on each device.
+    """Returns what was built and installed, and which backends each operation uses on each device.
 
     Returns a dict: `native`, `cuda`, `triton` say in words whether the backend is there and, if
     not, why; `operations` maps an operation to `{device: [backends, the default first]}`.

@@ -91,7 +91,7 @@ def selective_log_softmax_and_entropy(
 
 
 class ChunkedLogProbFunction:
-    """What TRL's fused heads call: `linear_token_logprobs` with TRL's arguments.
+    """`linear_token_logprobs` with TRL's arguments, which TRL's fused heads call.
 
     Only `apply` is there. Under autocast the products are in its dtype, with float32 sums, and the
     logits are not rounded. The metrics of the whole distribution that DPO, KTO and SFT log

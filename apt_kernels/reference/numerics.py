@@ -1,4 +1,4 @@
-"""What every reference shares: the accumulation dtype, row masks and reductions."""
+"""Shared by the references: the accumulation dtype, row masks and reductions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one operation tells about itself."""
+"""The description of one operation: its functions, samples, benchmarks and bounds."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Benchmark:
     # Each gives another library's functions of the same arguments, by name; imported when called,
     # and left out where it is not installed.
     peers: tuple[Callable[[], dict[str, Callable]], ...] = ()
-    # What the work cannot do without, by name: a plain pass over the memory, or the products alone.
-    # The forward is held against it, and both passes against the other.
+    # The least work, by name: a plain pass over the memory, or the products alone. The forward pass
+    # is compared with `floor`, both passes together with `backward_floor`.
     floor: dict[str, Callable] = field(default_factory=dict)
     backward_floor: dict[str, Callable] = field(default_factory=dict)
     comparable: bool = True  # the same values: checked before time is taken

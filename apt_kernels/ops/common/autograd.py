@@ -1,4 +1,4 @@
-"""What the autograd functions of all operations share: named gradients, and losses that form their
+"""Shared by the autograd functions of all operations: named gradients, and losses that form their
 gradients in the forward pass."""
 
 from __future__ import annotations

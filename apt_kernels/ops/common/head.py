@@ -1,4 +1,4 @@
-"""What the operations over an output head share: checks, layout, and the log-probabilities."""
+"""Shared by the operations over an output head: checks, layout, and the log-probabilities."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def _row_losses(call: LinearCrossEntropyCall, backend: str) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients in the forward pass, but those of float16 wait for the upstream scale."""
+    """Forms the gradients in the forward pass; float16 gradients wait for the upstream scale."""
 
     @staticmethod
     def forward(ctx, *arguments):

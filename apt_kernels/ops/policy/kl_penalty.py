@@ -83,7 +83,7 @@ class KLPenaltyCall(NamedTuple):
 
 
 class KLPenaltyBackwardCall(NamedTuple):
-    """The arguments of the backward kernel: the upstream gradient, then those of the forward."""
+    """The arguments of the backward kernel: the upstream gradient, then the forward's fields."""
 
     grad: Tensor
     logps: Tensor

@@ -78,8 +78,9 @@ def linear_policy_loss(
     gradient. The logits are computed twice, for 2 M D V more, in three cases: ratios of sequences,
     16-bit weights with a gradient on the CPU, and the GPU. float16 gradients are formed in the
     backward pass, for another 2 M D V, because without the upstream scale they may round to 0. The
-    workspace on the CPU is an eighth of the logits of those tokens, within 7 and 64 MiB. Sources:
-    those of `policy_loss`; Wijmans 2024, "Cut your losses in large-vocabulary language models".
+    workspace on the CPU is an eighth of the logits of those tokens, within 7 and 64 MiB. Source
+    beside the sources of `policy_loss`: Wijmans 2024, "Cut your losses in large-vocabulary language
+    models".
 
     Args:
         hidden: `(B, T, D)` float32, bfloat16, float16 or float64; any strides; differentiable. A

@@ -136,7 +136,7 @@ def rejected() -> Iterator[Rejected]:
 
 
 def eager(input_ids: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """What Hugging Face's collator does, without its change of the input."""
+    """Masks as Hugging Face's collator does, but leaves the input unchanged."""
     special = input_ids.new_tensor([*options["special_token_ids"], options["mask_token_id"]])
 
     def drawn(probability: float) -> torch.Tensor:

@@ -101,8 +101,8 @@ def _benchmark(rows: int, length: int) -> Benchmark:
         name=f"{rows} x {length}",
         make=lambda dtype: Sample("", _logps(rows, length, dtype=dtype)),
         eager=eager,
-        # both directions read the log-probabilities; forward writes the penalty, backward reads
-        # its gradient and writes that of the log-probabilities
+        # Both directions read the log-probabilities. Forward writes the penalty. Backward reads
+        # the gradient of the penalty and writes the gradient of the log-probabilities.
         bytes_moved=lambda s: s.args[0].numel() * (2 * s.args[0].element_size() + 4),
         backward_bytes_moved=lambda s: s.args[0].numel() * (2 * s.args[0].element_size() + 8),
     )

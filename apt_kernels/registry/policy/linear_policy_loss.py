@@ -54,7 +54,7 @@ def tokens(
 
 
 def _call(name: str, x: dict, *names: str, **options) -> Sample:
-    """A call with the tensors it must have and those of `names`."""
+    """A call with the required tensors and the tensors that `names` lists."""
     return Sample(name, tuple(x[n] for n in ARGUMENTS), {n: x[n] for n in names} | options)
 
 
@@ -233,7 +233,7 @@ def rejected() -> Iterator[Rejected]:
 def eager(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What trainers write: all logits, their log-softmax, the clipped loss and its metrics."""
+    """The loss as trainers write it: all logits, their log-softmax, the clipped loss, metrics."""
     logps = F.linear(hidden, weight).log_softmax(-1)
     chosen = logps.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     loss, metrics = policy_loss.eager(chosen, old, advantages, mask)

@@ -53,7 +53,7 @@ def tokens(rows: int, length: int, dtype: torch.dtype) -> dict[str, torch.Tensor
 
 
 def _call(name: str, x: dict[str, torch.Tensor], *names: str, **kwargs) -> Sample:
-    """A call with the four tensors it must have and those of `names`."""
+    """A call with the four required tensors and the tensors that `names` lists."""
     args = tuple(x[n] for n in ("logps", "old_logps", "advantages", "mask"))
     given = {n: x[n] for n in names}
     if kwargs.get("entropy_coef"):
@@ -292,7 +292,7 @@ def rejected() -> Iterator[Rejected]:
 def eager(
     logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What trainers write: the clipped loss and the metrics that they log."""
+    """The clipped loss as trainers write it, and the metrics that they log."""
     log_ratio = (logps - old_logps).clamp(-20, 20)
     ratio = log_ratio.exp()
     adv = advantages.unsqueeze(-1)

@@ -1,6 +1,6 @@
 """The logistic functions of the pair losses, accurate where the plain formulas cancel.
 
-Triton has no log1p or expm1 of its own, and those of libdevice do not run in the interpreter.
+Triton has no log1p or expm1, and the functions of libdevice do not run in the interpreter.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""What the row-streaming kernels share: aligned windows of a row, the soft cap, the online softmax.
+"""Shared by the row-streaming kernels: aligned windows of a row, the soft cap, the online softmax.
 
 A row of an odd vocabulary (50257, 32003 columns) begins anywhere, and a compiler that cannot see a
 16-byte boundary loads it in single elements. So a row is cut in three: a head of fewer than

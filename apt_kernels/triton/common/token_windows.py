@@ -1,8 +1,9 @@
-"""What the losses of tokens share: counting, the factor of a row, sums in a fixed order.
+"""Shared by the losses of tokens: counting, the factor of a row, sums in a fixed order.
 
 A loss takes two launches: the losses of a tile of a row in each program, with sums of the tile, and
-`finish`. What a mean divides by is known only then: gradients are those of the sum, and `finish`
-gives the factors of the rows. A ratio of sequences needs `mean_log_ratios` before.
+`finish`. The denominator of a mean is known only then. So the first launch forms the gradients of
+the sum, and `finish` gives the factors of the rows. A ratio of sequences
+needs `mean_log_ratios` before.
 """
 
 import torch
@@ -186,7 +187,7 @@ def put(sums, k, x):
 
 @triton.jit
 def _of_rows(sums_ptr, row, B, tiles, WIDTH: tl.constexpr):
-    """The sums of rows [rows, WIDTH] from those of their tiles; 0 beyond the last row."""
+    """The sums of rows [rows, WIDTH] from the sums of their tiles; 0 beyond the last row."""
     total = tl.zeros((row.shape[0], WIDTH), tl.float64)
     for tile in range(0, tiles):
         at = (row * tiles + tile)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]

@@ -120,7 +120,7 @@ def live_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What `head_statistics` found in each part of the columns, by place in the list of rows."""
+    """The results of `head_statistics` for each part of the columns, one place a row."""
 
     partials: Tensor  # (4, splits, rows): maximum, sum, extra sum, largest logit
     best: Tensor | None  # (splits, rows): the column of the largest logit
@@ -214,10 +214,11 @@ def padded_columns(head: Head) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """What upstream gradients were divided by, powers of two of float32 that come back after the
-    products: so that float16 holds the gradients of the logits.
+    """The divisors of the upstream gradients: powers of two in float32, one a row.
 
-    Every row has its own; in the sums over rows it counts as `relative` to one that all share.
+    Upstream gradients are divided by them, so that float16 can hold the gradients of the logits.
+    The products are multiplied by them again. In a sum over rows, a row's factor is `relative`
+    to one factor that all rows share.
     """
 
     of_rows: Tensor | None  # (N,), or expanded: of grad_hidden

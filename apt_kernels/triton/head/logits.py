@@ -137,7 +137,7 @@ def head_statistics_kernel(
 
 @triton.jit
 def merged_statistics(partials_ptr, at, live, rows, splits, EXTRA: tl.constexpr):
-    """The maximum, the sum and the extra sum of whole rows from those of the column parts."""
+    """The maximum, the sum and the extra sum of whole rows, merged from the parts of columns."""
     slot = partials_ptr + at
     plane = splits * rows  # rows is a 64-bit integer
     m = tl.load(slot, mask=live, other=0.0)

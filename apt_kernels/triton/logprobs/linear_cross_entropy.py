@@ -82,8 +82,8 @@ def linear_cross_entropy_fwd(
 ):  # fmt: skip
     """(loss, correct, grad_hidden, grad_weight, grad_bias); gradients (0,) if not needed.
 
-    loss is a float32 scalar, correct an int64 scalar, the gradients are those of the loss in the
-    dtypes of their inputs. No label that counts: the loss and the gradients are 0.
+    loss is a float32 scalar and correct an int64 scalar. The gradients of the loss have the dtypes
+    of their inputs. No label that counts: the loss and the gradients are 0.
     """
     (N, _), V = hidden.shape, weight.shape[0]
     device = hidden.device

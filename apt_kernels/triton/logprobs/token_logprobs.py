@@ -188,7 +188,7 @@ def _token_logprobs_bwd_kernel(
         entropy, m, log_s, K, inverse, rest, softcap, WHOLE_ROW, SCALED, CAPPED, WITH_ENTROPY,
     )  # fmt: skip
     tl.store(grad_ptr + column, grad.to(grad_ptr.dtype.element_ty), mask=live)
-    # The rows of a slice of odd length (logits[:, :-1]) and those of its gradient begin apart.
+    # The rows of a slice (logits[:, :-1]) and the rows of its gradient may be aligned differently.
     if ((row_ptr.to(tl.int64) ^ grad_ptr.to(tl.int64)) & 15) == 0:
         _stream_gradient(
             row_ptr, grad_ptr, head, body, token, token_grad, ids_ptr, grad_logps_ptr, total,

@@ -20,7 +20,7 @@ def _advantage(delta, decay, later):
 
 @triton.jit
 def _then(delta_later, decay_later, delta, decay):
-    """The map x -> delta + decay x after that of the later steps."""
+    """The map x -> delta + decay x, applied after the map of the later steps."""
     return _advantage(delta, decay, delta_later), decay * decay_later
 
 

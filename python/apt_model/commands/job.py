@@ -33,7 +33,7 @@ from .samples import Samples
 
 @dataclass
 class Job:
-    """What one command trains.
+    """The trainer of one command, its batches and its measurements.
 
     Attributes:
         trainer: the trainer.

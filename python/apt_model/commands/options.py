@@ -172,7 +172,7 @@ class TrainingOptions:
             "help": "train exactly so many steps, over as many epochs as that takes",
         },
     )
-    batch_size: int = field(default=8, metadata={"help": "rows a step, those of all processes"})
+    batch_size: int = field(default=8, metadata={"help": "rows a step, over all processes"})
     gradient_accumulation_steps: int = field(
         default=1,
         metadata={"help": "parts a step is computed in: less memory, the same update"},

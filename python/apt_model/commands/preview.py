@@ -1,4 +1,4 @@
-"""What a run would do, for `--dry-run`: counts, lengths, the first rows as tokens, memory."""
+"""Tells what a run would do, for `--dry-run`: counts, lengths, the first rows as tokens, memory."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def run_steps(
         ) as bar,
     ):  # fmt: skip
         if trainer.total_steps:
-            measure()  # where that of the last step raised
+            measure()  # where the measurement of the last step raised
         speed = _Speed(bar)
         while goes_on() and not processes.agree(stop.came):
             with _kept(trainer, checkpoint):
@@ -135,7 +135,7 @@ class _Speed:
 
 
 def tokens_of(batch: Mapping[str, Any], metrics: Mapping[str, float]) -> float:
-    """Returns the number of real tokens in a batch, with those of the responses to prompts."""
+    """Returns the number of real tokens in a batch, the responses to prompts included."""
     masks = [v for k, v in batch.items() if "mask" in k and isinstance(v, Tensor)]
     tokens = float(sum(int(mask.sum()) for mask in masks))
     return tokens + metrics.get("response_length", 0.0) * len(batch.get("prompts", ()))

@@ -36,7 +36,7 @@ class Samples:
         self._lines: list[dict[str, Any]] = []
 
     def begin(self, path: Path, count: int, max_new_tokens: int, step: int) -> None:
-        """Keeps the lines up to `step`, and writes those of `step` where they are missing.
+        """Keeps the lines up to `step`, and writes the lines of `step` where they are missing.
 
         Args:
             path: of the file.

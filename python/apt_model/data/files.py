@@ -27,7 +27,7 @@ KINDS = {
 PACKED = (".gz", ".bz2", ".xz")
 LINES = (".txt", ".text", *PACKED)
 TRAINING, HELD_OUT = ("train",), ("validation", "valid", "dev", "eval", "test")
-BOMS = (  # those of UTF-32 first: the little-endian one begins as that of UTF-16
+BOMS = (  # UTF-32 first: its little-endian mark begins as the mark of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -57,7 +57,7 @@ def is_text_path(path: Any) -> bool:
 
 
 def kind_of_file(path: Path) -> str | None:
-    """Returns the kind of a file by its suffix, before that of packing; None: lines of text."""
+    """Returns the kind of a file by the suffix before `.gz` and the like; None: lines of text."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-# Their first positions are those of padding
+# Their first positions belong to padding
 PADDED_POSITIONS = (
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "esm", "mpnet",
     "data2vec-text", "ibert", "roberta-prelayernorm", "xmod", "mega", "led-encoder", "layoutlmv3",

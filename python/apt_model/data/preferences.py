@@ -196,7 +196,7 @@ class PairTokenizer:
         arguments: Mapping[str, Any] = {},
         finished: bool = True,
     ) -> list[int]:
-        """Returns the tokens of prompt and answer, cut to the limit as those of a pair.
+        """Returns the tokens of prompt and answer, cut to the limit as the tokens of a pair are.
 
         Where rows are to be dropped, the answer's end is cut: what was sampled is scored.
         """

@@ -35,7 +35,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
     """Trains an encoder to tell two views of one sample from the views of all others.
 
     Batch norm has the statistics of one view. Over several processes (a DDP- or FSDP2-wrapped
-    encoder) the negatives are those of all.
+    encoder) the negatives come from all processes.
 
     Args:
         encoder: of token ids or of images; see `Encoder`.
@@ -216,7 +216,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
         Always NT-Xent over both views, of the trained networks: MoCo's queue has no part in it, so
         that the figures do not change as it fills. They depend on the number of samples.
 
-        Args: those of `train_step`.
+        Arguments as `train_step`.
         """
         options: dict[str, Any] = {**masks, **self._wanted}
         made = make_views(*views, **options)

@@ -12,7 +12,7 @@ from ..scoring.model_access import FSDPModule, base_model, has_adapter, without_
 
 
 class Encoded(NamedTuple):
-    """What an encoder returned.
+    """The output of an encoder.
 
     Attributes:
         hidden: `(B, S, H)`, or `(B, H)` of an encoder that pools itself.

@@ -93,7 +93,7 @@ class MomentumNetworks:
             ema_update_(targets, sources, keep, backend=self._backend)
 
     def push(self, keys: Tensor) -> None:
-        """Puts keys `(N, dim)` into the queue, those of all processes in the order of the ranks."""
+        """Puts keys `(N, dim)` of all processes into the queue, in the order of the ranks."""
         for group in self._groups:
             keys = gather_rows(keys, group)
         queue_push_(self.queue, self.pointer, keys, backend=self._backend)

@@ -123,7 +123,7 @@ class DPOTrainer(PairTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the mean loss of the pairs, with its graph, and the metrics as 0-dim tensors.
 
-        The metrics are those of `train_step`. An accuracy counts a tie as one half.
+        The metrics are the metrics of `train_step`. An accuracy counts a tie as one half.
 
         Args:
             chosen_ids: `(B, S)`.

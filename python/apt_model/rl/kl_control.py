@@ -11,7 +11,7 @@ LARGEST_ERROR = 0.2
 class KLCoefficient:
     """The weight of the KL penalty; with a target it follows what is measured.
 
-    The controller is that of Ziegler 2019, "Fine-tuning language models from human preferences",
+    The controller comes from Ziegler 2019, "Fine-tuning language models from human preferences",
     section 2.2: e = clip((kl - target) / target, -0.2, 0.2), weight *= 1 + 0.1 e.
 
     Args:

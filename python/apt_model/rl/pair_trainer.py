@@ -1,4 +1,4 @@
-"""What the trainers of preference pairs share: a step is made of a batch of pairs."""
+"""The base of the trainers of preference pairs: a step is made of a batch of pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What GRPO and PPO share: a policy, what it is compared with, scored by and sampled from."""
+"""The base of the GRPO and PPO trainers: a policy, its reference, its rewards and its rollouts."""
 
 from __future__ import annotations
 

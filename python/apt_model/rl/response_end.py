@@ -15,7 +15,7 @@ MARGIN = 4  # tokens before a stop string: SentencePiece drops the space of the 
 
 
 class StopRules:
-    """What ends a response.
+    """The rules that end a response.
 
     Args:
         end_tokens: ids that end it.

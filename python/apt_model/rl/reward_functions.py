@@ -247,7 +247,7 @@ class RowReward:
         rows: Tensor | None = None,
         finished: Tensor | None = None,
     ) -> dict[str, Any]:
-        """Returns `rewards`, one a sequence or None, and `parts`, those of each function."""
+        """Returns `rewards`, one a sequence or None, and `parts`, the rewards of each function."""
         sampled = self._sampled(ids, masks, response_token_mask, rows, finished)
         parts = [function(sampled) for function in self._functions]
         rewards: list[float | None] = []

@@ -52,7 +52,9 @@ class RewardModel(nn.Module):
             raise ValueError(f"dropout must be in [0, 1], got {dropout!r}")
         known = hidden_width(base_model)
         if known not in (None, hidden_size):
-            raise ValueError(f"hidden_size is {hidden_size}, that of the base model {known}")
+            raise ValueError(
+                f"hidden_size: expected {known}, the width of the base model, got {hidden_size}"
+            )
         self.base_model = base_model
         self.hidden_size = hidden_size
         self.use_pooling = use_pooling

@@ -308,7 +308,7 @@ class RLHFTrainer(PolicyTrainer):
     def _share(
         self, scores: TokenScores, batch: SequenceBatch, tokens: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of PPO and metrics: the batch's share of those of all `tokens`."""
+        """Returns the loss of PPO and metrics: the batch's share of the metrics of all `tokens`."""
         config, columns, mask = self.config, batch.columns, batch.tokens
         loss, of_policy = policy_loss(
             scores.logps,

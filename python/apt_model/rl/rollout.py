@@ -23,7 +23,7 @@ TABLES_OF_POSITIONS = ("wpe", "position_embeddings", "position_embedding", "embe
 
 @dataclass
 class Rollout:
-    """What was sampled.
+    """The sampled responses.
 
     Attributes:
         responses: `(N, S)`, prompt and response of each.

@@ -22,7 +22,7 @@ class SharedPrefix:
 
     Args:
         policy: the layers of the policy, in order.
-        copied: those of the copy.
+        copied: the layers of the copy.
     """
 
     def __init__(self, policy: nn.ModuleList, copied: nn.ModuleList) -> None:

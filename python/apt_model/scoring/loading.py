@@ -14,7 +14,7 @@ ADAPTER = "adapter_config.json"
 
 
 def load_tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
-    """Returns the tokenizer of a folder; that of the base model where an adapter has none."""
+    """Returns the tokenizer of a folder; the base model's where an adapter has none."""
     from transformers import AutoTokenizer
 
     folder = Path(folder)

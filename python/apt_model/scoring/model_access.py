@@ -1,4 +1,4 @@
-"""What a trainer must know of a user's model: its wrappers, its adapters, its vocabulary."""
+"""Facts about a user's model that a trainer needs: its wrappers, its adapters, its vocabulary."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ that layer's forward replaced: it scores the hidden states it is given by
 `apt_kernels.linear_token_logprobs`, so the logits never exist. The model's own forward runs
 otherwise unchanged, and so do the hooks of DDP, FSDP2 and adapters around it.
 
-What a model does to its logits (Gemma's soft cap, Cohere's and Granite's scale) is not looked up by
-name but asked of the model: on the first call the layer answers with known numbers, and what comes
-out says the scale and the cap. Both ways are then compared on the first tokens of the first batch;
-a model whose two answers differ (an adapter or a hook on the head, columns that are cut or masked)
-is scored from its logits, with one warning that says why.
+Some models scale or cap their logits (Gemma's soft cap, Cohere's and Granite's scale). The scale
+and the cap are not looked up by name. They are measured: on the first call the layer answers with
+known numbers, and the logits of the model tell both. Both ways are then compared on the first
+tokens of the first batch; a model whose two answers differ (an adapter or a hook on the head,
+columns that are cut or masked) is scored from its logits, with one warning that says why.
 """
 
 from __future__ import annotations

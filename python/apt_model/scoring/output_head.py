@@ -126,7 +126,7 @@ class _LateGradient(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is wanted of a pass over tokens.
+    """The results that a pass over tokens is asked for.
 
     Attributes:
         temperature: the logits are divided by it.

@@ -56,7 +56,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Moves the running statistics towards those of this batch."""
+        """Moves the running statistics towards the statistics of this batch."""
         if not self.track_running_stats:
             return
         assert self.running_mean is not None and self.running_var is not None

@@ -47,7 +47,7 @@ def split_options(
 
     Args:
         config: as `read_config`.
-        config_class: those of `options` that are its fields replace `config`'s.
+        config_class: `options` with the names of its fields replace the values of `config`.
         options: keyword arguments of its constructor.
         trainer_class: all keyword arguments of its constructor and its bases' are valid too.
     """

@@ -61,7 +61,7 @@ class Curves:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces the columns by those of `state_dict()`."""
+        """Replaces the columns by the columns that `state_dict()` gave."""
         self.columns = {name: array("d", column.tolist()) for name, column in state.items()}
         self.length = max((len(column) for column in self.columns.values()), default=0)
 

@@ -1,4 +1,4 @@
-"""What a run of a command reads and leaves: contents by their hashes, whole files, a lock."""
+"""The files that a command reads and writes: hashes of contents, whole files, a lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every trainer shares: one update from micro-batches, its checks, its state, its records."""
+"""The base of every trainer: one update from micro-batches, its checks, its state, its records."""
 
 from __future__ import annotations
 
@@ -158,7 +158,9 @@ class TrainingLoop:
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        totals["grad_norm"] = whole / self._processes  # it is that of all, the others are shares
+        totals["grad_norm"] = (
+            whole / self._processes
+        )  # the norm is of all processes, other metrics are shares
         metrics = read_numbers(totals, self._data_parallel_groups)
         grad_norm = metrics.pop("grad_norm")
         overflowed = self._scaler.is_enabled() and not math.isfinite(grad_norm)
