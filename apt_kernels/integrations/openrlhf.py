@@ -130,9 +130,9 @@ class PolicyLoss(nn.Module):
             raise ValueError("rollout_log_probs: expected a tensor for the correction, got None")
         weights = drift = dropped = None
         old = old_log_probs
-        if self.level != "off" and self.gspo:
+        if rollout_log_probs is not None and self.level != "off" and self.gspo:
             old = rollout_log_probs
-        elif self.level != "off":
+        elif rollout_log_probs is not None and self.level != "off":
             weights, dropped = self._correction(old_log_probs, rollout_log_probs, mask)
             drift = _mean(rollout_log_probs - old_log_probs, mask)
         normalizer = _normalizer(

@@ -272,7 +272,7 @@ def agg_loss(
         losses = losses.sum(-1) / live.sum(-1).clamp(min=1)
     if normalizer is None:
         rows = live.any(-1).sum()
-        divisors = {"token-mean": live.sum(), "token-sum": 1}
+        divisors: dict[str, float | Tensor] = {"token-mean": live.sum(), "token-sum": 1}
         normalizer = divisors.get(loss_agg_mode, rows)
         if loss_agg_mode == "seq-mean-token-sum-norm":
             normalizer = rows * loss_mask.shape[-1]
@@ -364,7 +364,7 @@ def _normalizer(
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
 ) -> float | Tensor | None:
-    """Returns what a process divides by so that the mean over processes is that of all tokens.
+    """Returns what a process divides by so that the mean over processes is the mean of all tokens.
 
     None where the default of the aggregation is right: its own tokens or rows.
     """
