@@ -60,8 +60,15 @@ def linear_cross_entropy(
             )
         e, targets = e[..., : -int(shift), :], targets[..., int(shift) :]
     if not return_lse:
-        options = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap}
-        return _linear_cross_entropy(e, c, targets, reduction=reduction, **options)
+        return _linear_cross_entropy(
+            e,
+            c,
+            targets,
+            reduction=reduction,
+            bias=bias,
+            ignore_index=ignore_index,
+            softcap=softcap,
+        )
     mask = targets != ignore_index
     ids = torch.where(mask, targets, 0)
     logps = linear_token_logprobs(e, c, ids, bias=bias, softcap=softcap, mask=mask)

@@ -5,6 +5,8 @@ Liger takes the weight in another order in the two classes, and so do these.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -64,7 +66,11 @@ class LigerFusedLinearDPOLoss(nn.Module):
         checks.choice("loss_type", loss_type, served)
         self.ignore_index, self.alpha, self.compute_nll_loss = ignore_index, alpha, compute_nll_loss
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
-        self.options = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
+        self.options: dict[str, Any] = {
+            "beta": beta,
+            "loss_type": loss_type,
+            "label_smoothing": label_smoothing,
+        }
         if loss_type == "discopop":
             self.options["discopop_tau"] = discopop_tau
 
@@ -106,8 +112,9 @@ class LigerFusedLinearDPOLoss(nn.Module):
             with torch.no_grad():
                 of_ref = linear_token_logprobs(ref_input, ref_weight, ids, bias=ref_bias, mask=mask)
                 references = sequence_logps(of_ref, mask, average=self.average_log_prob).chunk(2)
-        options = {"reference_free": not self.use_ref_model, **self.options}
-        loss, *rewards = dpo_loss(chosen, rejected, *references, **options)
+        options: dict[str, Any] = {"reference_free": not self.use_ref_model, **self.options}
+        ref_chosen, ref_rejected = references
+        loss, *rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options)
         nll = loss.new_zeros(())
         if self.compute_nll_loss:
             count = mask[: len(mask) // 2].sum().clamp(min=1)
@@ -167,7 +174,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         ours, aggregation = GRPO_LOSS_TYPES[loss_type]
         self.beta, self.use_ref_model, self.loss_type = beta, use_ref_model, loss_type
         self.max_completion_length = max_completion_length
-        self.options = {
+        self.options: dict[str, Any] = {
             "loss_type": ours,
             "aggregation": aggregation,
             "ratio_level": importance_sampling_level,
@@ -238,11 +245,15 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                     "use_ref_model, got None"
                 )
             else:
-                arguments = (ref_input, ref_weight, selected_token_ids)
-                scale = {"temperature": self.options["temperature"]}
+                temperature: Any = self.options["temperature"]
                 with torch.no_grad():
                     ref_per_token_logps = linear_token_logprobs(
-                        *arguments, bias=ref_bias, mask=mask, **scale
+                        ref_input,
+                        ref_weight,
+                        selected_token_ids,
+                        bias=ref_bias,
+                        mask=mask,
+                        temperature=temperature,
                     )
         if vllm_is_ratio is not None:
             vllm_is_ratio = vllm_is_ratio.expand(mask.shape)

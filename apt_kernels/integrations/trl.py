@@ -351,7 +351,7 @@ def remove_from_trl() -> dict[str, str]:
         RuntimeError: another patch was put on top of this one. Nothing is changed then.
     """
     utils = sys.modules.get(_PATCHED_MODULE)
-    trainer = getattr(sys.modules.get(_REWARD_MODULE), "RewardTrainer", None)
+    trainer: Any = getattr(sys.modules.get(_REWARD_MODULE), "RewardTrainer", None)
     for name in _originals:
         if name == "RewardTrainer.compute_loss":
             if trainer.compute_loss is not _compute_reward_loss:

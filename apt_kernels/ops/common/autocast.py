@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def as_autocast(*factors: Tensor | None) -> tuple[Tensor | None, ...]:
+def as_autocast(*factors: Tensor | None) -> tuple[Any, ...]:
     """Returns the factors of a product in the dtype of autocast, as `F.linear` takes them.
 
     The conversion is differentiable: gradients arrive in the dtype of the factors. Autocast leaves
