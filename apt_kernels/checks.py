@@ -116,6 +116,7 @@ def pairs(
         if not (
             isinstance(value, Tensor)
             and value.dtype in FLOATS
+            and is_dense(value)
             and value.shape == expected
             and value.device == device
             and not (value.requires_grad and name in constants)

@@ -34,7 +34,7 @@ def check_like(name: str, rows: Any, other_name: str, other: Tensor, dtype: bool
 
 
 def check_options(
-    temperature: Any, reduction: Any, process_group: Any, name: str, like: Tensor
+    temperature: Any, reduction: Any, process_group: Any, name: str, like: Any
 ) -> None:
     if isinstance(temperature, Tensor):
         check_scalar("temperature", temperature, name, like)
