@@ -13,6 +13,7 @@ from apt_model.pretraining import (
     create_contrastive_pretrainer,
 )
 from apt_model.pretraining.contrastive_pretrain import ProjectionHead
+from apt_model.pretraining.known_negatives import moco_loss as our_moco_loss
 from apt_model.pretraining.momentum import MomentumNetworks
 from support import processes
 from support.peers import peer_results
@@ -231,6 +232,79 @@ def test_the_losses_are_lightly_s():
     assert accuracy.item() == pytest.approx(expected[1])
     loss, _ = trainer.compute_infonce_loss(inputs["a"], inputs["b"], inputs["queue"].T)
     assert loss.item() == pytest.approx(results["cases"]["moco"]["loss"], rel=1e-7)
+
+
+def masked_moco_loss(query, key, queue, same, temperature=0.2):
+    """He et al. 2020, equation 1, a row at a time, without the keys of the row's own sample."""
+    losses, right = [], 0
+    for q, k, keys in zip(query, key, (queue[:, ~row] for row in same), strict=True):
+        logits = torch.cat([(q * k).sum()[None], q @ keys]) / temperature
+        losses.append(torch.logsumexp(logits, 0) - logits[0])
+        right += int((logits[0] > logits[1:]).all())
+    return torch.stack(losses).mean(), right / len(query)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_moco_takes_no_key_of_the_same_sample_as_a_negative(symmetric):
+    trainer = make(**MOCO, **BATCHED, symmetric_loss=symmetric)
+    known = torch.full((10,), -1)  # of the keys in the queue
+    pointer = 0
+    for step, ids in enumerate(([0, 1, 2, 3], [1, 1, 7, 8], None, [0, 1, 2, 3], [9, 10, 11, 3])):
+        batch = two_views(seed=step, rows=4)
+        views = [(batch[f"input_ids_{k}"], batch[f"attention_mask_{k}"]) for k in (1, 2)]
+        keys = [trainer.encode(*view, use_momentum=True) for view in views]
+        given = torch.full((4,), -1) if ids is None else torch.tensor(ids)
+        same = (given[:, None] == known) & (given >= 0)[:, None]
+        results = [masked_moco_loss(trainer.encode(*views[0]), keys[1], trainer.queue, same)]
+        if symmetric:
+            results.append(
+                masked_moco_loss(trainer.encode(*views[1]), keys[0], trainer.queue, same)
+            )
+        loss, accuracy = (sum(values) / len(results) for values in zip(*results, strict=True))
+        metrics = trainer.train_step(**batch, sample_ids=ids)
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-9), step
+        assert metrics["accuracy"] == pytest.approx(accuracy)
+        for _ in range(1 + symmetric):
+            for number in given:
+                known[pointer] = number
+                pointer = (pointer + 1) % 10
+    assert same.any() and not same.all()  # the last step had such keys, and others
+    again = make(**MOCO, **BATCHED, symmetric_loss=symmetric)
+    again.load_state_dict(trainer.state_dict())
+    more = {**two_views(seed=9, rows=4), "sample_ids": [3, 9, 10, 50]}
+    assert again.train_step(**more) == trainer.train_step(**more)
+
+
+def test_the_gradient_without_known_keys_is_of_the_others():
+    query, key, queue = (
+        F.normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(i)).double(), dim=1)
+        for i in (1, 2, 3)
+    )
+    same = torch.zeros(4, 4, dtype=torch.bool)
+    same[0, 2] = same[3, 0] = same[3, 1] = True
+    gradients = []
+    for loss_of in (our_moco_loss, masked_moco_loss):
+        rows = query.clone().requires_grad_()
+        loss_of(rows / rows.norm(dim=1, keepdim=True), key, queue.T, same,
+                temperature=0.2)[0].backward()  # fmt: skip
+        gradients.append(rows.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_numbers_of_samples_that_do_not_fit():
+    batch = two_views(rows=4)
+    with pytest.raises(ValueError, match="each id once in a batch, got 5 2 times"):
+        make().train_step(**batch, sample_ids=[5, 1, 5, 2])
+    for trainer in (make(), make(**MOCO)):
+        for ids, message in (
+            ([1, 2], "expected 4 integers"), ([1.0, 2.0, 3.0, 4.0], "expected 4 integers"),
+            ([0, 1, 2, -1], "at least 0, got -1"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=f"sample_ids: expected.*{message}|{message}"):
+                trainer.train_step(**batch, sample_ids=ids)
+            with pytest.raises(ValueError, match=message):
+                trainer.eval_step(**batch, sample_ids=ids)
+        assert trainer.total_steps == 0
 
 
 def test_encode():

@@ -207,7 +207,8 @@ class ImageViews:
         """Returns the arguments of `ContrastivePretrainer.train_step`."""
         generator = generator_of("images", self._seed, step)
         images = self._images[rows]
-        return {f"input_ids_{k}": self.view(images, generator) for k in (1, 2)}
+        views = {f"input_ids_{k}": self.view(images, generator) for k in (1, 2)}
+        return {**views, "sample_ids": torch.tensor(rows)}
 
     def view(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Returns one changed form of each image `(B, C, H, W)`."""

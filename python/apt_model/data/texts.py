@@ -381,7 +381,7 @@ class TextViews:
     """The batches of contrastive learning: two changed forms of a text, or a text and its positive.
 
     A `negative` of a row joins the batch as a text of its own, so that the row is told apart from
-    it; not where the batch holds the same text already.
+    it; not where the batch holds a text already that says the same.
 
     Args:
         texts: one sample each.
@@ -420,6 +420,14 @@ class TextViews:
                     self._ids[text] = self._encoded(text)
         self._probabilities = (mask_prob, delete_prob, swap_prob)
         self.groups = groups_of([(row.text, row.positive or row.text) for row in texts])
+        self._samples: dict[
+            str, int
+        ] = {}  # of each text the number of its group, or one of its own
+        for row, group in zip(texts, self.groups, strict=True):
+            self._samples |= {row.text: group, row.positive or row.text: group}
+        for row in texts:
+            if row.negative is not None:
+                self._samples.setdefault(row.negative, len(texts) + len(self._samples))
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -428,15 +436,15 @@ class TextViews:
         """Returns the arguments of `ContrastivePretrainer.train_step`."""
         first = [self._texts[row].text for row in rows]
         second = [self._texts[row].positive or self._texts[row].text for row in rows]
-        known = {*first, *second}
+        samples = [self.groups[row] for row in rows]
         for row in rows:
             negative = self._texts[row].negative
-            if negative is not None and negative not in known:
-                known.add(negative)
+            if negative is not None and self._samples[negative] not in samples:
+                samples.append(self._samples[negative])
                 first.append(negative)
                 second.append(negative)
         generator = generator_of("texts", self._seed, step)
-        batch = {}
+        batch = {"sample_ids": torch.tensor(samples)}
         for number, side in enumerate((first, second), start=1):
             ids, mask = padded([self._ids[text] for text in side], self._pad)
             ids, mask = self._changed(ids, mask, generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apt_kernels import info_nce, nt_xent
+from apt_kernels import nt_xent
 
 from ..data.augmentation import TextAugmentation
 from ..scoring.model_access import vocabulary_size
@@ -21,6 +21,7 @@ from ..training.loop import read_numbers
 from .contrastive_config import ContrastiveConfig
 from .created_modules import CreatedModulesLoop, bring_beside
 from .features import PooledFeatures, widened
+from .known_negatives import moco_loss, read_sample_ids
 from .momentum import MomentumNetworks
 from .projection_head import ProjectionHead, has_batch_norm
 from .views import View, make_view, make_views
@@ -154,7 +155,11 @@ class ContrastivePretrainer(CreatedModulesLoop):
         return F.normalize(self._embeddings([view])[0], dim=1)
 
     def compute_infonce_loss(
-        self, z_i: Tensor, z_j: Tensor, queue: Tensor | None = None
+        self,
+        z_i: Tensor,
+        z_j: Tensor,
+        queue: Tensor | None = None,
+        same: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the mean loss, with its graph, and the share of rows that find their partner.
 
@@ -162,14 +167,16 @@ class ContrastivePretrainer(CreatedModulesLoop):
             z_i: `(B, D)`, one view.
             z_j: `(B, D)`, the other.
             queue: `(D, K)`: MoCo's loss of z_i against its z_j and these; None: NT-Xent over both.
+            same: `(B, K)`, True where a key of the queue is of the row's own sample, and no
+                negative of it; None: nowhere.
         """
         options = {"temperature": self.config.temperature, "backend": self._backend}
-        options["return_correct"] = True
         rows = len(z_i)
         if queue is not None:
-            loss, correct = info_nce(z_i, z_j, negatives=queue.T, **options)
+            loss, correct = moco_loss(z_i, z_j, queue, same, **options)
         else:
-            loss, correct = nt_xent(z_i, z_j, process_group=self._process_group(), **options)
+            group = self._process_group()
+            loss, correct = nt_xent(z_i, z_j, process_group=group, return_correct=True, **options)
             rows *= 2
         return loss, correct / max(rows, 1)
 
@@ -179,6 +186,8 @@ class ContrastivePretrainer(CreatedModulesLoop):
         input_ids_2: Tensor,
         attention_mask_1: Tensor | None = None,
         attention_mask_2: Tensor | None = None,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
     ) -> dict[str, float]:
         """Makes one optimizer step on two views of B samples.
 
@@ -187,6 +196,9 @@ class ContrastivePretrainer(CreatedModulesLoop):
             input_ids_2: `(B, T)`: row i is of the same sample.
             attention_mask_1: `(B, S)`, 1 = real token; None: all are.
             attention_mask_2: `(B, T)`.
+            sample_ids: `(B,)`, a number at least 0 of each row's sample, alike for rows that say
+                the same: MoCo takes no key of the queue with the row's own number as a negative.
+                In a batch of SimCLR each number stands once. None: they are not known.
 
         Returns:
             `loss, accuracy`, before the update, over all processes.
@@ -200,17 +212,20 @@ class ContrastivePretrainer(CreatedModulesLoop):
         rows = len(views[0].inputs)
         if rows == 1 and has_batch_norm(self.projection):
             raise ValueError("batch norm in the projection head needs two samples or more, got 1")
+        ids = read_sample_ids(sample_ids, rows, once=self._momentum is None)
         self._train_mode()
         count = self.count_over_processes(rows)
         keys: list[Tensor] = []
-        metrics = self.update([views], lambda views: self._share(views, count, keys))
+        metrics = self.update([views], lambda views: self._share(views, count, keys, ids))
         if self._momentum is not None:
             self._momentum.follow()
-            self._momentum.push(torch.cat(keys))
+            self._momentum.push(torch.cat(keys), None if ids is None else ids.repeat(len(keys)))
         return metrics
 
     @torch.no_grad()
-    def eval_step(self, *views: Tensor, **masks: Tensor) -> dict[str, float]:
+    def eval_step(
+        self, *views: Tensor, sample_ids: Tensor | Sequence[int] | None = None, **masks: Tensor
+    ) -> dict[str, float]:
         """Returns `loss, accuracy` of all processes' batches, in evaluation mode.
 
         Always NT-Xent over both views, of the trained networks: MoCo's queue has no part in it, so
@@ -220,6 +235,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
         """
         options: dict[str, Any] = {**masks, **self._wanted}
         made = make_views(*views, **options)
+        read_sample_ids(sample_ids, len(made[0].inputs), once=False)
         with self._evaluating(), self.autocast():
             loss, metrics = self._nt_xent(made, self.count_over_processes(len(made[0].inputs)))
         return read_numbers({"loss": loss, **metrics}, self._data_parallel_groups)
@@ -245,7 +261,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
         return loss / self._processes, {"accuracy": accuracy * part}
 
     def _share(
-        self, views: list[View], count: int | Tensor, keys: list[Tensor]
+        self, views: list[View], count: int | Tensor, keys: list[Tensor], ids: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns this process's share of loss and metrics of `count` samples; adds MoCo's keys."""
         if self._momentum is None:
@@ -255,7 +271,7 @@ class ContrastivePretrainer(CreatedModulesLoop):
         keys += self._keys(views[1 - both :])
         queries = self._embeddings(views[: 1 + both])
         results = [
-            self.compute_infonce_loss(query, key, self.queue)
+            self.compute_infonce_loss(query, key, self.queue, self._momentum.same_samples(ids))
             for query, key in zip(queries, reversed(keys), strict=True)
         ]
         loss, accuracy = (sum(values) / len(results) for values in zip(*results, strict=True))

@@ -20,6 +20,8 @@ from apt_kernels import ema_update_, queue_push_
 from ..scoring.model_access import FSDPModule, without_wrapper
 from ..training.state import load_module_state, module_state, snapshot
 
+UNKNOWN = -1  # the id of a sample that is not told
+
 
 class MomentumNetworks:
     """Frozen copies of an encoder and its projection that follow them, and the queue of keys.
@@ -71,6 +73,8 @@ class MomentumNetworks:
         for group in self._groups:
             dist.broadcast(self.queue, group=group, group_src=0)
         self.pointer = torch.zeros(1, dtype=torch.long, device=like.device)
+        self._ids = torch.full(self._size[1:], UNKNOWN)  # of the samples of the keys; on the CPU
+        self._next = 0  # the pointer, without asking the device
 
     def follow(self) -> None:
         """Moves the copies towards what is trained; buffers are copied."""
@@ -92,11 +96,31 @@ class MomentumNetworks:
             targets, sources = [a for a, _ in moving], [b for _, b in moving]
             ema_update_(targets, sources, keep, backend=self._backend)
 
-    def push(self, keys: Tensor) -> None:
-        """Puts keys `(N, dim)` of all processes into the queue, in the order of the ranks."""
-        for group in self._groups:
-            keys = gather_rows(keys, group)
+    def push(self, keys: Tensor, ids: Tensor | None = None) -> None:
+        """Puts keys `(N, dim)` of all processes into the queue, in the order of the ranks.
+
+        Args:
+            keys: of this process.
+            ids: `(N,)`, the numbers of their samples; None: they are not known.
+        """
+        if ids is None:
+            ids = torch.full(keys.shape[:1], UNKNOWN)
+        if self._groups:
+            column = ids.to(keys.device).unsqueeze(1)
+            for group in self._groups:
+                keys, column = gather_rows(keys, group), gather_rows(column, group)
+            ids = column.flatten().cpu()
         queue_push_(self.queue, self.pointer, keys, backend=self._backend)
+        size = len(self._ids)
+        places = torch.arange(self._next, self._next + len(ids))[-size:] % size
+        self._ids[places] = ids[-size:]
+        self._next = (self._next + len(ids)) % size
+
+    def same_samples(self, ids: Tensor | None) -> Tensor | None:
+        """Returns which keys are of the samples `ids` `(B,)`, `(B, K)`; None where none is."""
+        if ids is None or not torch.isin(ids, self._ids).any():
+            return None
+        return ids.unsqueeze(1) == self._ids
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the copies, the queue and its pointer."""
@@ -105,6 +129,7 @@ class MomentumNetworks:
             "projection": snapshot(module_state(self.projection)),
             "queue": snapshot(self.queue),
             "pointer": snapshot(self.pointer),
+            "ids": snapshot(self._ids),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -118,6 +143,8 @@ class MomentumNetworks:
         load_module_state(self.projection, state["projection"])
         self.queue.copy_(state["queue"])
         self.pointer.copy_(state["pointer"])
+        self._ids.copy_(state["ids"])
+        self._next = int(self.pointer)
 
 
 @torch.no_grad()
