@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from . import native
 
 # Which backend comes first on a device; the page of `make gpu-report` says how to change the
 # second table, operation by operation.
@@ -24,18 +27,21 @@ _CPU = torch.device("cpu")
 INTERPRETING_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _load(module: str) -> tuple[Any, str]:
+def _load_triton() -> tuple[Any, str]:
+    """The names of its launchers; Triton itself comes later."""
     try:
-        return importlib.import_module(f"apt_kernels.{module}"), ""
+        return importlib.import_module("apt_kernels.triton"), ""
     except ImportError as error:
         return None, f"{type(error).__name__}: {error}"
 
 
-_extension, _extension_error = _load("_C")
-_cuda_extension, _cuda_extension_error = (
-    _load("_C_cuda") if _extension else (None, _extension_error)
+_extension, _extension_error = native.load(
+    "_C", "not built (APT_KERNELS_NATIVE=0, or no C++ compiler)"
 )
-_triton, _triton_error = _load("triton")  # the names of its launchers; Triton itself comes later
+_cuda_extension, _cuda_extension_error = native.load(
+    "_C_cuda", "not built (it is where a GPU and nvcc are, and with APT_KERNELS_CUDA=ON)"
+)
+_triton, _triton_error = _load_triton()
 
 # (kernel, backend) -> function; (operation, device) -> backends in order of preference
 _KERNELS: dict[tuple[str, str], Callable] = {}
@@ -137,6 +143,12 @@ def kernel(name: str, backend: str) -> Callable:
     return _KERNELS[name, backend]
 
 
+def written(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd that a kernel wrote to them; torch.compile knows it from the schema."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
 def array_kernel(name: str) -> Callable:
     """The native kernel as a function of NumPy arrays, for operations that have one."""
     return getattr(_extension, f"{name}_arrays")
@@ -174,10 +186,9 @@ def backends() -> dict[str, Any]:
     not, why; `operations` maps an operation to `{device: [backends, the default first]}`.
     """
     if _extension is None:
-        reason = "not built (APT_KERNELS_NATIVE=0, or no C++ compiler)"
-        native = f"absent: {reason}; {_extension_error}"
+        cpu = f"absent: {_extension_error}"
     else:
-        native = f"C++ for the CPU, instruction set {_extension.instruction_set()}"
+        cpu = f"C++ for the CPU, instruction set {_extension.instruction_set()}"
     if _cuda_extension is None:
         cuda = f"absent: {_cuda_extension_error}"
     else:
@@ -191,7 +202,7 @@ def backends() -> dict[str, Any]:
     operations: dict[str, dict[str, list[str]]] = {}
     for (operation, device), available in sorted(_BACKENDS.items()):
         operations.setdefault(operation, {})[device] = list(available)
-    return {"native": native, "cuda": cuda, "triton": triton, "operations": operations}
+    return {"native": cpu, "cuda": cuda, "triton": triton, "operations": operations}
 
 
 def empty_cache() -> int:

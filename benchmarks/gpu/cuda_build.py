@@ -119,7 +119,7 @@ def _compile(target: Path, source: Path) -> None:
         return
     options = ["-std=c++17", *OPTIONS, *_includes(), "-c", str(source)]
     if source == BINDINGS:
-        options += ["-O1", "-DUSE_CUDA", *_torch_includes()]
+        options += ["-O1", *_torch_includes()]
     _nvcc(target, [*options, f"-arch={architecture()}"])
 
 
@@ -149,9 +149,7 @@ def _torch_includes() -> list[str]:
 
 def _torch_libraries() -> list[str]:
     libraries = _torch() / "lib"
-    before_2_13 = tuple(map(int, _torch_version().split("+")[0].split(".")[:2])) < (2, 13)
-    names = ["-ltorch_cpu", "-lc10", *(["-ltorch_cuda"] if before_2_13 else [])]
-    return [f"-L{libraries}", *names, f"-Xlinker=-rpath,{libraries}"]
+    return [f"-L{libraries}", "-ltorch_cpu", "-ldl", f"-Xlinker=-rpath,{libraries}"]
 
 
 @functools.cache

@@ -1,19 +1,13 @@
-// The module apt_kernels._C_cuda: registers the CUDA kernels with PyTorch through its stable ABI
-// (torch >= 2.10). From 2.13 on it compiles and loads beside a CPU build of PyTorch too. The
-// schemas and the meaning of the arguments are those of csrc/bindings/; importing _C defines them
-// first.
+// The module apt_kernels._C_cuda: registers the CUDA kernels with PyTorch through its stable ABI.
+// It loads beside a CPU build of PyTorch too. The schemas are in apt_kernels/ops; the arguments
+// mean what they mean in the other files of csrc/bindings/.
 #include <Python.h>
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/version.h>
-
-#define APT_STREAM_HAS_HANDLE (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13)
-#if !APT_STREAM_HAS_HANDLE
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>  // of torch_cuda, which a CPU build has not
-#endif
 
 #include <optional>
 #include <tuple>
@@ -40,15 +34,19 @@ class OnDeviceOf {
   cudaStream_t stream() const { return stream_; }
 
  private:
+  // Of the library that a CUDA build of PyTorch has loaded by now; a CPU build has none to link to.
+  using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+  static CurrentStream find_current_stream() {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return nullptr;
+    return reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }
   static cudaStream_t current_stream(int32_t device) {
-#if APT_STREAM_HAS_HANDLE
-    void* handle = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
-#else
-    void* handle = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &handle) == 0,
+    static const CurrentStream find = find_current_stream();
+    void* stream = nullptr;
+    STD_TORCH_CHECK(find != nullptr && find(device, &stream) == TORCH_SUCCESS,
                     "the current stream of device ", device, " cannot be had");
-#endif
-    return static_cast<cudaStream_t>(handle);
+    return static_cast<cudaStream_t>(stream);
   }
 
   torch::stable::accelerator::DeviceGuard guard_;

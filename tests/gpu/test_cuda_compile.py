@@ -189,16 +189,18 @@ def test_bindings_register_the_cuda_key(nvcc, compiled, tmp_path):
 
 @pytest.mark.parametrize("version", side_by_side.TORCHES)
 def test_bindings_compile_with_an_older_pytorch(nvcc, tmp_path, version):
-    """Before 2.13 the stream comes from torch_cuda, which is linked where PyTorch has it."""
+    """Nothing of torch_cuda is linked: a CPU build has none."""
     try:
         headers = side_by_side.torch_headers(version)
     except side_by_side.Unavailable as why:
         pytest.skip(f"PyTorch {version} is not to be had, nothing is compiled with it: {why}")
     target, source = tmp_path / "bindings.o", ROOT / "csrc" / "bindings" / "cuda.cpp"
-    flags = ("-std=c++17", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-Wall,-Werror")
+    flags = ("-std=c++17", "-Xcompiler", "-fPIC,-Wall,-Werror")
     include = (f"-I{ROOT / 'csrc' / 'include'}", *_torch_flags(headers))
     _run(nvcc, *flags, *include, "-c", source, "-o", target)
-    assert "U aoti_torch_get_current_cuda_stream" in _run("nm", target)
+    symbols = set(re.findall(r"U (\w*torch\w*)", _run("nm", target)))
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in symbols)
+    assert not any("cuda_stream" in name for name in symbols)
 
 
 GPU_HERE = """#!/bin/sh
@@ -228,9 +230,10 @@ ACCELERATOR = """
 namespace torch::stable::accelerator {
 using DeviceIndex = int32_t;
 struct DeviceGuard { explicit DeviceGuard(int32_t) {} };
-struct Stream { void* nativeHandle() const { return nullptr; } };
-inline Stream getCurrentStream(int32_t) { return {}; }
 }
+"""
+STREAM = """
+int aoti_torch_get_current_cuda_stream(int device, void **stream) { *stream = 0; return 0; }
 """
 
 
@@ -246,6 +249,13 @@ def test_bindings_pass_on_every_argument(tmp_path):
     source = source.replace(
         "STABLE_TORCH_LIBRARY_IMPL(apt, CUDA, m)", "STABLE_TORCH_LIBRARY_IMPL(apt_emulated, CPU, m)"
     )
+    assert source.count("libtorch_cuda.so") == 1
+    source = source.replace("libtorch_cuda.so", "libstream_of_tests.so")
+    stream = tmp_path / "libstream_of_tests.so"
+    stream.with_suffix(".c").write_text(STREAM)
+    name = f"-Wl,-soname,{stream.name}"
+    _run("cc", "-shared", "-fPIC", name, stream.with_suffix(".c"), "-o", stream)
+    ctypes.CDLL(str(stream))
     library = _link_bindings(source, tmp_path)
     namespace: dict = {}
     exec(_schemas("apt_emulated"), namespace)

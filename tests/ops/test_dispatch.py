@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 
 import apt_kernels
-from apt_kernels import dispatch
+from apt_kernels import dispatch, native
 from apt_kernels.registry import OPS
 
 X, IDS = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)
@@ -101,6 +105,71 @@ def test_without_extension_and_triton_everything_runs_in_pure_pytorch():
     )
     assert out.startswith("absent: not built")
     assert out.rstrip().endswith("['reference']")
+
+
+def test_a_pytorch_that_is_too_old_is_named():
+    out = _python(
+        "import warnings\n"
+        "import torch\n"
+        "torch.__version__ = '2.6.0'\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import apt_kernels\n"
+        "print(apt_kernels.backends()['native'])\n"
+        "print(*{str(w.message) for w in caught if 'apt_kernels._C ' in str(w.message)})\n"
+    )
+    reason = f"PyTorch {native.OLDEST_PYTORCH} or newer is needed, this is 2.6.0"
+    told, *warned = out.splitlines()
+    assert told == f"absent: {reason}"
+    if not apt_kernels.backends()["native"].startswith("absent"):
+        assert warned[0].startswith(f"apt_kernels._C is left out: {reason}. ")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler builds the broken library")
+def test_a_library_that_cannot_be_loaded_is_named_and_warned_of_once(tmp_path):
+    """Built for another PyTorch, it asks for a symbol that this one has not."""
+    package = tmp_path / "apt_kernels"
+    source = Path(apt_kernels.__file__).parent
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "broken.c").write_text(
+        "void *torch_of_another_version(void);\n"
+        "void *PyInit__C(void) { return torch_of_another_version(); }\n"
+    )
+    library = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = ["cc", "-shared", "-fPIC", tmp_path / "broken.c", "-o", library]
+    subprocess.run(command, check=True)
+    out = _python(
+        "import sys, warnings\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import torch, apt_kernels\n"
+        "assert apt_kernels.dispatch._BACKENDS['dpo_loss', 'cpu'] == ('reference',)\n"
+        "print(apt_kernels.backends()['native'])\n"
+        "for w in caught:\n"
+        "    if 'apt_kernels' in str(w.message):\n"
+        "        print(w.category.__name__, w.message)\n"
+    )
+    told, *warned = out.splitlines()
+    assert told.startswith(f"absent: built for PyTorch {native.OLDEST_PYTORCH} and newer, cannot")
+    assert torch.__version__ in told and "torch_of_another_version" in told
+    (warning,) = warned
+    assert warning.startswith("RuntimeWarning apt_kernels._C is left out: built for PyTorch")
+    assert "Install apt_kernels again" in warning
+
+
+def test_the_extension_asks_pytorch_for_its_stable_abi_alone():
+    """So one build serves every PyTorch from the oldest on."""
+    extension = dispatch._extension
+    if extension is None or shutil.which("nm") is None:
+        pytest.skip("the extension or nm is not here")
+    command = ["nm", "-D", "--undefined-only", extension.__file__]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    of_torch = {s for s in symbols if re.search("torch|c10|at6|_ZN2at|caffe", s)}
+    assert "aoti_torch_empty_strided" in of_torch
+    assert not {s for s in of_torch if not re.fullmatch(r"(aoti_)?torch_[a-z0-9_]+", s)}
+    assert not {s for s in symbols if s.startswith(("GOMP_", "omp_"))}  # threads are PyTorch's
+    assert "torch_exception_get_what_without_backtrace" not in of_torch  # of 2.13
 
 
 def test_a_triton_that_is_too_old_is_left_out_and_named():

@@ -74,6 +74,8 @@ def ema_update_(
     else:
         call = EMAUpdateCall(targets=targets, sources=sources, momentum=float(momentum))
         dispatch.kernel("ema_update_fwd", backend)(*call)
+        if momentum != 1:
+            dispatch.written(targets)
 
 
 def _check_pair(i: int, target: Tensor, source: Tensor) -> None:

@@ -62,6 +62,7 @@ def queue_push_(
     else:
         call = QueuePushCall(queue=queue, pointer=pointer, keys=keys)
         dispatch.kernel("queue_push_fwd", backend)(*call)
+        dispatch.written((queue, pointer))
 
 
 @dispatch.fake("queue_push_fwd")

@@ -4,16 +4,14 @@
 // kept, marked MADV_FREE: the system takes its pages back when it needs memory, and no sooner.
 #include "bindings/common/large_memory.h"
 
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/native/TensorFactories.h>
-#include <ATen/ops/empty.h>
+#include "bindings/common/operators.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <mutex>
+#include <new>
 #include <utility>
 
 namespace apt {
@@ -34,8 +32,7 @@ struct Block {
 Block map(size_t size) {
   void* raw =
       mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  TORCH_CHECK_WITH(OutOfMemoryError, raw != MAP_FAILED, "apt_kernels: no memory for ", size,
-                   " bytes");
+  if (raw == MAP_FAILED) throw std::bad_alloc();
   const uintptr_t begin = reinterpret_cast<uintptr_t>(raw);
   const uintptr_t first = round_up(begin);
   if (first > begin) munmap(raw, first - begin);
@@ -49,77 +46,63 @@ void unmap(Block block) {
   if (block.data != nullptr) munmap(block.data, block.size);
 }
 
-class LargeAllocator final : public c10::Allocator {
+// Never destroyed: tensors may outlive every static.
+class Kept {
  public:
-  c10::DataPtr allocate(size_t n) override {
-    const size_t size = round_up(n);
+  static Kept& instance() {
+    static Kept* kept = new Kept;
+    return *kept;
+  }
+  Block take() { return exchange({}); }
+  Block allocate(size_t bytes) {
+    const size_t size = round_up(bytes);
     Block block = take();
     if (block.size < size || block.size / 2 > size) {
       unmap(block);
       block = map(size);
     }
-    return {block.data, new Block(block), &LargeAllocator::free, c10::DeviceType::CPU};
+    return block;
   }
-  void copy_data(void* to, const void* from, size_t n) const override {
-    default_copy_data(to, from, n);
-  }
-  size_t release() {
-    const Block block = take();
-    unmap(block);
-    return block.size;
-  }
-  // Never destroyed: tensors may outlive every static.
-  static LargeAllocator& instance() {
-    static LargeAllocator* allocator = new LargeAllocator;
-    return *allocator;
-  }
-
- private:
-  Block take() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return std::exchange(kept_, Block{});
-  }
-  static void free(void* context) {
-    Block* freed = static_cast<Block*>(context);
-    Block block = *freed;
-    delete freed;
+  void free(Block block) {
 #if defined(MADV_FREE)
     madvise(block.data, block.size, MADV_FREE);
-    LargeAllocator& self = instance();
-    {
-      const std::lock_guard<std::mutex> lock(self.mutex_);
-      std::swap(block, self.kept_);
-    }
+    block = exchange(block);
 #endif
     unmap(block);
   }
 
+ private:
+  Block exchange(Block block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(block_, block);
+  }
+
   std::mutex mutex_;
-  Block kept_;
+  Block block_;
 };
 
 }  // namespace
 
-at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
-  if (at::detail::computeStorageNbytesContiguous(sizes, c10::elementSize(dtype)) < kLarge) {
-    return at::empty(sizes, options);
-  }
-  at::Tensor t =
-      at::detail::empty_generic(sizes, &LargeAllocator::instance(),
-                                c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
-  const at::Context& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
-    at::native::fill_empty_deterministic_(t);
-  }
-  return t;
+Tensor empty_large(Sizes sizes, ScalarType type) {
+  size_t bytes = aoti_torch_dtype_element_size(code_of(type));
+  for (const int64_t size : sizes) bytes *= size_t(size);
+  if (bytes < kLarge) return empty(sizes, type);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  const Block block = Kept::instance().allocate(bytes);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(block.data, sizes, strides, cpu, type,
+                                  [block](void*) { Kept::instance().free(block); });
 }
 
-size_t empty_cache() { return LargeAllocator::instance().release(); }
-#else
-at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return at::empty(sizes, options);
+size_t empty_cache() {
+  const Block block = Kept::instance().take();
+  unmap(block);
+  return block.size;
 }
+#else
+Tensor empty_large(Sizes sizes, ScalarType type) { return empty(sizes, type); }
 size_t empty_cache() { return 0; }
 #endif
 

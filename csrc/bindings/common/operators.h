@@ -1,39 +1,64 @@
-// What every binding needs: element types and accumulate types.
+// What every binding needs, on PyTorch's stable ABI: one build serves every PyTorch from
+// TORCH_TARGET_VERSION on. Tensors here are on the CPU.
 #pragma once
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
 
-#include "bindings/common/large_memory.h"
 #include "cpu/common/types.h"
 
 namespace apt {
 
-using at::Tensor;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kBFloat16:
-      return DType::bf16;
-    case at::kHalf:
-      return DType::f16;
-    case at::kDouble:
-      return DType::f64;
-    default:
-      TORCH_CHECK_TYPE(false, "expected a floating-point tensor, got ", t.scalar_type());
-  }
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+// PyTorch turns std::invalid_argument into a ValueError.
+#define APT_CHECK_VALUE(condition, ...) \
+  if (!(condition)) throw std::invalid_argument(apt::message(__VA_ARGS__))
+
+// PyTorch's number of a type.
+inline int32_t code_of(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
 }
 
+// An uninitialised contiguous tensor.
+Tensor empty(Sizes sizes, ScalarType type);
+// The same for results of any size: large ones are on huge pages, and the last block freed is kept
+// for the next call. PyTorch cannot resize a large one.
+Tensor empty_large(Sizes sizes, ScalarType type);
+// A tensor of no dimensions.
+Tensor scalar(double value, ScalarType type);
+// The only element.
+double number(const Tensor& t);
+
+DType dtype_of(const Tensor& t);
 // Scalars of a row are kept in float, or in double where the input is.
-inline at::TensorOptions accumulate_options(const Tensor& t) {
-  return t.options().dtype(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+inline ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
+
+// From a tensor's first byte to the end of its last.
+struct Bytes {
+  uintptr_t begin, end;
+  explicit Bytes(const Tensor& t);
+};
+inline bool overlap(const Bytes& a, const Bytes& b) { return a.begin < b.end && b.begin < a.end; }
 
 template <class T>
 const T* optional_data(const OptionalTensor& t) {
@@ -49,19 +74,6 @@ inline const char* mask_hint(int64_t id) {
 }
 
 // One temperature a row, null for none; above 0 where the mask counts.
-inline const void* row_temperatures(const OptionalTensor& temperatures,
-                                    const OptionalTensor& mask) {
-  if (!temperatures.has_value()) return nullptr;
-  const Tensor values = temperatures->to(at::kDouble);
-  const Tensor counts = mask.has_value() ? mask->contiguous() : Tensor();
-  for (int64_t row = 0; row < values.numel(); ++row) {
-    const double value = values.const_data_ptr<double>()[row];
-    const bool read = !counts.defined() || counts.const_data_ptr<bool>()[row];
-    TORCH_CHECK_VALUE(!read || (value > 0 && value < std::numeric_limits<double>::infinity()),
-                      "temperature: expected finite numbers above 0 where the mask counts, got ",
-                      value, " in row ", row);
-  }
-  return temperatures->const_data_ptr();
-}
+const void* row_temperatures(const OptionalTensor& temperatures, const OptionalTensor& mask);
 
 }  // namespace apt

@@ -1,7 +1,5 @@
 #include "cpu/contrastive/ema_update_.h"
 
-#include <ATen/ops/empty_like.h>
-
 #include <algorithm>
 #include <iterator>
 #include <map>
@@ -13,19 +11,39 @@
 namespace apt {
 namespace {
 
-using Address = uintptr_t;
-
-// From a tensor's first byte to the end of its last.
-struct Bytes {
-  Address begin, end;
-  explicit Bytes(const Tensor& t) : begin(reinterpret_cast<Address>(t.const_data_ptr())) {
-    int64_t elements = t.numel() == 0 ? 0 : 1;
-    for (int64_t i = 0; elements > 0 && i < t.dim(); ++i) {
-      elements += (t.size(i) - 1) * t.stride(i);
-    }
-    end = begin + elements * t.itemsize();
+bool is_floating_point(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return true;
+    default:
+      return false;
   }
-};
+}
+
+bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+
+// Every place of its memory is one element, in any order of dimensions.
+bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) != 1) dimensions.emplace_back(t.stride(i), t.size(i));
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  const Sizes strides = a.strides(), others = b.strides();
+  return std::equal(strides.begin(), strides.end(), others.begin(), others.end());
+}
 
 // Pieces of memory, merged where they meet: one is found in the logarithm of their number.
 class Memory {
@@ -50,16 +68,16 @@ class Memory {
   void clear() { ends_.clear(); }
 
  private:
-  std::map<Address, Address> ends_;  // where the piece that begins at the key ends
+  std::map<uintptr_t, uintptr_t> ends_;  // where the piece that begins at the key ends
 };
 
 // The source, or a copy of it if the target's memory holds its elements in other places.
 Tensor apart(const Tensor& target, const Tensor& source) {
   const Bytes written(target), read(source);
-  if (written.end <= read.begin || read.end <= written.begin) return source;
-  const bool same = written.begin == read.begin && target.strides() == source.strides() &&
+  if (!overlap(written, read)) return source;
+  const bool same = written.begin == read.begin && same_strides(target, source) &&
                     target.scalar_type() == source.scalar_type();
-  return same ? source : source.clone();
+  return same ? source : clone(source);
 }
 
 // Pairs that wait for one call of the kernel a pair of dtypes, and the memory they need until then.
@@ -76,15 +94,14 @@ class Pending {
   }
   void add(const Tensor& target, Tensor source) {
     Tensor packed = target;
-    if (!target.is_non_overlapping_and_dense() || source.strides() != target.strides()) {
-      packed = target.contiguous();
-      source = source.contiguous();
-      if (!packed.is_same(target)) scattered_.emplace_back(target, packed);
+    if (!is_dense(target) || !same_strides(source, target)) {
+      packed = contiguous(target);
+      source = contiguous(source);
+      if (packed.data_ptr() != target.data_ptr()) scattered_.emplace_back(target, packed);
     }
     const auto dtypes = std::make_pair(dtype_of(target), dtype_of(source));
     groups_[dtypes].push_back({packed.mutable_data_ptr(), source.const_data_ptr(), packed.numel()});
     alive_.push_back(std::move(source));
-    target.unsafeGetTensorImpl()->bump_version();
   }
   void run() {
     for (const auto& [dtypes, tensors] : groups_) {
@@ -92,7 +109,7 @@ class Pending {
                         weight_};
       APT_CALL_KERNEL(ema_update_fwd, a);
     }
-    for (const auto& [target, packed] : scattered_) target.copy_(packed);
+    for (auto& [target, packed] : scattered_) copy_(target, packed);
     groups_.clear();
     scattered_.clear();
     alive_.clear();
@@ -108,27 +125,27 @@ class Pending {
   Memory written_, read_;
 };
 
-void ema_update_fwd_cpu(at::TensorList targets, at::TensorList sources, double momentum) {
+void ema_update_fwd_cpu(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
+                        double momentum) {
   Pending pending(1 - momentum);
   for (size_t i = 0; i < targets.size(); ++i) {
-    const Tensor& target = targets[i];
-    const bool copied = !target.is_floating_point() || momentum == 0;
+    Tensor target = targets[i];
+    const bool copied = !is_floating_point(target) || momentum == 0;
     if (target.numel() == 0 || (momentum == 1 && !copied)) continue;
     pending.before(target, sources[i]);
     const Tensor source = apart(target, sources[i]);
     if (copied) {
-      target.copy_(source);
+      copy_(target, source);
       continue;
     }
-    const bool half = target.scalar_type() != at::kDouble;
-    const bool taken = source.is_floating_point() && (source.scalar_type() != at::kDouble) == half;
-    pending.add(target, taken ? source : source.to(half ? at::kFloat : at::kDouble));
+    const bool taken = is_floating_point(source) && is_double(source) == is_double(target);
+    pending.add(target, taken ? source : to(source, accumulate_type(target)));
   }
   pending.run();
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("ema_update_fwd", ema_update_fwd_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("ema_update_fwd", TORCH_BOX(&ema_update_fwd_cpu)); }
 
 }  // namespace apt

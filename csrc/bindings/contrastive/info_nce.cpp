@@ -31,12 +31,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd_cpu(
   InfoNCE a = arguments(query, key, negatives, temperatures, temperature, normalize, label_offset,
                         self_offset);
   const int64_t rows = query.size(0);
-  const auto options = accumulate_options(query), wide = options.dtype(at::kDouble);
-  const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
-  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
-  const Tensor row_stats = at::empty({rows, 2}, wide);
+  const ScalarType type = accumulate_type(query);
+  const Tensor losses = empty({rows}, type), right = empty({rows}, type);
+  const Tensor slopes = empty_if(need_slopes, {rows}, ScalarType::Double);
+  const Tensor row_stats = empty({rows, 2}, ScalarType::Double);
   const bool both = symmetric && !before.has_value();
-  const Tensor column_stats = at::empty({both ? rows : 0, 2}, wide);
+  const Tensor column_stats = empty({both ? rows : 0, 2}, ScalarType::Double);
   const Tensor after = after_if(before);
   a.symmetric = symmetric;
   a.need_slopes = need_slopes;
@@ -81,9 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) {
-  m.impl("info_nce_fwd", info_nce_fwd_cpu);
-  m.impl("info_nce_bwd", info_nce_bwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("info_nce_fwd", TORCH_BOX(&info_nce_fwd_cpu));
+  m.impl("info_nce_bwd", TORCH_BOX(&info_nce_bwd_cpu));
 }
 
 }  // namespace apt

@@ -21,10 +21,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent_fwd_cpu(
     bool normalize, bool need_slopes, const OptionalTensor& before) {
   InfoNCE a = arguments(z1, z2, temperatures, temperature, normalize);
   const int64_t rows = 2 * z1.size(0);
-  const auto options = accumulate_options(z1);
-  const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
-  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
-  const Tensor stats = at::empty({rows, 2}, options.dtype(at::kDouble));
+  const ScalarType type = accumulate_type(z1);
+  const Tensor losses = empty({rows}, type), right = empty({rows}, type);
+  const Tensor slopes = empty_if(need_slopes, {rows}, ScalarType::Double);
+  const Tensor stats = empty({rows, 2}, ScalarType::Double);
   const Tensor after = after_if(before);
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
@@ -43,7 +43,7 @@ Tensor nt_xent_bwd_cpu(const Tensor& grad_losses, const Tensor& z1, const Tensor
   InfoNCE a = arguments(z1, z2, temperatures, temperature, normalize);
   a.similarity.unrounded = unrounded;
   const Tensor grad =
-      empty_large({2 * z1.size(0), z1.size(1)}, unrounded ? accumulate_options(z1) : z1.options());
+      empty_large({2 * z1.size(0), z1.size(1)}, unrounded ? accumulate_type(z1) : z1.scalar_type());
   a.grad_losses = grad_losses.const_data_ptr();
   a.row_stats = const_cast<double*>(stats.const_data_ptr<double>());
   a.grad_rows = grad.mutable_data_ptr();
@@ -53,9 +53,9 @@ Tensor nt_xent_bwd_cpu(const Tensor& grad_losses, const Tensor& z1, const Tensor
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) {
-  m.impl("nt_xent_fwd", nt_xent_fwd_cpu);
-  m.impl("nt_xent_bwd", nt_xent_bwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("nt_xent_fwd", TORCH_BOX(&nt_xent_fwd_cpu));
+  m.impl("nt_xent_bwd", TORCH_BOX(&nt_xent_bwd_cpu));
 }
 
 }  // namespace apt

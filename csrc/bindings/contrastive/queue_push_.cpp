@@ -6,9 +6,10 @@ namespace apt {
 namespace {
 
 void queue_push_fwd_cpu(const Tensor& queue, const Tensor& pointer, const Tensor& keys) {
-  const bool both = (queue.scalar_type() == at::kDouble) == (keys.scalar_type() == at::kDouble);
-  Tensor taken = both ? keys : keys.to(queue.scalar_type());
-  if (taken.is_alias_of(queue)) taken = taken.clone();  // keys that are columns of the queue
+  const bool both =
+      (queue.scalar_type() == ScalarType::Double) == (keys.scalar_type() == ScalarType::Double);
+  Tensor taken = both ? keys : to(keys, queue.scalar_type());
+  if (overlap(Bytes(taken), Bytes(queue))) taken = clone(taken);  // keys that are columns of it
   int64_t* next = pointer.mutable_data_ptr<int64_t>();
   QueuePush a{};
   a.queue_dtype = dtype_of(queue);
@@ -25,12 +26,10 @@ void queue_push_fwd_cpu(const Tensor& queue, const Tensor& pointer, const Tensor
   a.first_column = (*next % a.size + a.size) % a.size;
   APT_CALL_KERNEL(queue_push_fwd, a);
   *next = (a.first_column + a.keys_count) % a.size;
-  queue.unsafeGetTensorImpl()->bump_version();
-  pointer.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("queue_push_fwd", queue_push_fwd_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("queue_push_fwd", TORCH_BOX(&queue_push_fwd_cpu)); }
 
 }  // namespace apt

@@ -12,7 +12,7 @@ SigLIP arguments(const Tensor& query, const Tensor& key, const OptionalTensor& t
   a.similarity =
       similarity_of(rows_of(query), rows_of(key), scale_of(temperatures, temperature), normalize);
   a.similarity.label_offset = label_offset;
-  a.logit_bias = biases.has_value() ? biases->item().toDouble() : logit_bias;
+  a.logit_bias = biases.has_value() ? number(*biases) : logit_bias;
   return a;
 }
 
@@ -23,10 +23,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_loss_fwd_cpu(
   SigLIP a =
       arguments(query, key, temperatures, temperature, biases, logit_bias, normalize, label_offset);
   const int64_t rows = query.size(0);
-  const auto options = accumulate_options(query);
-  const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
-  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
-  const Tensor bias_slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
+  const ScalarType type = accumulate_type(query);
+  const Tensor losses = empty({rows}, type), right = empty({rows}, type);
+  const Tensor slopes = empty_if(need_slopes, {rows}, ScalarType::Double);
+  const Tensor bias_slopes = empty_if(need_slopes, {rows}, ScalarType::Double);
   const Tensor after = after_if(before);
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
@@ -59,9 +59,9 @@ std::tuple<Tensor, Tensor> siglip_loss_bwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) {
-  m.impl("siglip_loss_fwd", siglip_loss_fwd_cpu);
-  m.impl("siglip_loss_bwd", siglip_loss_bwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("siglip_loss_fwd", TORCH_BOX(&siglip_loss_fwd_cpu));
+  m.impl("siglip_loss_bwd", TORCH_BOX(&siglip_loss_bwd_cpu));
 }
 
 }  // namespace apt

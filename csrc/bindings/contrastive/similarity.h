@@ -27,9 +27,9 @@ inline Rows stacked_rows(const Tensor& first, const Tensor& second) {
 
 // 1 / temperature; a tensor counts before the number.
 inline double scale_of(const OptionalTensor& temperatures, double temperature) {
-  if (temperatures.has_value()) temperature = temperatures->item().toDouble();
-  TORCH_CHECK_VALUE(temperature > 0 && temperature < std::numeric_limits<double>::infinity(),
-                    "temperature: expected a finite number above 0, got ", temperature);
+  if (temperatures.has_value()) temperature = number(*temperatures);
+  APT_CHECK_VALUE(temperature > 0 && temperature < std::numeric_limits<double>::infinity(),
+                  "temperature: expected a finite number above 0, got ", temperature);
   return 1 / temperature;
 }
 
@@ -46,19 +46,19 @@ inline Similarity similarity_of(const Rows& rows, const Rows& columns, double sc
 }
 
 // A result that was not asked for is empty.
-inline Tensor empty_if(bool wanted, at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return wanted ? at::empty(sizes, options) : at::empty({0}, options);
+inline Tensor empty_if(bool wanted, Sizes sizes, ScalarType type) {
+  return wanted ? empty(sizes, type) : empty({0}, type);
 }
 // unrounded: in the type of the sums.
 inline Tensor gradient_if(bool wanted, const Tensor& of, bool unrounded) {
-  const auto options = unrounded ? accumulate_options(of) : of.options();
-  return wanted ? empty_large(of.sizes(), options) : at::empty({0}, options);
+  const ScalarType type = unrounded ? accumulate_type(of) : of.scalar_type();
+  return wanted ? empty_large(of.sizes(), type) : empty({0}, type);
 }
 // What a call on some of the classes hands to the next; see the kernels' `before`.
 inline Tensor after_if(const OptionalTensor& before) {
-  if (!before.has_value()) return at::empty({0}, at::TensorOptions().dtype(at::kDouble));
-  TORCH_CHECK(before->is_contiguous());
-  return at::empty(before->sizes(), before->options());
+  if (!before.has_value()) return empty({0}, ScalarType::Double);
+  STD_TORCH_CHECK(before->is_contiguous(), "before: expected no gaps");
+  return empty(before->sizes(), before->scalar_type());
 }
 inline double* after_data(const OptionalTensor& before, const Tensor& after) {
   return before.has_value() ? after.mutable_data_ptr<double>() : nullptr;

@@ -27,10 +27,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sup_con_loss_fwd_cpu(
   SupCon a = arguments(features, labels, classes, class_labels, temperatures, temperature,
                        normalize, self_offset);
   const int64_t rows = features.size(0);
-  const auto options = accumulate_options(features);
-  const Tensor losses = at::empty({rows}, options), right = at::empty({rows}, options);
-  const Tensor slopes = empty_if(need_slopes, {rows}, options.dtype(at::kDouble));
-  const Tensor stats = at::empty({rows, 2}, options.dtype(at::kDouble));
+  const ScalarType type = accumulate_type(features);
+  const Tensor losses = empty({rows}, type), right = empty({rows}, type);
+  const Tensor slopes = empty_if(need_slopes, {rows}, ScalarType::Double);
+  const Tensor stats = empty({rows, 2}, ScalarType::Double);
   const Tensor after = after_if(before);
   a.need_slopes = need_slopes;
   a.losses = losses.mutable_data_ptr();
@@ -64,9 +64,9 @@ Tensor sup_con_loss_bwd_cpu(const Tensor& grad_losses, const OptionalTensor& gra
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) {
-  m.impl("sup_con_loss_fwd", sup_con_loss_fwd_cpu);
-  m.impl("sup_con_loss_bwd", sup_con_loss_bwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("sup_con_loss_fwd", TORCH_BOX(&sup_con_loss_fwd_cpu));
+  m.impl("sup_con_loss_bwd", TORCH_BOX(&sup_con_loss_bwd_cpu));
 }
 
 }  // namespace apt

@@ -22,18 +22,16 @@ inline LinearHead linear_head(const Tensor& hidden, const Tensor& weight,
 // Results of the gradients that are needed; the others are empty tensors.
 struct HeadGradientTensors {
   Tensor hidden, weight, bias;
-  HeadGradientTensors(LinearHead& head, const at::TensorOptions& options, bool need_hidden,
-                      bool need_weight, bool need_bias) {
-    hidden = result({head.rows, head.features}, options, need_hidden, head.grad_hidden);
-    weight = result({head.vocab, head.features}, options, need_weight, head.grad_weight);
-    bias = result({head.vocab}, options, need_bias, head.grad_bias);
-  }
+  HeadGradientTensors(LinearHead& head, ScalarType type, bool need_hidden, bool need_weight,
+                      bool need_bias)
+      : hidden(result({head.rows, head.features}, type, need_hidden, head.grad_hidden)),
+        weight(result({head.vocab, head.features}, type, need_weight, head.grad_weight)),
+        bias(result({head.vocab}, type, need_bias, head.grad_bias)) {}
 
  private:
-  static Tensor result(at::IntArrayRef sizes, const at::TensorOptions& options, bool needed,
-                       void*& data) {
-    if (!needed) return at::empty({0}, options);
-    Tensor t = empty_large(sizes, options);
+  static Tensor result(Sizes sizes, ScalarType type, bool needed, void*& data) {
+    if (!needed) return empty({0}, type);
+    Tensor t = empty_large(sizes, type);
     data = t.mutable_data_ptr();
     return t;
   }

@@ -16,8 +16,8 @@ SequenceLogps arguments(const Tensor& like, const Tensor& mask) {
 
 std::tuple<Tensor, Tensor> sequence_logps_fwd_cpu(const Tensor& logps, const Tensor& mask,
                                                   bool average) {
-  const Tensor sums = at::empty({logps.size(0)}, accumulate_options(logps));
-  const Tensor tokens = at::empty({average ? logps.size(0) : 0}, sums.options());
+  const Tensor sums = empty({logps.size(0)}, accumulate_type(logps));
+  const Tensor tokens = empty({average ? logps.size(0) : 0}, sums.scalar_type());
   SequenceLogps a = arguments(logps, mask);
   a.logps = logps.const_data_ptr();
   a.row_stride = logps.stride(0);
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> sequence_logps_fwd_cpu(const Tensor& logps, const Ten
 }
 
 Tensor sequence_logps_bwd_cpu(const Tensor& grad, const Tensor& mask) {
-  const Tensor grad_logps = empty_large(mask.sizes(), grad.options());
+  const Tensor grad_logps = empty_large(mask.sizes(), grad.scalar_type());
   SequenceLogps a = arguments(grad, mask);
   a.grad = grad.const_data_ptr();
   a.grad_logps = grad_logps.mutable_data_ptr();
@@ -39,9 +39,9 @@ Tensor sequence_logps_bwd_cpu(const Tensor& grad, const Tensor& mask) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) {
-  m.impl("sequence_logps_fwd", sequence_logps_fwd_cpu);
-  m.impl("sequence_logps_bwd", sequence_logps_bwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("sequence_logps_fwd", TORCH_BOX(&sequence_logps_fwd_cpu));
+  m.impl("sequence_logps_bwd", TORCH_BOX(&sequence_logps_bwd_cpu));
 }
 
 }  // namespace apt

@@ -27,20 +27,20 @@ TokenLogprobs arguments(const Tensor& logits, const Tensor& token_ids, const Opt
 std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd_cpu(
     const Tensor& logits, const Tensor& token_ids, const OptionalTensor& mask,
     const OptionalTensor& temperatures, double temperature, double softcap, bool return_entropy) {
-  const auto options = accumulate_options(logits);
-  const Tensor logps = at::empty(token_ids.sizes(), options);
-  const Tensor lse = at::empty({logits.size(0), logits.size(1)}, options.dtype(at::kDouble));
-  const Tensor entropy = return_entropy ? at::empty(lse.sizes(), options) : at::empty({0}, options);
+  const ScalarType type = accumulate_type(logits);
+  const Tensor logps = empty(token_ids.sizes(), type);
+  const Tensor lse = empty({logits.size(0), logits.size(1)}, ScalarType::Double);
+  const Tensor entropy = return_entropy ? empty(lse.sizes(), type) : empty({0}, type);
   TokenLogprobs a = arguments(logits, token_ids, mask, temperatures, temperature, softcap);
   a.return_entropy = return_entropy;
   a.logps = logps.mutable_data_ptr();
   a.entropy = entropy.mutable_data_ptr();
   a.lse = lse.mutable_data_ptr<double>();
   const int64_t bad = APT_CALL_KERNEL(token_logprobs_fwd, a);
-  TORCH_CHECK_VALUE(bad < 0, "token_ids: expected ids in [0, ", a.vocab,
-                    ") where the mask counts, got ", a.token_ids[std::max<int64_t>(bad, 0)],
-                    " in row ", bad / std::max<int64_t>(a.ids_per_row, 1),
-                    mask_hint(a.token_ids[std::max<int64_t>(bad, 0)]));
+  APT_CHECK_VALUE(bad < 0, "token_ids: expected ids in [0, ", a.vocab,
+                  ") where the mask counts, got ", a.token_ids[std::max<int64_t>(bad, 0)],
+                  " in row ", bad / std::max<int64_t>(a.ids_per_row, 1),
+                  mask_hint(a.token_ids[std::max<int64_t>(bad, 0)]));
   return {logps, entropy, lse};
 }
 
@@ -49,7 +49,7 @@ Tensor token_logprobs_bwd_cpu(const Tensor& grad_logps, const OptionalTensor& gr
                               const OptionalTensor& mask, const OptionalTensor& temperatures,
                               const Tensor& lse, const Tensor& entropy, double temperature,
                               double softcap) {
-  const Tensor grad_logits = empty_large(logits.sizes(), logits.options());
+  const Tensor grad_logits = empty_large(logits.sizes(), logits.scalar_type());
   TokenLogprobs a = arguments(logits, token_ids, mask, temperatures, temperature, softcap);
   a.lse = const_cast<double*>(lse.const_data_ptr<double>());
   a.entropy = const_cast<void*>(entropy.const_data_ptr());
@@ -62,9 +62,9 @@ Tensor token_logprobs_bwd_cpu(const Tensor& grad_logps, const OptionalTensor& gr
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) {
-  m.impl("token_logprobs_fwd", token_logprobs_fwd_cpu);
-  m.impl("token_logprobs_bwd", token_logprobs_bwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("token_logprobs_fwd", TORCH_BOX(&token_logprobs_fwd_cpu));
+  m.impl("token_logprobs_bwd", TORCH_BOX(&token_logprobs_bwd_cpu));
 }
 
 }  // namespace apt

@@ -44,14 +44,14 @@ MlmMask arguments(const Numbers& n) {
 std::tuple<Tensor, Tensor, Tensor> mlm_mask_fwd_cpu(
     const Tensor& input_ids, const OptionalTensor& attention_mask,
     const OptionalTensor& special_tokens_mask, const OptionalTensor& sample_ids,
-    const OptionalTensor& word_ids, at::IntArrayRef special_runs, int64_t mask_token_id,
+    const OptionalTensor& word_ids, const std::vector<int64_t>& special_runs, int64_t mask_token_id,
     int64_t word_count, int64_t chosen_below, int64_t mask_below, int64_t random_below,
     int64_t seed_low, int64_t seed_high, int64_t step, bool at_least_one) {
-  const Numbers numbers{special_runs.vec(), mask_token_id, word_count, chosen_below, mask_below,
-                        random_below,       seed_low,      seed_high,  step,         at_least_one};
-  const Tensor masked_ids = empty_large(input_ids.sizes(), input_ids.options());
-  const Tensor labels = empty_large(input_ids.sizes(), input_ids.options());
-  const Tensor positions = at::empty(input_ids.sizes(), input_ids.options().dtype(at::kBool));
+  const Numbers numbers{special_runs, mask_token_id, word_count, chosen_below, mask_below,
+                        random_below, seed_low,      seed_high,  step,         at_least_one};
+  const Tensor masked_ids = empty_large(input_ids.sizes(), input_ids.scalar_type());
+  const Tensor labels = empty_large(input_ids.sizes(), input_ids.scalar_type());
+  const Tensor positions = empty(input_ids.sizes(), ScalarType::Bool);
   MlmMask a = arguments(numbers);
   a.rows = input_ids.size(0);
   a.length = input_ids.size(1);
@@ -105,6 +105,6 @@ void define_mlm_mask_arrays(pybind11::module_& m) {
         "mlm_mask_fwd of contiguous NumPy arrays; arguments as in torch.ops.apt.");
 }
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("mlm_mask_fwd", mlm_mask_fwd_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("mlm_mask_fwd", TORCH_BOX(&mlm_mask_fwd_cpu)); }
 
 }  // namespace apt

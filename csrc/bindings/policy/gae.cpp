@@ -9,11 +9,11 @@ namespace {
 void check_offsets(const Tensor& cu_seqlens, int64_t length) {
   const int64_t* offsets = cu_seqlens.const_data_ptr<int64_t>();
   const int64_t last = cu_seqlens.size(0) - 1;
-  TORCH_CHECK_VALUE(offsets[0] == 0 && offsets[last] == length,
-                    "cu_seqlens: expected to begin with 0 and to end with ", length, ", got ",
-                    offsets[0], " and ", offsets[last]);
+  APT_CHECK_VALUE(offsets[0] == 0 && offsets[last] == length,
+                  "cu_seqlens: expected to begin with 0 and to end with ", length, ", got ",
+                  offsets[0], " and ", offsets[last]);
   for (int64_t i = 0; i < last; ++i)
-    TORCH_CHECK_VALUE(offsets[i] <= offsets[i + 1], "cu_seqlens: expected offsets that never fall");
+    APT_CHECK_VALUE(offsets[i] <= offsets[i + 1], "cu_seqlens: expected offsets that never fall");
 }
 
 GaeInput input(const OptionalTensor& t, bool time_major) {
@@ -28,9 +28,9 @@ std::tuple<Tensor, Tensor> gae_fwd_cpu(const Tensor& rewards, const Tensor& valu
                                        const OptionalTensor& bootstrap,
                                        const OptionalTensor& cu_seqlens, double gamma,
                                        double gae_lambda, bool whiten, bool time_major) {
-  const auto options = accumulate_options(rewards);
-  const Tensor advantages = empty_large(rewards.sizes(), options);
-  const Tensor returns = empty_large(rewards.sizes(), options);
+  const ScalarType type = accumulate_type(rewards);
+  const Tensor advantages = empty_large(rewards.sizes(), type);
+  const Tensor returns = empty_large(rewards.sizes(), type);
   Gae a{};
   a.dtype = dtype_of(rewards);
   if (cu_seqlens.has_value()) {
@@ -57,8 +57,9 @@ std::tuple<Tensor, Tensor> gae_fwd_cpu(const Tensor& rewards, const Tensor& valu
   a.gamma = gamma;
   a.gae_lambda = gae_lambda;
   a.whiten = whiten;
-  const Tensor flat_mask = whiten && mask.has_value() ? mask->contiguous() : Tensor();
-  a.flat_mask = flat_mask.defined() ? flat_mask.const_data_ptr<bool>() : nullptr;
+  OptionalTensor flat_mask;
+  if (whiten && mask.has_value()) flat_mask = contiguous(*mask);
+  a.flat_mask = optional_data<bool>(flat_mask);
   a.advantages = advantages.mutable_data_ptr();
   a.returns = returns.mutable_data_ptr();
   APT_CALL_KERNEL(gae_fwd, a);
@@ -67,6 +68,6 @@ std::tuple<Tensor, Tensor> gae_fwd_cpu(const Tensor& rewards, const Tensor& valu
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("gae_fwd", gae_fwd_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("gae_fwd", TORCH_BOX(&gae_fwd_cpu)); }
 
 }  // namespace apt

@@ -7,8 +7,8 @@ namespace {
 
 Tensor run(const OptionalTensor& grad, const Tensor& logps, const Tensor& ref_logps,
            const OptionalTensor& mask, int64_t estimator) {
-  TORCH_CHECK_VALUE(estimator >= 1 && estimator <= 3, "estimator: expected 1 to 3");
-  const Tensor out = empty_large(logps.sizes(), accumulate_options(logps));
+  APT_CHECK_VALUE(estimator >= 1 && estimator <= 3, "estimator: expected 1 to 3");
+  const Tensor out = empty_large(logps.sizes(), accumulate_type(logps));
   APT_CALL_KERNEL(kl_penalty,
                   {dtype_of(logps), KlEstimator(estimator), logps.numel(), logps.const_data_ptr(),
                    ref_logps.const_data_ptr(), optional_data<bool>(mask), optional_data(grad),
@@ -28,9 +28,9 @@ Tensor kl_penalty_bwd_cpu(const Tensor& grad, const Tensor& logps, const Tensor&
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) {
-  m.impl("kl_penalty_fwd", kl_penalty_fwd_cpu);
-  m.impl("kl_penalty_bwd", kl_penalty_bwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("kl_penalty_fwd", TORCH_BOX(&kl_penalty_fwd_cpu));
+  m.impl("kl_penalty_bwd", TORCH_BOX(&kl_penalty_bwd_cpu));
 }
 
 }  // namespace apt

@@ -17,15 +17,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
     int64_t kl_estimator, int64_t aggregation, double clip_low, double clip_high, double dual_clip,
     double sapo_temperature_pos, double sapo_temperature_neg, double kl_coef, double entropy_coef,
     bool need_hidden, bool need_weight, bool need_bias) {
-  const auto options = accumulate_options(hidden);
-  const Tensor loss = at::empty({}, options), metrics = at::empty({kPolicyMetrics}, options);
+  const ScalarType type = accumulate_type(hidden);
+  const Tensor loss = empty({}, type), metrics = empty({kPolicyMetrics}, type);
   LinearPolicyLoss a{};
   a.head = linear_head(hidden, weight, bias, softcap, logit_scale);
-  const HeadGradientTensors grad(a.head, hidden.options(), need_hidden, need_weight, need_bias);
+  const HeadGradientTensors grad(a.head, hidden.scalar_type(), need_hidden, need_weight, need_bias);
   a.token_ids = token_ids.const_data_ptr<int64_t>();
   a.temperature_tensor = row_temperatures(temperature_tensor, mask);
   a.temperature = temperature;
-  a.upstream = upstream.has_value() ? upstream->item().toDouble() : 1;
+  a.upstream = upstream.has_value() ? number(*upstream) : 1;
   a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,
                              sapo_temperature_pos, sapo_temperature_neg, kl_coef, entropy_coef);
   a.tokens = tokens_of(mask, aggregation, normalizer);
@@ -36,14 +36,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd_cpu(
   a.loss = loss.mutable_data_ptr();
   a.metrics = metrics.mutable_data_ptr();
   const int64_t bad = APT_CALL_KERNEL(linear_policy_loss_fwd, a);
-  TORCH_CHECK_VALUE(bad < 0, "token_ids: expected ids in [0, ", a.head.vocab,
-                    ") where the mask counts, got ", a.token_ids[std::max<int64_t>(bad, 0)],
-                    " in row ", bad, mask_hint(a.token_ids[std::max<int64_t>(bad, 0)]));
+  APT_CHECK_VALUE(bad < 0, "token_ids: expected ids in [0, ", a.head.vocab,
+                  ") where the mask counts, got ", a.token_ids[std::max<int64_t>(bad, 0)],
+                  " in row ", bad, mask_hint(a.token_ids[std::max<int64_t>(bad, 0)]));
   return {loss, metrics, grad.hidden, grad.weight, grad.bias};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("linear_policy_loss_fwd", linear_policy_loss_fwd_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("linear_policy_loss_fwd", TORCH_BOX(&linear_policy_loss_fwd_cpu));
+}
 
 }  // namespace apt

@@ -11,12 +11,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
     int64_t ratio_level, int64_t kl_estimator, int64_t aggregation, double clip_low,
     double clip_high, double dual_clip, double sapo_temperature_pos, double sapo_temperature_neg,
     double kl_coef, double entropy_coef, bool need_entropy) {
-  const auto options = accumulate_options(logps);
-  const Tensor loss = at::empty({}, options), metrics = at::empty({kPolicyMetrics}, options);
-  const Tensor grad_logps = empty_large(logps.sizes(), options);
-  const Tensor grad_entropy =
-      need_entropy ? empty_large(logps.sizes(), options) : at::empty({0}, options);
-  const Tensor scales = at::empty({logps.size(0), 1}, options);
+  const ScalarType type = accumulate_type(logps);
+  const Tensor loss = empty({}, type), metrics = empty({kPolicyMetrics}, type);
+  const Tensor grad_logps = empty_large(logps.sizes(), type);
+  const Tensor grad_entropy = need_entropy ? empty_large(logps.sizes(), type) : empty({0}, type);
+  const Tensor scales = empty({logps.size(0), 1}, type);
   PolicyLoss a{};
   a.dtype = dtype_of(logps);
   a.options = policy_options(loss_type, ratio_level, kl_estimator, clip_low, clip_high, dual_clip,
@@ -39,6 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("policy_loss_fwd", policy_loss_fwd_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) {
+  m.impl("policy_loss_fwd", TORCH_BOX(&policy_loss_fwd_cpu));
+}
 
 }  // namespace apt

@@ -14,11 +14,11 @@ inline TokenInput token_input(const OptionalTensor& t) {
 }
 
 inline Tokens tokens_of(const Tensor& mask, int64_t aggregation, const OptionalTensor& normalizer) {
-  TORCH_CHECK_VALUE(aggregation >= 0 && aggregation <= 4, "aggregation: expected 0 to 4");
+  APT_CHECK_VALUE(aggregation >= 0 && aggregation <= 4, "aggregation: expected 0 to 4");
   double divisor = 0;
   if (normalizer.has_value()) {
-    divisor = normalizer->item().toDouble();
-    TORCH_CHECK_VALUE(divisor > 0, "normalizer: expected a number above 0, got ", divisor);
+    divisor = number(*normalizer);
+    APT_CHECK_VALUE(divisor > 0, "normalizer: expected a number above 0, got ", divisor);
   }
   return {mask.size(0),
           mask.size(1),

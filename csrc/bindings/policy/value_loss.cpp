@@ -9,10 +9,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss_fwd_cpu(
     const Tensor& values, const Tensor& returns, const Tensor& mask,
     const OptionalTensor& old_values, const OptionalTensor& normalizer, int64_t aggregation,
     double clip_range) {
-  const auto options = accumulate_options(values);
-  const Tensor loss = at::empty({}, options), metrics = at::empty({2}, options);
-  const Tensor grad_values = empty_large(values.sizes(), options);
-  const Tensor scales = at::empty({values.size(0), 1}, options);
+  const ScalarType type = accumulate_type(values);
+  const Tensor loss = empty({}, type), metrics = empty({2}, type);
+  const Tensor grad_values = empty_large(values.sizes(), type);
+  const Tensor scales = empty({values.size(0), 1}, type);
   ValueLoss a{};
   a.dtype = dtype_of(values);
   a.tokens = tokens_of(mask, aggregation, normalizer);
@@ -30,6 +30,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss_fwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("value_loss_fwd", value_loss_fwd_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("value_loss_fwd", TORCH_BOX(&value_loss_fwd_cpu)); }
 
 }  // namespace apt

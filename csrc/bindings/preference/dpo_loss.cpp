@@ -9,16 +9,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dpo_loss_fwd_cpu(
     const Tensor& policy_chosen, const Tensor& policy_rejected, const OptionalTensor& ref_chosen,
     const OptionalTensor& ref_rejected, int64_t loss_type, int64_t reduction, double beta,
     double label_smoothing, double discopop_tau, double simpo_gamma) {
-  TORCH_CHECK_VALUE(loss_type >= 0 && loss_type < kDpoLossTypes, "loss_type: expected 0 to ",
-                    kDpoLossTypes - 1);
+  APT_CHECK_VALUE(loss_type >= 0 && loss_type < kDpoLossTypes, "loss_type: expected 0 to ",
+                  kDpoLossTypes - 1);
   const double extra = DpoLossType(loss_type) == DpoLossType::discopop ? discopop_tau
                        : DpoLossType(loss_type) == DpoLossType::simpo  ? simpo_gamma
                                                                        : 0.0;
-  const auto options = accumulate_options(policy_chosen);
+  const ScalarType type = accumulate_type(policy_chosen);
   const int64_t pairs = policy_chosen.size(0);
-  const PairTensors results(pairs, reduction, options);
-  const Tensor chosen_rewards = at::empty({pairs}, options);
-  const Tensor rejected_rewards = at::empty({pairs}, options);
+  const PairTensors results(pairs, reduction, type);
+  const Tensor chosen_rewards = empty({pairs}, type);
+  const Tensor rejected_rewards = empty({pairs}, type);
   APT_CALL_KERNEL(dpo_loss_fwd, {dtype_of(policy_chosen), DpoLossType(loss_type),
                                  policy_chosen.const_data_ptr(), policy_rejected.const_data_ptr(),
                                  optional_data(ref_chosen), optional_data(ref_rejected), beta,
@@ -29,6 +29,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dpo_loss_fwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("dpo_loss_fwd", dpo_loss_fwd_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(apt, CPU, m) { m.impl("dpo_loss_fwd", TORCH_BOX(&dpo_loss_fwd_cpu)); }
 
 }  // namespace apt

@@ -9,11 +9,11 @@ namespace apt {
 struct PairTensors {
   Tensor loss, grads;
   PairOutputs outputs;
-  PairTensors(int64_t pairs, int64_t reduction, const at::TensorOptions& options)
-      : loss(reduction == 0 ? at::empty({pairs}, options) : at::empty({}, options)),
-        grads(at::empty({2, pairs}, options)),
+  PairTensors(int64_t pairs, int64_t reduction, ScalarType type)
+      : loss(reduction == 0 ? empty({pairs}, type) : empty({}, type)),
+        grads(empty({2, pairs}, type)),
         outputs{pairs, Reduction(reduction), loss.mutable_data_ptr(), grads.mutable_data_ptr()} {
-    TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2, "reduction: expected 0 to 2");
+    APT_CHECK_VALUE(reduction >= 0 && reduction <= 2, "reduction: expected 0 to 2");
   }
 };
 
