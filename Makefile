@@ -10,7 +10,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help setup wheel demo demo-rl demo-pretraining test test-peers bench gpu-report lint format clean
+.PHONY: help setup wheel demo demo-rl demo-pretraining test test-peers bench gpu-report docs lint format clean
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -61,6 +61,10 @@ bench: setup ## kernels against eager and compiled PyTorch; results under benchm
 
 gpu-report: ## on a GPU: accuracy, times, counters, tuning in nine minutes; benchmarks/results/
 	@$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu/quick
+
+docs: setup ## the documentation site, in build/site/
+	@$(PIP) install $(CONSTRAINTS) "mkdocs-material>=9.6" "mkdocstrings[python]>=0.29"
+	@PYTHONPATH=.:python $(BIN)/mkdocs build --quiet
 
 lint: setup ## formatting and static checks
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .

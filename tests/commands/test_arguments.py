@@ -142,6 +142,15 @@ def test_every_command_has_the_options_of_a_run_and_help_needs_no_torch(command)
         assert re.search(rf"^  {flag}[ ,]", done.stdout, re.M), flag
 
 
+def test_help_names_every_loss_type():
+    from apt_kernels.ops.preference.dpo_loss import _LOSS_TYPES
+    from apt_model.commands.train_dpo import DPOOptions
+
+    text = DPOOptions.__dataclass_fields__["loss_type"].metadata["help"]
+    named = text.partition(", as ")[0].replace(" (Rafailov et al. 2023)", "").replace(" or ", ", ")
+    assert sorted(named.split(", ")) == sorted(_LOSS_TYPES)
+
+
 def test_no_two_groups_of_a_command_have_an_option_of_the_same_name():
     import importlib
 

@@ -190,6 +190,7 @@ def test_encoders_train_adapters_too(encoder_folder, lines, tmp_path):
         (["--lora-rank=0"], "--lora-rank must be at least 1"),
         (["--lora-rank=2", "--train-last-layers=1"], "--train-last-layers and an adapter"),
         (["--merge-adapter"], "--merge-adapter needs an adapter"),
+        (["--adapter-reference=start"], "--adapter-reference start needs an adapter"),
         (["--lora-rank=2", "--lora-targets", "nothing"], "--lora-targets: "),
         (["--router-aux-loss-coef=0.1"], "expected a mixture of experts, got Llama"),
         (["--dtype=bfloat16", "--autocast=fp16"], "--dtype bfloat16 and --autocast fp16"),
@@ -199,6 +200,17 @@ def test_encoders_train_adapters_too(encoder_folder, lines, tmp_path):
 def test_options_that_cannot_be_are_named(model_folder, files, tmp_path, capsys, options, message):
     assert main(dpo(model_folder, files, tmp_path / "out", *options)) == 1
     assert message in capsys.readouterr().err
+
+
+def test_options_that_a_command_would_ignore_are_not_its_options(encoder_folder, lines, capsys):
+    for name in ("pretrain-mlm", "pretrain-contrastive"):
+        for option in ("--adapter-reference=start", "--router-aux-loss-coef=0.1"):
+            with pytest.raises(SystemExit):
+                main([name, f"--model={encoder_folder}", f"--data={lines}", option])
+            assert "unrecognized arguments" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train-reward-model", "--adapter-reference=start"])
+    assert main(["pretrain-contrastive", "--data=digits.npy", "--lora-rank=2"]) == 1
 
 
 def test_an_adapter_without_its_base_is_named(model_folder, files, tmp_path, capsys):

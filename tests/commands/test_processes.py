@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from commands import test_cli, test_cli_pretraining
 from commands.test_cli import rows, write
 from commands.test_rl_commands import REWARD, prompts
 
+ROOT = Path(__file__).parents[2]
 causal_folder = test_cli.model_folder
 encoder_folder = test_cli_pretraining.model_folder
 
@@ -107,6 +110,28 @@ def test_two_processes_train_as_one(name, files, causal_folder, encoder_folder, 
     assert status == 0, err
     assert out.count('"finished": true') == 1  # one run, not two
     assert_equal(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("program", [["--no-python", "apt-model"], ["-m", "apt_model"]])
+def test_torchrun_starts_the_command(program, files, causal_folder, tmp_path):
+    """As it is written in the documentation, with the program that the installation makes."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    module, function = re.search(r'^apt-model = "(.+):(.+)"$', settings, re.MULTILINE).groups()
+    program_file = tmp_path / "bin" / "apt-model"
+    program_file.parent.mkdir()
+    program_file.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
+    )
+    program_file.chmod(0o755)
+    path = os.pathsep.join([str(program_file.parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", "--standalone",
+         *program, "train-dpo", f"--model={causal_folder}", f"--data={files['pairs']}",
+         f"--output={tmp_path / 'out'}", "--device=cpu", "--max-steps=1"],
+        capture_output=True, text=True, timeout=240, env={**environment(), "PATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["total_steps"] == 1  # one run, not two
 
 
 def test_two_processes_of_fsdp_train_as_one(files, causal_folder, encoder_folder, tmp_path):

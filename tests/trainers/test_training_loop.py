@@ -392,3 +392,27 @@ def test_what_is_measured_now_and_then_is_drawn_as_one_line():
     assert list(panels[0].lines[0].get_xdata()) == [1, 2, 3, 4, 5]
     assert list(panels[1].lines[0].get_xdata()) == [2, 4]
     assert list(panels[1].lines[0].get_ydata()) == [0.2, 0.4]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=6),  # a warm-up
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=1, threshold=1.0),
+    ],
+    ids=["warm-up", "cosine", "plateau"],
+)
+def test_a_schedule_goes_on_where_it_was(schedule):
+    """Interrupted in its middle: afterwards its last rate would hide that it began anew."""
+
+    def rate(trainer):
+        trainer.train_step(ROWS)
+        return trainer.optimizer.param_groups[0]["lr"]
+
+    whole, first, second = (Regression(linear(), scheduler=schedule) for _ in range(3))
+    wanted = [rate(whole) for _ in range(8)]
+    got = [rate(first) for _ in range(3)]
+    second.load_state_dict(first.state_dict())
+    assert got + [rate(second) for _ in range(5)] == pytest.approx(wanted, rel=1e-9)
+    assert len(set(wanted)) > 3

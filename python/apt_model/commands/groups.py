@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..scoring.options import ModelOptions
+from ..scoring.options import CausalModelOptions, ModelOptions, PolicyModelOptions
 from ..training.precision import PrecisionOptions
 from .arguments import check_at_least
 from .options import KEPT
 
-__all__ = ["ModelOptions", "PrecisionOptions", "RewardOptions", "SamplingOptions"]
+__all__ = [
+    "CausalModelOptions", "ModelOptions", "PolicyModelOptions", "PrecisionOptions",
+    "RewardOptions", "SamplingOptions",
+]  # fmt: skip
 
 
 @dataclass(kw_only=True)

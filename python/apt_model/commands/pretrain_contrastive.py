@@ -59,6 +59,14 @@ class EncoderOptions(ModelOptions):
         },
     )
 
+    def check(self) -> None:
+        """Raises as `ModelOptions`, and for an adapter without a model."""
+        super().check()
+        if self.model is None and self.has_adapter:
+            raise ValueError(
+                "--lora-rank needs --model: an adapter is saved without what it adapts"
+            )
+
 
 @dataclass(kw_only=True)
 class ContrastiveTrainingOptions(TrainingOptions):

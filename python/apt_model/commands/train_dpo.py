@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.options import TextOptions
-from .groups import ModelOptions, PrecisionOptions
+from .groups import PolicyModelOptions, PrecisionOptions
 from .options import FILES, RunOptions, TrainingOptions, default_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,14 @@ class DPOOptions:
         default=0.0,
         metadata={"help": "probability that a preference is wrong", "recommended": (0, 0.1)},
     )
-    loss_type: str = field(default="sigmoid", metadata={"help": "as apt_kernels.dpo_loss"})
+    loss_type: str = field(
+        default="sigmoid",
+        metadata={
+            "help": "sigmoid (Rafailov et al. 2023), robust, hinge, ipo, exo_pair, nca_pair, "
+            "bco_pair, sppo_hard, apo_zero, apo_down, discopop, simpo, orpo, aot, aot_unpaired, "
+            "sigmoid_norm or kto_pair, as apt_kernels.dpo_loss has them"
+        },
+    )
     reference_free: bool = field(default=False, metadata={"help": "compare with no reference"})
     reference_model: Path | None = field(
         default=None,
@@ -71,7 +78,7 @@ class Options:
     """
 
     run: PairRunOptions
-    model: ModelOptions
+    model: PolicyModelOptions
     text: TextOptions
     training: DPOTrainingOptions
     loss: DPOOptions

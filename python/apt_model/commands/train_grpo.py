@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..data.options import PromptOptions
 from .arguments import check_at_least
 from .groups import (
-    ModelOptions,
+    PolicyModelOptions,
     PrecisionOptions,
     RewardOptions,
     SamplingOptions,
@@ -85,7 +85,7 @@ class Options:
     """
 
     run: PromptRunOptions
-    model: ModelOptions
+    model: PolicyModelOptions
     text: PromptOptions
     reward: RewardOptions
     sampling: SamplingOptions

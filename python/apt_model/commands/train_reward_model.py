@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from ..data.options import TextOptions
-from .groups import ModelOptions, PrecisionOptions
+from .groups import CausalModelOptions, PrecisionOptions
 from .options import TrainingOptions, default_of
 from .train_dpo import SHOWN, PairRunOptions
 
@@ -62,7 +62,7 @@ class Options:
     """
 
     run: PairRunOptions
-    model: ModelOptions
+    model: CausalModelOptions
     text: TextOptions
     training: RewardTrainingOptions
     reward: RewardModelOptions

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.options import PromptOptions
 from .arguments import check_at_least
 from .groups import (
-    ModelOptions,
+    PolicyModelOptions,
     PrecisionOptions,
     RewardOptions,
     SamplingOptions,
@@ -60,7 +60,7 @@ class Options:
     """
 
     run: PromptRunOptions
-    model: ModelOptions
+    model: PolicyModelOptions
     text: PromptOptions
     reward: RewardOptions
     sampling: SamplingOptions

@@ -52,20 +52,6 @@ class ModelOptions:
         default=False,
         metadata={"help": "save the model with its adapter merged, not the adapter alone"},
     )
-    adapter_reference: Literal["base", "start"] = field(
-        default="base",
-        metadata={
-            "help": "what an adapted policy is compared with: base, the model without the adapter, "
-            "or start, the adapter as it began"
-        },
-    )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "weight of the balancing loss of a mixture of experts; without it the weight "
-            "that the model's configuration says; 0: none"
-        },
-    )
 
     def check(self) -> None:
         """Raises for a folder that is not there, and for what cannot be, alone or together."""
@@ -91,10 +77,6 @@ class ModelOptions:
             )
         if self.merge_adapter and not self.has_adapter:
             raise ValueError("--merge-adapter needs an adapter: give --lora-rank")
-        if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
-            raise ValueError(
-                f"--router-aux-loss-coef must not be negative, got {self.router_aux_loss_coef}"
-            )
 
     @property
     def has_folder_of_adapter(self) -> bool:
@@ -105,3 +87,45 @@ class ModelOptions:
     def has_adapter(self) -> bool:
         """Whether an adapter is trained."""
         return self.lora_rank is not None or self.has_folder_of_adapter
+
+
+@dataclass(kw_only=True)
+class CausalModelOptions(ModelOptions):
+    """Model."""
+
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "weight of the balancing loss of a mixture of experts; without it the weight "
+            "that the model's configuration says; 0: none"
+        },
+    )
+
+    def check(self) -> None:
+        """Raises as `ModelOptions`, and for a weight below 0."""
+        super().check()
+        if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
+            raise ValueError(
+                f"--router-aux-loss-coef must not be negative, got {self.router_aux_loss_coef}"
+            )
+
+
+@dataclass(kw_only=True)
+class PolicyModelOptions(CausalModelOptions):
+    """Model."""
+
+    adapter_reference: Literal["base", "start"] = field(
+        default="base",
+        metadata={
+            "help": "what an adapted policy is compared with: base, the model without the adapter, "
+            "or start, the adapter as it began"
+        },
+    )
+
+    def check(self) -> None:
+        """Raises as `CausalModelOptions`, and for a start of no adapter."""
+        super().check()
+        if self.adapter_reference != "base" and not self.has_adapter:
+            raise ValueError(
+                f"--adapter-reference {self.adapter_reference} needs an adapter: give --lora-rank"
+            )
