@@ -1,6 +1,7 @@
 """`pretrain-contrastive` on images with the encoders and image processors of transformers."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from apt_model.commands.arguments import read_options
 from apt_model.commands.images import load_views, read_processor, width_of
 from apt_model.commands.main import main
 from apt_model.commands.pretrain_contrastive import Options
+from apt_model.data.images import load_images
 
 SMALL = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1,
          "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
@@ -122,3 +124,55 @@ def test_transparent_pixels_and_enormous_files(tmp_path, capsys):
     run = arguments(tmp_path / "model", folder, tmp_path / "out", "--background=no color")
     assert main(["pretrain-contrastive", *run]) == 1
     assert "--background: expected a color" in capsys.readouterr().err
+
+
+class ProcessorOfTimm:
+    """Scales and normalizes as `TimmWrapperImageProcessor` does, which needs timm."""
+
+    def __init__(self, pretrained_cfg):
+        self.data_config = {"mean": tuple(MEAN), "std": tuple(SPREAD), **pretrained_cfg}
+
+    def __call__(self, images, return_tensors):
+        height, width = self.data_config["input_size"][1:]
+        if not isinstance(images, torch.Tensor):
+            pixels = np.asarray(images.resize((width, height)), dtype=np.float32) / 255
+            images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        mean, spread = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, SPREAD))
+        return {"pixel_values": (images - mean) / spread}
+
+    def save_pretrained(self, folder):
+        """Writes nothing: the model's configuration has it."""
+
+
+def test_models_of_timm_have_their_processor_in_the_configuration(tmp_path, images, monkeypatch):
+    def configured(folder):
+        return types.SimpleNamespace(to_dict=lambda: {"model_type": "timm_wrapper"})
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", configured)
+    made = ProcessorOfTimm({"input_size": (3, 12, 12)})
+    monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", lambda folder: made)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for given, size in (([], 12), (["--image-size=8"], 8)):
+        options = options_of(folder, images, tmp_path / "out", *given)
+        views = load_views(options, images, 0, read_processor(options))
+        assert views._images.shape == (8, 3, size, size)
+    array = tmp_path / "images.npy"
+    pixels = np.random.default_rng(0).random((4, 3, 12, 12), dtype=np.float32)
+    np.save(array, pixels)
+    options = options_of(folder, array, tmp_path / "out")
+    mean, spread = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, SPREAD))
+    expected = (torch.from_numpy(pixels) - mean) / spread
+    torch.testing.assert_close(load_views(options, array, 0, made)._images, expected)
+    loaded = load_images(images, processor=made)
+    assert loaded.shape[1] == 3 and loaded.min() < 0
+
+
+def test_a_model_that_asserts_its_size_is_named(tmp_path, images):
+    class Asserts(torch.nn.Linear):
+        def forward(self, pixels):
+            raise AssertionError("Input height (32) does not match model (64).")
+
+    views = load_views(options_of(vit(tmp_path / "model"), images, tmp_path / "out"), images, 0)
+    with pytest.raises(ValueError, match="the model does not take images of shape"):
+        width_of(Asserts(1, 1), views)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..data.images import ImageViews, load_images
+from ..data.images import ImageViews, is_of_timm, load_images
 from ..pretraining.encoder import Encoder
 from ..pretraining.views import pool
 from ..scoring.devices import device_of, evaluating
@@ -25,7 +25,9 @@ def read_processor(options: Any) -> Any:
     A size that the options name replaces the size of the processor.
     """
     folder, size = options.model.model, options.images.image_size
-    if folder is None or not any((folder / name).is_file() for name in PROCESSORS):
+    if folder is None or not (
+        any((folder / name).is_file() for name in PROCESSORS) or _is_of_timm(folder)
+    ):
         return None
     from transformers import AutoImageProcessor
 
@@ -34,12 +36,21 @@ def read_processor(options: Any) -> Any:
     except ImportError as error:
         text = " ".join(str(error).split())
         raise ValueError(f"the image processor in {folder} cannot be used: {text}") from None
+    if size is not None and is_of_timm(processor):
+        settings = processor.data_config
+        input_size = (settings["input_size"][0], size, size)
+        return type(processor)(pretrained_cfg={**settings, "input_size": input_size})
     if size is not None:
         for name in ("size", "crop_size"):
             known = getattr(processor, name, None)
             if known is not None:
                 setattr(processor, name, {side: size for side in dict(known) if known[side]})
     return processor
+
+
+def _is_of_timm(folder: Path) -> bool:
+    """Returns whether a model is of timm: its configuration says how images are processed."""
+    return _config_of(folder).get("model_type") == "timm_wrapper"
 
 
 def load_views(
@@ -97,7 +108,7 @@ def width_of(encoder: torch.nn.Module, data: ImageViews) -> int:
     with evaluating(encoder):
         try:
             hidden = Encoder(encoder)(image.to(dtype)).hidden
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts sizes
             text = " ".join(str(error).split())
             shape = tuple(image.shape[1:])
             raise ValueError(f"the model does not take images of shape {shape}: {text}") from None

@@ -126,11 +126,18 @@ def _of_folder(
     return torch.stack(images) if images else torch.empty(0)
 
 
+def is_of_timm(processor: Any) -> bool:
+    """Returns whether an image processor of Hugging Face is one around timm's transforms."""
+    return hasattr(processor, "data_config")
+
+
 def _channels_of(processor: Any, channels: int) -> int:
     """Returns how many channels an image processor normalizes; without one `channels`."""
     mean = getattr(processor, "image_mean", None)
     if processor is None:
         return channels
+    if is_of_timm(processor):
+        mean = list(processor.data_config["mean"])
     return len(mean) if isinstance(mean, (list, tuple)) and len(mean) in (1, 3) else 3
 
 
@@ -164,8 +171,8 @@ def _of_array(
             f"values from 0 to 1, got {images.shape[1]} from {float(low):g} to {float(high):g}"
         )
     images = images.expand(-1, channels, -1, -1)
-    made = processor(images=images, do_rescale=False, return_tensors="pt")["pixel_values"]
-    return made.float()
+    more = {} if is_of_timm(processor) else {"do_rescale": False}  # timm rescales no floats
+    return processor(images=images, return_tensors="pt", **more)["pixel_values"].float()
 
 
 class ImageViews:
