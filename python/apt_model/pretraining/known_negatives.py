@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_kernels import info_nce
+from apt_kernels import info_nce, token_logprobs
 
 
 def read_sample_ids(sample_ids: Any, rows: int, once: bool) -> Tensor | None:
@@ -82,4 +82,4 @@ def _masked_rows(
     negatives = negatives.masked_fill(same, float("-inf"))
     logits = torch.cat([own, negatives.to(own.dtype)], 1) / temperature
     right = logits[:, 0] > logits[:, 1:].amax(1)
-    return torch.logsumexp(logits, 1) - logits[:, 0], right
+    return -token_logprobs(logits, torch.zeros_like(right, dtype=torch.long)), right
