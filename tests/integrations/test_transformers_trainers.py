@@ -124,8 +124,8 @@ def test_sft_trainer_of_trl(tmp_path):
             report_to=[], use_cpu=True, bf16=False, seed=3, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trainer = SFTTrainer(
-            model(folder / "model", "SFT"), arguments, train_dataset=Dataset.from_list(list(rows("SFT"))),
-            processing_class=tokenizer(),
+            model(folder / "model", "SFT"), arguments, processing_class=tokenizer(),
+            train_dataset=Dataset.from_list(list(rows("SFT"))),
         )  # fmt: skip
         applied = apply_to_transformers(trainer) if apply else None
         return losses(trainer), applied
