@@ -55,9 +55,9 @@ def moco_loss(
         same: `(B, K)` on the CPU, True where the key is of the row's sample; None: nowhere.
         **options: `temperature` and `backend` of `info_nce`.
     """
-    hit = None if same is None else same.any(1)
-    if hit is None or not hit.any():
+    if same is None or not same.any():
         return info_nce(query, key, negatives=queue.T, return_correct=True, **options)
+    hit = same.any(1)
     masked, others = (part.nonzero().flatten().to(query.device) for part in (hit, ~hit))
     losses, right = _masked_rows(
         query[masked], key[masked], queue, same[hit].to(query.device), options["temperature"]
