@@ -261,7 +261,7 @@ BUGS = (
     Bug(
         "overflow_of_discopop",
         DPO,
-        "expf(log_sigmoid(scaled) - x)",
+        "expf(log_sigmoid(scaled) - above)",
         "expf(-x) * sigmoid(scaled)",
         ("dpo_loss-discopop",),
     ),
