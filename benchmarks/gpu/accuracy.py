@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 
 import calling
+from apt_kernels import calls
 from apt_kernels.registry import OPS, Sample
 from places import device
-from support import calls
 
 DTYPES = (torch.float32, torch.bfloat16)
 
