@@ -46,7 +46,7 @@ demo-rl: setup ## reward model, GRPO and RLHF on real models and text; figures u
 demo-pretraining: setup ## SimCLR, MoCo, MLM and NSP on digits and reviews; figures under benchmarks/results/
 	@$(BIN)/python examples/demo_pretraining.py
 
-test: setup ## all tests, a file at a time on every core (under 15 minutes on 2)
+test: setup ## all tests, a file at a time on every core (about 25 minutes on 2)
 	$(PYTEST) tests
 
 test-peers: setup ## the adapters against the sources of OpenRLHF, verl and Liger, downloaded to build/peers
